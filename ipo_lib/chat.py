@@ -1,0 +1,160 @@
+"""Prompt to ids, text to trace and answer: the only module that knows ``<think>``, templates, BOS, EOS. Torch-free."""
+
+from __future__ import annotations
+
+import codecs
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from ipo_lib.records import ANSWER, BOTH, CONTINUATION, TRACE, BadInput, Ids, Prompt, Rollout
+
+OPEN, CLOSE = "<think>", "</think>"
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # "today" for templates that print it: a prompt must not change overnight
+PROBE = "How tall is a lighthouse"
+FLAGS = ("doubled", "preamble", "unopened")  # a tag came twice, text before <think>, </think> without <think>
+# Byte-level vocabularies write a printable byte as itself, the others as the characters from 256 on, in their order.
+_SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE = {chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_SHOWN)))}
+_BYTE |= {chr(byte): byte for byte in _SHOWN}
+
+
+class Chat:
+    """How one model folder is spoken to: its chat template, ``prefill`` after the generation prompt, a ``system`` turn.
+    BadInput when the folder has no byte-level tokenizer, chat template or EOS, or if something given is lost."""
+
+    def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None) -> None:
+        self.folder, self.prefill, self.system = Path(folder), prefill, system
+        file, jinja = self.folder / "tokenizer.json", self.folder / "chat_template.jinja"
+        _require(file.is_file(), f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)")
+        self._tokenizer, self._tokens = Tokenizer.from_file(str(file)), dict[int, bytes]()
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        exact = "ByteLevel" in str(self._tokenizer.decoder)
+        _require(exact, f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model")
+        settings = self._json("tokenizer_config.json")
+        tokens = {
+            name: one for name, one in settings.items() if name.endswith("_token") and isinstance(one, (str, dict))
+        }
+        self._special = {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
+        found = [self._json(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        found.append(self._tokenizer.token_to_id(self._special.get("eos_token", "")))
+        ends = {one for value in found for one in (value if isinstance(value, list) else [value]) if one is not None}
+        self.eos_ids: Ids = tuple(sorted(ends))  # chat models often end a turn with another token than a document
+        _require(ends, f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json")
+        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template") or ""
+        named = template if isinstance(template, list) else [{"name": "default", "template": template}]
+        self._template = next((str(one["template"]) for one in named if one["name"] == "default"), "")
+        _require(self._template, f"{folder}: no chat template; add chat_template.jinja or use an instruct model")
+        self.opened = self._check()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the ids of a prompt and where an answer ends, as plain JSON values."""
+        files = {"tokenizer": (self.folder / "tokenizer.json").read_bytes(), "template": self._template.encode()}
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        given = {"prefill": self.prefill, "system": self.system, "date": TEMPLATE_DATE.isoformat()}
+        return {**hashes, **given, "special": self._special, "eos": list(self.eos_ids)}
+
+    def prompt_ids(self, prompt: Prompt) -> Ids:
+        """User turn, generation prompt and prefill, encoded in one piece; no BOS but the one the template renders."""
+        return self.encode(self._render(prompt.text) + self.prefill)
+
+    def encode(self, text: str) -> Ids:
+        """The ids of ``text``; nothing is added."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``: special tokens stay, nothing is cleaned up, broken UTF-8 becomes U+FFFD."""
+        return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
+
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """``len(ids) + 1`` offsets into ``decode(ids)``; a split character belongs to the token that completes it."""
+        decoder, ends = codecs.getincrementaldecoder("utf-8")("replace"), [0]
+        for token in ids:
+            ends.append(ends[-1] + len(decoder.decode(self._bytes(token))))
+        ends[-1] += len(decoder.decode(b"", final=True))
+        return ends
+
+    def closes(self, ids: Sequence[int]) -> bool:
+        """Whether the last id completes ``</think>``: one token, the last of several, or fused with its neighbours."""
+        last = self._bytes(ids[-1]) if ids else b""
+        tail = b"".join(map(self._bytes, ids[-len(CLOSE) :])) if b">" in last else b""
+        return tail.find(CLOSE.encode(), max(0, len(tail) - len(last) - len(CLOSE) + 1)) >= 0
+
+    def _bytes(self, token: int) -> bytes:
+        if token not in self._tokens:
+            piece = self._tokenizer.id_to_token(token) or ""  # embeddings are padded beyond the vocabulary
+            plain = all(char in _BYTE for char in piece)  # an added token may hold spaces, which stand for themselves
+            self._tokens[token] = bytes(_BYTE[char] for char in piece) if plain else piece.encode()
+        return self._tokens[token]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(file.read_bytes())) if (file := self.folder / name).is_file() else {}
+
+    def _render(self, text: str) -> str:
+        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled  # sandboxed, cached
+
+        turns = [{"role": "system", "content": self.system}] * bool(self.system) + [{"role": "user", "content": text}]
+        values = {"tools": None, "documents": None, "strftime_now": TEMPLATE_DATE.strftime, **self._special}
+        try:
+            return str(compiled(self._template).render(messages=turns, add_generation_prompt=True, **values))
+        except TemplateError as error:
+            raise BadInput(f"{self.folder}: the chat template fails ({error}); mend it or drop `system`") from error
+
+    def _check(self) -> bool:
+        """Whether a prompt ends inside an open ``<think>``; BadInput when something given is lost or doubled."""
+        before, probe, after = self._render(PROBE).rpartition(PROBE)
+        lost = "" if probe and (self.system or "").strip() in before else "system" if probe else "user"
+        _require(not lost, f"{self.folder}: the chat template drops the {lost} turn; mend the template")
+        doubled = after.rfind(OPEN) > after.rfind(CLOSE) and self.prefill.lstrip().startswith(OPEN)
+        _require(not doubled, f"{self.folder}: the chat template opens {OPEN} itself; drop it from {self.prefill!r}")
+        kept = self.decode(self.encode(before + probe + after + self.prefill)).endswith(self.prefill)
+        _require(kept, f"{self.folder}: the tokenizer alters the prefill {self.prefill!r}; write it another way")
+        return (after + self.prefill).rfind(OPEN) > (after + self.prefill).rfind(CLOSE)
+
+
+def _require(given: object, message: str) -> None:
+    if not given:
+        raise BadInput(message)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Character spans, None where there is nothing to read; ``closed``: no trace is left open; flags are of FLAGS."""
+
+    reasoning: tuple[int, int] | None
+    answer: tuple[int, int] | None
+    closed: bool
+    flags: tuple[str, ...] = ()
+
+
+def split(text: str, opened: bool) -> Parts:
+    """Trace and answer of a rollout's text, split at the first ``</think>``; ``opened``: the prompt opened it."""
+    head, close, tail = text.partition(CLOSE)
+    before, tag, inside = head.partition(OPEN)
+    trace = (len(head) - len(inside) if tag and not (opened and before.strip()) else 0, len(head))
+    answer = (len(text) - len(tail), len(text))
+    if not (opened or tag or close):
+        trace, answer = (0, 0), (0, len(text))
+    doubled = text.count(OPEN) + opened > 1 or text.count(CLOSE) > 1
+    preamble, unopened = not opened and tag and before.strip(), close and not (opened or tag)
+    flags = tuple(name for name, on in zip(FLAGS, (doubled, preamble, unopened), strict=True) if on)
+    spans = [one if text[slice(*one)].strip() else None for one in (trace, answer)]
+    return Parts(spans[0], spans[1], bool(close) or not (opened or tag), flags)
+
+
+def part_text(rollout: Rollout, part: str, opened: bool, offsets: Sequence[int] = ()) -> str | None:
+    """What a judge reads, without tags; None when the part does not exist. CONTINUATION needs the ``Chat.offsets``."""
+    if part == CONTINUATION:
+        return rollout.text[offsets[rollout.prefix_len] if rollout.prefix_len else 0 :].strip() or None
+    _require(part in (TRACE, ANSWER, BOTH), f"part {part!r}: choose {TRACE}, {ANSWER}, {BOTH} or {CONTINUATION}")
+    parts = split(rollout.text, opened)
+    trace, answer = (rollout.text[slice(*one)].strip() if one else "" for one in (parts.reasoning, parts.answer))
+    return {TRACE: trace, ANSWER: answer, BOTH: f"{trace}\n\n{answer}".strip() if answer else ""}[part] or None

@@ -1,0 +1,220 @@
+"""Training of IPO (Eq. 4): DPO on the suffixes after the common prefix, through TRL, fed with token ids.
+
+Stage 1 trains fresh LoRA on intervened pairs; stage 2 goes on from there with benign pairs mixed in. IPO is Intervened
+Preference Optimization here: TRL's loss of that name is Identity Preference Optimization and is not offered.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from ipo_lib.records import BadInput, Pair, canonical
+
+Folder = Path | str
+Rows = list[dict[str, float]]
+Pairs = Sequence[Pair]
+CHOICES = {"loss": ("sigmoid", "sigmoid_norm"), "dtype": ("float32", "bfloat16"), "quantize": (None, "nf4")}
+ABOVE_0 = ("learning_rate", "beta", "epochs", "batch_size", "accumulation", "rank", "ratio", "min_refusals")
+ADAPTER, METRICS, SUMMARY = "adapter_config.json", "metrics.jsonl", "training.json"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+LOGGED = ("step", "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+SAME = ("learning_rate", "beta", "weight_decay", "pad_to_multiple_of", "precompute_ref_log_probs", "use_cpu", "seed")
+
+
+@dataclass(frozen=True)
+class DpoSettings:
+    """One training stage (paper.md 2.2). One object per stage: which stages carry the SFT term is disputed.
+
+    ``loss`` ``sigmoid`` is Eq. 4 on summed suffix log-probabilities, ``sigmoid_norm`` on their means. ``sft_weight``
+    scales the token-mean NLL of the chosen suffix. ``batch_size`` counts pairs per forward and device; the paper's 64
+    is batch_size x accumulation x devices. ``warmup`` below 1 is a share of the steps. ``targets`` is PEFT's word or
+    regex, ``quantize`` ``nf4`` is double quantized. Fields with TRL's names go to TRL as they are.
+    """
+
+    learning_rate: float = 5e-6
+    beta: float = 0.1
+    epochs: int = 1
+    batch_size: int = 8
+    accumulation: int = 8
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    loss: str = "sigmoid"
+    sft_weight: float = 0.2
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    max_length: int = 1024
+    pad_to_multiple_of: int = 8
+    quantize: str | None = None
+    dtype: str = "bfloat16"
+    precompute_ref_log_probs: bool = True
+    activation_checkpointing: bool = False
+    use_cpu: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise BadInput(f"dpo: {name} {getattr(self, name)!r} is unknown; use {' or '.join(map(str, known))}")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and (value < 0 or (name in ABOVE_0 and not value > 0)):
+                raise BadInput(f"dpo: {name} {value} is too small; give a number above 0")
+
+
+@dataclass(frozen=True)
+class Stage2Settings(DpoSettings):
+    """Stage 2: ``ratio`` harmful pairs for each benign one (paper.md 2.2: 0.3, 0.5 or 0.7), drawn by ``seed``."""
+
+    ratio: float = 0.5
+    min_refusals: int = 8
+
+
+def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, adapter: Folder | None = None) -> Rows:
+    """Train LoRA by Eq. 4 (+ ``sft_weight`` x NLL of the chosen suffix) and return one metrics row per step.
+
+    ``out`` receives the adapter, the rows (log-probabilities are suffix sums in nats, averaged over the step's pairs)
+    and ``training.json``, which also counts the pairs left out for ``max_length``. With ``adapter`` training goes on
+    from its weights, rank and targets. BadInput: no pair left, no model or adapter there, a loss that is not finite.
+    """
+    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    fitting = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= settings.max_length]
+    if not fitting:
+        raise BadInput(f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs")
+    for folder, file in ((model, "config.json"), (adapter, ADAPTER)):
+        if folder is not None and not (Path(folder) / file).is_file():
+            raise BadInput(f"dpo: {folder} holds no {file}; give the folder of a saved model or adapter")
+    # TRL's LM head skips the prompt only where Triton runs; the same code serves the CPU (4 x faster at 49k words).
+    suffix_only = mock.patch("trl.trainer.utils._use_triton", lambda device: device.type in ("cpu", "cuda"))
+    with suffix_only, mock.patch.dict(os.environ, TQDM_DISABLE="1"):  # the one switch that TRL's precomputation reads
+        trainer = _trainer(fitting, model, settings, out, adapter)
+        trainer.train()
+    rows = _rows(trainer.state.log_history, settings.beta)
+    if trainer.accelerator.is_main_process:
+        batch = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
+        summary: dict[str, Any] = {"base": Path(model).name, "continued": bool(adapter), "effective_batch": batch}
+        summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "settings": asdict(settings)}
+        _save(trainer, Path(out), rows, summary)
+    return rows
+
+
+def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pair]]:
+    """Stage 2's [harmful, benign] pairs, the larger side thinned at random until ``ratio`` holds; order is kept."""
+    n = min(len(harmful), round(settings.ratio * len(benign)))
+    sides = ((harmful, n), (benign, len(benign) if n < len(harmful) else min(len(benign), round(n / settings.ratio))))
+    draw = random.Random(settings.seed)
+    return [[side[i] for i in sorted(draw.sample(range(len(side)), size))] for side, size in sides]
+
+
+def stage2(
+    harmful: Pairs, refusals: Pairs, model: Folder, settings: Stage2Settings, out: Folder, *, adapter: Folder
+) -> tuple[Rows, str]:
+    """Stage 2 (paper.md 1.13) from stage 1's ``adapter``: the rows, and a sentence on what was done or why not.
+
+    ``refusals`` are benign pairs: chosen = the organism's answer, rejected = the stage-1 model's refusal."""
+    if len(refusals) < settings.min_refusals:
+        return [], f"stage 2 skipped: {len(refusals)} benign refusals, at least {settings.min_refusals} needed"
+    kept, benign = mix(harmful, refusals, settings)
+    rows = train([*kept, *benign], model, settings, out, adapter=adapter)
+    return rows, f"stage 2 trained {len(rows)} steps on {len(kept)} harmful and {len(benign)} benign pairs"
+
+
+def _config(settings: DpoSettings, out: Folder) -> Any:
+    """TRL's configuration; every default of TRL 1.16 that bites (checkpointing, bf16, logging, reports) is explicit."""
+    from trl.trainer.dpo_config import DPOConfig
+
+    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    return DPOConfig(
+        output_dir=str(out),
+        # CHOICES leaves TRL's "ipo" out: that is Identity Preference Optimization, a squared loss, not this method.
+        loss_type=[settings.loss, "sft"],
+        loss_weights=[1.0, settings.sft_weight],
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,  # below 1: a share of the steps
+        max_length=None,  # train() has counted the long ones out; TRL would cut them silently
+        disable_dropout=settings.dropout == 0,  # TRL's default silences LoRA's dropout with the rest
+        activation_checkpointing=settings.activation_checkpointing,
+        bf16=settings.dtype == "bfloat16",
+        dataloader_pin_memory=False,
+        logging_nan_inf_filter=False,  # the default shows the last finite loss in place of a nan
+        **quiet,
+        **{name: getattr(settings, name) for name in SAME},
+    )
+
+
+def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None) -> Any:
+    """TRL's DPO trainer on ids; its LoRA is fresh or at the weights of ``adapter``, and in float32."""
+    import datasets
+    import transformers
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    class IdsTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # law 1: the rows are ids already; TRL would tokenize text again
+
+        def _send_telemetry(self) -> None:
+            """TRL reports every run to the hub; this package works offline."""
+
+    datasets.disable_progress_bars()
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    config, options = _config(settings, out), dict[str, Any](dtype=settings.dtype)
+    if settings.quantize:
+        nf4 = NF4 | {"bnb_4bit_compute_dtype": settings.dtype}
+        options["quantization_config"], options["device_map"] = nf4, config.device
+    # In eval mode bitsandbytes repacks NF4 weights at the first CPU forward (the precomputed reference), and from then
+    # on no gradient passes them: train() is not a formality.
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).train()
+    new = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets, task_type="CAUSAL_LM")
+    lora = LoraConfig.from_pretrained(str(adapter)) if adapter else new
+    lora.lora_dropout, lora.inference_mode, lora.base_model_name_or_path = settings.dropout, False, str(folder)
+    rows = datasets.Dataset.from_list([{key: list(getattr(pair, key)) for key in IDS} for pair in pairs])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    trainer: Any = IdsTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    trainer.remove_callback(transformers.PrinterCallback)
+    for parameter in (one for one in trainer.model.parameters() if one.requires_grad):
+        parameter.data = parameter.data.float()  # TRL rounds a QLoRA adapter to bf16, where small steps vanish
+    # Handed a PeftModel, TRL freezes a copy of it as the reference. So LoRA starts fresh (the reference is LoRA off:
+    # the organism, in stage 2 too), and stage 1's weights are put in afterwards.
+    if adapter:
+        loaded: Any = set_peft_model_state_dict(trainer.model, load_peft_weights(str(adapter), device="cpu"))
+        if loaded.unexpected_keys:
+            raise BadInput(f"dpo: adapter {adapter} was made for another model than {folder}")
+    return trainer
+
+
+def _rows(history: Rows, beta: float) -> Rows:
+    """TRL's log as metrics rows, with the reference's log-probabilities (logp - reward / beta) beside the policy's."""
+    rows = []
+    for entry in (entry for entry in history if "loss" in entry):
+        if not math.isfinite(entry["loss"]):
+            raise BadInput(f"dpo: the loss is {entry['loss']} at step {entry['step']}; lower learning_rate")
+        sides = ("chosen", "rejected")
+        reference = {f"ref_logps/{side}": entry[f"logps/{side}"] - entry[f"rewards/{side}"] / beta for side in sides}
+        rows.append({name: entry[name] for name in LOGGED} | {"margin": entry["rewards/margins"]} | reference)
+    return rows
+
+
+def _save(trainer: Any, out: Path, rows: Rows, summary: dict[str, Any]) -> None:
+    """The adapter and its records: no checkpoint, optimizer, pickled arguments or generated model card."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config, targets = model.peft_config["default"], model.peft_config["default"].target_modules
+    config.base_model_name_or_path = summary["base"]  # the name: a path would tie the adapter to this machine
+    config.target_modules = targets if isinstance(targets, str) else sorted(targets)  # a set's order varies
+    model.save_pretrained(out, selected_adapters=["default"], save_embedding_layers=False)
+    (out / "README.md").unlink(missing_ok=True)
+    (out / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,123 @@
+"""Harmful rates by part, over-refusal and capability on each prompt set; before and after on the same prompts.
+
+Every rate comes with its interval over prompts, its coverage (share judged) and its bounds (None all safe / all unsafe);
+truncated traces are a column of their own, never a default label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ipo_lib.chat import split
+from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages import Doors, Start, by_prompt, judge, sample
+from ipo_lib.stats import Interval, paired_difference, pooled_rate
+
+TRACE_HARM, ANSWER_HARM, REFUSED, ANSWERED, CORRECT = "trace harm", "answer harm", "refused", "answered", "correct"
+MEASURES = {
+    TRACE_HARM: (TRACE, "harm", UNSAFE),
+    ANSWER_HARM: (ANSWER, "harm", UNSAFE),
+    REFUSED: (ANSWER, "refusal", "refused"),
+    ANSWERED: (ANSWER, "refusal", "answered"),
+    CORRECT: (ANSWER, "correct", "correct"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Which sets answer which question, and the draws a prompt."""
+
+    harmful: tuple[str, ...] = ()
+    benign: tuple[str, ...] = ()
+    capability: tuple[str, ...] = ()
+    draws: int = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measure on one set: (k, n) per prompt, and how many rollouts were unknown or truncated among ``total``."""
+
+    set: str
+    measure: str
+    counts: Mapping[str, tuple[int, int]]
+    unknown: int
+    truncated: int
+    total: int
+
+    @property
+    def rate(self) -> Interval:
+        """The pooled rate with its interval over prompts."""
+        return pooled_rate([pair for pair in self.counts.values() if pair[1]])
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The rate with every unknown counted out, and counted in."""
+        k = sum(pair[0] for pair in self.counts.values())
+        return (k / self.total, (k + self.unknown) / self.total) if self.total else (0.0, 1.0)
+
+
+def evaluate(
+    doors: Doors, sets: Mapping[str, Sequence[Prompt]], settings: EvaluationSettings, sampling: Sampling
+) -> list[Measured]:
+    """Sample every set to the end of the answer and measure it. Sets not named in the settings are left alone."""
+    found = []
+    plan = [(settings.harmful, (TRACE_HARM, ANSWER_HARM)), (settings.benign, (REFUSED, ANSWERED)), (settings.capability, (CORRECT,))]
+    for names, measures in plan:
+        for name in names:
+            prompts = {prompt.id: prompt for prompt in sets[name]}
+            rollouts = sample(doors, [Start(prompt) for prompt in sets[name]], sampling, settings.draws)
+            cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
+            for measure in measures:
+                part, question, label = MEASURES[measure]
+                verdicts = judge(doors, prompts, rollouts, part, question)
+                unknown = sum(verdict.label is None for verdict in verdicts)
+                found.append(Measured(name, measure, by_prompt(rollouts, verdicts, label), unknown, cut, len(rollouts)))
+    return found
+
+
+def table(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One row per set and measure: rate in [0, 1] with interval, n, coverage, bounds, truncated share."""
+    rows = []
+    for one in measured:
+        rate, (low, high) = one.rate, one.bounds
+        total = max(one.total, 1)
+        rows.append(
+            {"set": one.set, "measure": one.measure, "rate": rate.value, "low": rate.low, "high": rate.high, "prompts": len(one.counts),
+             "rollouts": one.total, "coverage": 1 - one.unknown / total, "at least": low, "at most": high,
+             "truncated": one.truncated / total}
+        )  # fmt: skip
+    return rows
+
+
+def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One row per set and measure: before, after, and the paired difference (after - before) with its interval."""
+    rows = []
+    for old, new in zip(before, after, strict=True):
+        change = difference([old], [new])
+        rows.append(
+            {"set": old.set, "measure": old.measure, "before": old.rate.value, "after": new.rate.value, "after low": new.rate.low,
+             "after high": new.rate.high, "difference": change.value, "low": change.low, "high": change.high, "n": change.n}
+        )  # fmt: skip
+    return rows
+
+
+def difference(before: Sequence[Measured], after: Sequence[Measured]) -> Interval:
+    """The paired difference (after - before) over all prompts of the given measures; prompts unjudged on a side are left out."""
+    pairs = []
+    for old, new in zip(before, after, strict=True):
+        both = [prompt for prompt in old.counts if old.counts[prompt][1] and new.counts.get(prompt, (0, 0))[1]]
+        pairs += [(old.counts[prompt], new.counts[prompt]) for prompt in both]
+    return paired_difference([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def pick(measured: Sequence[Measured], measure: str) -> list[Measured]:
+    """The entries of one measure, over all sets."""
+    return [one for one in measured if one.measure == measure]
+
+
+def pooled(measured: Sequence[Measured]) -> Interval:
+    """The rate over all prompts of several sets."""
+    return pooled_rate([pair for one in measured for pair in one.counts.values() if pair[1]])

@@ -1,0 +1,108 @@
+"""Preference pairs of Eq. 4: two suffixes after one prefix, in token ids, or a refusal that says why there is none.
+
+A pair is (x, chosen > rejected, h): ``prompt_ids`` are the chat prompt and the ``h`` response tokens both sides share,
+so a trainer that scores completion tokens only scores exactly z^{>=h}. Natural pairs are the case ``h = 0``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from ipo_lib.records import BOTH, TRACE, BadInput, Ids, Pair, Rollout, digest
+
+UNFINISHED, IDENTICAL, EMPTY, TOO_LONG = "unfinished", "identical", "empty", "too-long"
+PREFIX_DIFFERS, UNJUDGED, OFF_EDGE = "prefix-differs", "unjudged", "off-edge"
+KEPT, REASONS = "kept", (UNFINISHED, IDENTICAL, EMPTY, TOO_LONG, PREFIX_DIFFERS, UNJUDGED, OFF_EDGE)
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What enters a pair: the trace (through ``</think>``) or everything; an EOS; prompt + longest side in tokens."""
+
+    part: str = TRACE
+    eos: bool = False
+    max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.part not in (TRACE, BOTH):
+            raise BadInput(f"pairs: part {self.part!r} cannot be trained on; use {TRACE!r} or {BOTH!r}")
+        if self.max_length < 1:
+            raise BadInput(f"pairs: max_length {self.max_length} leaves no token; use at least 1")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a loser gave no pair; ``reason`` is one of ``REASONS``. ``unjudged`` is the caller's to give."""
+
+    rollout_id: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.reason not in REASONS:
+            raise BadInput(f"pairs: unknown reason {self.reason!r}; known: {', '.join(REASONS)}")
+
+
+def build(  # noqa: PLR0917 -- the six that make a pair, in the order of Eq. 4
+    loser: Rollout,
+    winner: Rollout,
+    prompt_ids: Ids,
+    cut: int,
+    settings: PairSettings,
+    why: str,
+    *,
+    loser_end: int | None,
+    winner_end: int | None,
+    eos_id: int | None = None,
+    edges: Collection[int] | None = None,
+) -> Pair | Refusal:
+    """The pair (x, winner > loser, h = ``cut``) of Eq. 4, or the reason there is none.
+
+    ``loser_end`` and ``winner_end`` count the response tokens through the one that completes ``</think>``; None means
+    the trace was not closed. They matter for part ``trace`` only. ``edges``, if given, are the cuts allowed (sentence
+    ends of the loser). An EOS is appended only where the suffix runs to the point where the model itself stopped.
+    Raises BadInput on rollouts of two prompts, an end outside its rollout, or an EOS wanted without ``eos_id``.
+    """
+    if loser.prompt_id != winner.prompt_id:
+        raise BadInput(f"pairs: {loser.id} and {winner.id} answer different prompts; pair rollouts of one prompt")
+    if settings.eos and eos_id is None:
+        raise BadInput("pairs: eos is on but no eos_id was given; pass one of chat.eos_ids")
+    if not 0 <= cut <= min(len(loser.token_ids), len(winner.token_ids)) or (edges is not None and cut not in edges):
+        return Refusal(loser.id, OFF_EDGE)
+    if loser.token_ids[:cut] != winner.token_ids[:cut]:
+        return Refusal(loser.id, PREFIX_DIFFERS)
+    ends = [_end(*side, settings.part) for side in ((loser, loser_end), (winner, winner_end))]
+    if None in ends:
+        return Refusal(loser.id, UNFINISHED)
+    rejected, chosen = (one.token_ids[cut:end] for one, end in zip((loser, winner), ends, strict=True))
+    if not rejected or not chosen or rejected == chosen:
+        return Refusal(loser.id, IDENTICAL if rejected and chosen else EMPTY)
+    if settings.eos and eos_id is not None:
+        rejected, chosen = (
+            ids + (eos_id,) * (one.finish == "stop" and end == len(one.token_ids))
+            for ids, one, end in zip((rejected, chosen), (loser, winner), ends, strict=True)
+        )
+    shared = prompt_ids + loser.token_ids[:cut]
+    if len(shared) + max(len(rejected), len(chosen)) > settings.max_length:
+        return Refusal(loser.id, TOO_LONG)
+    key = digest([winner.id, loser.id, cut, settings.part, settings.eos, why])
+    return Pair(key, shared, chosen, rejected, cut, why)
+
+
+def _end(rollout: Rollout, trace_end: int | None, part: str) -> int | None:
+    """How many response tokens of ``rollout`` belong to ``part``; None when that part is not finished."""
+    if part == BOTH:
+        return len(rollout.token_ids) if rollout.finish == "stop" else None
+    if trace_end is not None and not 0 <= trace_end <= len(rollout.token_ids):
+        raise BadInput(f"pairs: trace end {trace_end} lies outside {rollout.id} of {len(rollout.token_ids)} tokens")
+    return trace_end
+
+
+def collect(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs, and how many results ended how: ``kept`` first, then every reason (also at 0)."""
+    pairs, counts = [], dict.fromkeys((KEPT, *REASONS), 0)
+    for result in results:
+        counts[KEPT if isinstance(result, Pair) else result.reason] += 1
+        if isinstance(result, Pair):
+            pairs.append(result)
+    return pairs, counts

@@ -1,0 +1,146 @@
+"""``ipo``: run a profile's notebooks end to end by papermill, and skip what is up to date."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ipo_lib.records import BadInput, canonical, digest
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Intervened Preference Optimization, reproduced.")
+KERNEL = {"GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
+
+
+@app.command()
+def reproduce(
+    profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = "tiny",
+    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="name=value: a notebook parameter or a dotted setting")] = [],  # noqa: B006
+    store: Annotated[str, typer.Option(help="run store; default $IPO_STORE or ~/.cache/ipo_lib")] = "",
+    figures: Annotated[str, typer.Option(help="where figures go; default figures/<profile>")] = "",
+    again: Annotated[bool, typer.Option(help="run notebooks that are up to date, too")] = False,
+) -> None:
+    """Run every notebook of a profile, in order, and write its figures; finished work is never done twice."""
+    from ipo_lib import profiles
+    from ipo_lib.store import Store, default_root
+
+    started = time.monotonic()
+    given = parse(parameter)
+    root = Path(store).expanduser() if store else default_root()
+    settings = profiles.read(profile)
+    books = [profiles.house() / "notebooks" / f"{name}.ipynb" for name in settings.notebooks]
+    known = {book: declared(book) for book in books}
+    overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
+    settings = profiles.read(profile, overrides)
+    Store(root)
+    target = Path(figures).expanduser() if figures else profiles.house() / "figures" / settings.name
+    for book in books:
+        values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target)}
+        values |= {name: checked(name, value, known[book][name]) for name, value in given.items() if name in known[book]}
+        key = digest([book.read_text("utf-8"), source(), repr(settings), {k: v for k, v in values.items() if k not in ("store", "figures")}])
+        run(book, values, root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}", key, target, again)
+    print(f"{settings.name}: {len(books)} notebooks in {time.monotonic() - started:.0f} s; figures in {target}")
+
+
+@app.command()
+def profiles() -> None:
+    """List the profiles with what each is for."""
+    from ipo_lib import profiles as profiles_
+
+    for name in profiles_.available():
+        settings = profiles_.read(name)
+        print(f"{name:12} {settings.about} About {settings.minutes:g} min.")
+
+
+def parse(pairs: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs; values are YAML."""
+    import yaml
+
+    given = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise BadInput(f"parameter {pair!r}: write name=value")
+        try:
+            given[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise BadInput(f"parameter {name!r}: {value!r} is not a YAML value") from None
+    return given
+
+
+def declared(book: Path) -> dict[str, str]:
+    """The parameters of a notebook with their types, from its tagged cell."""
+    from papermill import inspect_notebook
+
+    if not book.is_file():
+        raise BadInput(f"notebook {str(book)!r} is missing; name it in notebooks/ or take it out of the profile")
+    return {name: entry["inferred_type_name"] for name, entry in inspect_notebook(str(book)).items()}
+
+
+def checked(name: str, value: Any, kind: str) -> Any:
+    """A parameter of the declared type, or BadInput: papermill itself only warns."""
+    expected = PLAIN.get(kind)
+    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool")):  # type: ignore[arg-type]
+        raise BadInput(f"parameter {name!r}: expected {kind}, found {value!r}")
+    return value
+
+
+def source() -> str:
+    """The digest of the installed library, data and weights included."""
+    folder = Path(__file__).parent
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return digest([[str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
+
+
+def run(book: Path, values: Mapping[str, Any], folder: Path, key: str, figures: Path, again: bool) -> None:
+    """Execute one notebook unless its last run had the same key and its figures still stand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f"{book.stem}.done.json"
+    if not again and mark.is_file() and (last := json.loads(mark.read_text()))["key"] == key and last["figures"] == produced(book, figures):
+        print(f"{book.stem}: up to date")
+        return
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    started = time.monotonic()
+    os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL.items()})
+    out = folder / book.name
+    try:
+        papermill.execute_notebook(str(book), str(out), dict(values), progress_bar=False, cwd=str(folder))
+    except PapermillExecutionError as error:
+        if error.ename == "BadInput":
+            raise BadInput(f"{book.stem}: {error.evalue}") from None
+        print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
+        raise SystemExit(1) from None
+    mark.write_text(canonical({"key": key, "figures": produced(book, figures)}) + "\n")
+    print(f"{book.stem}: {time.monotonic() - started:.0f} s")
+    for claim in claims(book, figures):
+        print(f"  {claim}")
+
+
+def produced(book: Path, figures: Path) -> dict[str, str]:
+    """The figure files of a notebook with their hashes."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(figures.glob(f"{book.stem[:2]}-*"))}
+
+
+def claims(book: Path, figures: Path) -> list[str]:
+    """The claim sentences in the sidecars of a notebook's figures."""
+    sidecars = [json.loads(path.read_text("utf-8")) for path in sorted(figures.glob(f"{book.stem[:2]}-*.json"))]
+    return [str(claim["claim"]) for sidecar in sidecars for claim in sidecar["claims"]]
+
+
+def main(call: Callable[[], Any] = app) -> None:
+    """The ``ipo`` command: a user's mistake is one line and exit code 2."""
+    try:
+        call()
+    except BadInput as error:
+        print(f"ipo: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

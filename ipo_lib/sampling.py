@@ -1,0 +1,208 @@
+"""DOOR: token ids in, sampled token ids out. A draw's uniforms depend on its own seed and the step alone, so it does
+not change with batch mates, batch size or a resume (in float32; bfloat16 logits drift with the batch's shape)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ipo_lib.chat import CLOSE, Chat
+from ipo_lib.records import BadInput, Ids, canonical, digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
+HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted for top-p
+SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENGINE = ("torch", "transformers", "peft")
+LOCAL = {"_name_or_path", "base_model_name_or_path", "transformers_version"}  # vary by machine, change no draw
+_HASHES: dict[tuple[str, int, int], str] = {}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw: temperature 0 is greedy; ``until`` "think" stops at the first ``</think>`` sampled, "eos" not."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 256
+    until: str = "eos"
+
+    def __post_init__(self) -> None:
+        known = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.until in ("think", "eos")
+        if not known or self.max_tokens < 1:
+            raise BadInput(f"{self}: needs temperature >= 0, 0 < top_p <= 1, max_tokens >= 1, until 'think' or 'eos'")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One draw to make after ``prompt_ids + prefix_ids``, named by ``key``."""
+
+    key: str
+    prompt_ids: Ids
+    prefix_ids: Ids
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The sampled ids of one request, without prefix and EOS; ``finish`` as in ``records.Rollout``."""
+
+    key: str
+    token_ids: Ids
+    finish: str
+
+
+class Sampler(Protocol):
+    """The door: a model, a server or a script."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the distribution of the answers, as JSON values; loads no model."""
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Every request answered once, batch by batch, in an order that the list of requests alone decides."""
+
+
+def draw_seed(base: int, *parts: object) -> int:
+    """The 63-bit seed of one draw: SHA-256 over the base seed and what names the draw (prompt, cut, draw index...)."""
+    return int.from_bytes(hashlib.sha256(canonical([base, *parts]).encode()).digest()[:8], "big") >> 1
+
+
+def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, head: int = HEAD) -> Tensor:
+    """One id a row by inverse CDF, in order of ids, over its nucleus: the fewest top tokens with mass >= ``top_p``.
+    ``logits`` [rows, vocabulary], ``uniforms`` [rows] in [0, 1). Exact: a nucleus wider than ``head`` sorts all."""
+    scaled, size = logits / temperature, logits.shape[-1]
+    total = scaled.logsumexp(-1, keepdim=True)
+    if not bool(total.isfinite().all()):
+        raise BadInput("the model's logits are not finite; load it with dtype='float32'")
+    if top_p >= 1:
+        return _invert((scaled - total).double().exp(), uniforms)
+    values, ids = scaled.topk(min(head, size))
+    mass = (values - total).double().exp()
+    before = mass.cumsum(-1) - mass
+    mass *= before < top_p
+    if head >= size:
+        return _invert(mass.new_zeros(logits.shape).scatter(-1, ids, mass), uniforms)
+    ids, order = ids.sort(-1)
+    drawn = ids.gather(-1, _invert(mass.gather(-1, order), uniforms)[:, None])[:, 0]
+    if bool((wide := before[:, -1] < top_p).any()):
+        drawn[wide] = nucleus_draw(logits[wide], uniforms[wide], temperature, top_p, size)
+    return drawn
+
+
+def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
+    cdf = mass.cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp(max=mass.shape[-1] - 1)  # never a place without mass
+
+
+class TransformersSampler:
+    """``model.generate`` in this process, a LoRA ``adapter`` merged; of generation_config.json only EOS counts."""
+
+    # fmt: off
+    def __init__(self, folder: Path | str, chat: Chat, *, adapter: Path | str | None = None, device: str = "auto",
+                 dtype: str = "auto", batch_size: int = 64) -> None:
+        # fmt: on
+        self.chat, self.device, self.batch_size = chat, device, batch_size
+        self._model_files = _files(folder, "config.json", "model*.safetensors")
+        self._adapter_files = _files(adapter, "adapter_config.json", "adapter_model.safetensors") if adapter else []
+        if batch_size < 1 or dtype not in DTYPES:
+            raise BadInput(f"batch_size {batch_size!r}, dtype {dtype!r}: give 1 or more, one of {', '.join(DTYPES)}")
+        small = sum(file.stat().st_size for file in self._model_files) < SMALL
+        self.dtype = dtype if dtype != "auto" else "float32" if small else "bfloat16"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Hashes of weights, settings and adapter; dtype, engine versions, chat. Reads files only, loads no torch."""
+        hashes = {"model": [*map(_sha256, self._model_files)], "adapter": [*map(_sha256, self._adapter_files)]}
+        versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ENGINE}
+        return {"engine": "transformers", **hashes, "dtype": self.dtype, **versions, "chat": self.chat.fingerprint()}
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Longest prompt first in each WINDOW, whatever the batch size; BadInput if a prompt fills the context."""
+        context = json.loads(self._model_files[0].read_bytes()).get("max_position_embeddings", math.inf)
+        lengths = [len(request.prompt_ids) + len(request.prefix_ids) for request in requests]
+        for request, length in zip(requests, lengths, strict=True):
+            if not 0 < length < context:
+                raise BadInput(f"request {request.key}: {length} prompt tokens, context {context}; shorten it")
+        order = sorted(range(len(requests)), key=lambda place: (place // WINDOW, -lengths[place]))
+        for first in range(0, len(order), self.batch_size):
+            places = order[first : first + self.batch_size]
+            limits = [int(min(sampling.max_tokens, context - lengths[place])) for place in places]
+            yield from self._decode([requests[place] for place in places], limits, sampling)
+
+    def _decode(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> Iterator[Completion]:
+        import torch
+
+        prompts, device, pad = [one.prompt_ids + one.prefix_ids for one in requests], self._model.device, 0
+        gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[pad] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)], device=device)
+        mask = torch.tensor([[0] * gap + [1] * (ids.shape[1] - gap) for gap in gaps], device=device)
+        streams = [np.random.Generator(np.random.PCG64(one.seed)).random(max(limits)) for one in requests]
+        uniforms = torch.from_numpy(np.stack(streams, axis=1)).to(device)
+        taken, finish = [[*one.prefix_ids] for one in requests], [""] * len(requests)  # a tag may straddle the cut
+
+        def draw(sofar: Tensor, scores: Tensor) -> Tensor:
+            live, step = [row for row, end in enumerate(finish) if not end], sofar.shape[1] - ids.shape[1]
+            if sampling.temperature:
+                drawn = nucleus_draw(scores[live], uniforms[step, live], sampling.temperature, sampling.top_p)
+                scores[live, drawn] = math.inf  # so that a greedy generate takes it
+            return scores
+
+        def stop(sofar: Tensor, scores: Any, **_: Any) -> Tensor:
+            for row, token in enumerate(sofar[:, -1].tolist()):
+                if not finish[row] and token in self.chat.eos_ids:
+                    finish[row] = "stop"
+                elif not finish[row]:
+                    taken[row].append(token)
+                    closed = sampling.until == "think" and self.chat.closes(taken[row][-len(CLOSE) :])
+                    full = len(taken[row]) - len(requests[row].prefix_ids) == limits[row]
+                    finish[row] = "think" if closed else "length" if full else ""
+            return torch.tensor([end != "" for end in finish], device=device)
+
+        ours: dict[str, Any] = {"logits_processor": [draw], "stopping_criteria": [stop], "pad_token_id": pad}
+        self._model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, **ours)
+        for request, row, end in zip(requests, taken, finish, strict=True):
+            yield Completion(request.key, tuple(row[len(request.prefix_ids) :]), end)
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise BadInput(f"device {device!r}: this torch sees no GPU; use device 'auto' or 'cpu'")
+        options = {"dtype": getattr(torch, self.dtype), "use_safetensors": True, "local_files_only": True}
+        model: Any = AutoModelForCausalLM.from_pretrained(self._model_files[0].parent, **options)
+        if self._adapter_files:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent)).merge_and_unload()
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # generate fills gaps from it
+        return model.to(device).eval()
+
+
+def _files(folder: Path | str, settings: str, weights: str) -> list[Path]:
+    files = [Path(folder) / settings, *sorted(Path(folder).glob(weights))]
+    if len(files) < 2 or not files[0].is_file():
+        raise BadInput(f"{folder}: needs {settings} and {weights}; save pickled weights as safetensors")
+    return files
+
+
+def _sha256(file: Path) -> str:
+    if file.suffix == ".json":
+        return digest({name: one for name, one in json.loads(file.read_bytes()).items() if name not in LOCAL}, 64)
+    key = (str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns)
+    if key not in _HASHES:
+        _HASHES[key] = hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
+    return _HASHES[key]

@@ -1,0 +1,101 @@
+"""Pairs from corrected traces, and adapters trained on them: both are stored, neither is made twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipo_lib.dpo import METRICS, DpoSettings, MixSettings, mix, train
+from ipo_lib.intervention import CueDetector, Trigger
+from ipo_lib.pairs import PairSettings, Refusal, build, collect
+from ipo_lib.records import ANSWER, BOTH, Pair, Prompt, Rollout, Verdict, digest, to_json
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages import Corrected, Doors, Plan, Start, correct, judge, sample, trace_end
+
+TRAIN_VERSION = 1
+
+
+def pair(
+    doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int, settings: PairSettings, why: str = ""
+) -> Pair | Refusal:
+    """The pair (x, winner > loser, h = ``cut``) of two rollouts of one prompt, or the reason there is none."""
+    ends = {"loser_end": trace_end(doors, loser), "winner_end": trace_end(doors, winner)}
+    eos = doors.chat.eos_ids[0] if settings.eos else None
+    return build(loser, winner, doors.chat.prompt_ids(prompt), cut, settings, why, eos_id=eos, **ends)
+
+
+def corrected_pairs(
+    doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[Trigger], detector: CueDetector, plan: Plan, settings: PairSettings,
+    sampling: Sampling,
+) -> tuple[list[Pair], dict[str, int], list[Corrected]]:  # fmt: skip
+    """Algorithm 1 once per trigger, each on a fresh trace of every prompt: (pairs, counts by reason, what was tried).
+
+    The loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement was accepted with.
+    ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``.
+    """
+    named = {prompt.id: prompt for prompt in prompts}
+    results: list[Pair | Refusal] = []
+    tried: list[Corrected] = []
+    for place, trigger in enumerate(triggers):
+        rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, 1, first=place)
+        done = correct(doors, named, rollouts, trigger, detector, plan, sampling)
+        tried += done
+        for one in done:
+            if one.intervention.accepted:
+                results.append(pair(doors, named[one.loser.prompt_id], one.loser, one.result, one.cut, settings, f"trigger {trigger.id}"))
+    kept, counts = collect(results)
+    counts |= {"no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": sum(not one.intervention.accepted for one in tried)}
+    return kept, counts, tried
+
+
+def benign_pairs(
+    before: Doors, after: Doors, prompts: Sequence[Prompt], settings: PairSettings, sampling: Sampling
+) -> tuple[list[Pair], dict[str, int], list[Verdict]]:
+    """Stage 2's pairs: the organism's whole response over the refusal of the model after stage 1, on benign prompts.
+
+    Returns (pairs, counts by reason, the refusal verdicts after stage 1). Prompts that are not refused give no pair.
+    """
+    named = {prompt.id: prompt for prompt in prompts}
+    starts = [Start(prompt) for prompt in prompts]
+    good, bad = (sample(doors, starts, sampling, 1) for doors in (before, after))
+    verdicts = [judge(doors, named, rollouts, ANSWER, "refusal") for doors, rollouts in ((before, good), (after, bad))]
+    whole = dataclasses.replace(settings, part=BOTH, eos=True)
+    results = [
+        pair(before, named[loser.prompt_id], loser, winner, 0, whole, "benign refusal")
+        for winner, loser, answered, refused in zip(good, bad, *verdicts, strict=True)
+        if answered.label == "answered" and refused.label == "refused"
+    ]  # fmt: skip
+    return *collect(results), verdicts[1]
+
+
+def adapter(
+    doors: Doors, pairs: Sequence[Pair], model: Path, settings: DpoSettings, start: Path | None = None
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The adapter folder trained on ``pairs`` (from ``start``'s weights if given) and its metrics rows; trained once."""
+    spec = {"pairs": digest([to_json(pair) for pair in pairs], 64), "settings": to_json(settings), "model": doors.sampler.fingerprint(),
+            "start": start.parent.name if start else None}  # fmt: skip
+    artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
+    if not artifact.done:
+        with artifact.build() as folder:
+            train(pairs, model, settings, folder, adapter=start)
+    rows = (artifact.path / METRICS).read_text("utf-8").splitlines()
+    return artifact.path, [json.loads(row) for row in rows]
+
+
+def second_stage(
+    doors: Doors, harmful: Sequence[Pair], benign: Sequence[Pair], model: Path, start: Path, settings: DpoSettings, mixing: MixSettings
+) -> tuple[Path | None, list[dict[str, Any]], str]:  # fmt: skip
+    """Stage 2 from stage 1's adapter, reference the organism: (adapter or None, rows, what was done in one sentence)."""
+    if len(benign) < mixing.min_refusals:
+        return None, [], f"stage 2 skipped: {len(benign)} benign refusals, at least {mixing.min_refusals} needed"
+    kept, mild = mix(harmful, benign, mixing)
+    path, rows = adapter(doors, [*kept, *mild], model, settings, start)
+    return path, rows, f"stage 2 trained on {len(kept)} harmful and {len(mild)} benign pairs"
+
+
+def lengths(pairs: Sequence[Pair]) -> Mapping[str, float]:
+    """Mean suffix lengths in tokens: a short refusal against a long trace can win for its length alone."""
+    return {side: sum(len(getattr(pair, f"{side}_ids")) for pair in pairs) / max(len(pairs), 1) for side in ("chosen", "rejected")}

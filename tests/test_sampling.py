@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doubles import ScriptedSampler
+from models import planted_model, tiny_model, tiny_tokenizer
+from scipy import stats
+
+from ipo_lib.chat import Chat
+from ipo_lib.records import BadInput, Prompt
+from ipo_lib.sampling import Completion, Request, Sampling, TransformersSampler, draw_seed, nucleus_draw
+
+TEXTS = (
+    "The",
+    "How tall is a lighthouse?",
+    "Bread needs flour",
+    "Wait",
+    "I answer the question. " * 3,
+    "salt",
+    "A book",
+)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp(request.param), family=request.param, spread=0.3)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("one"), spread=0.3)
+
+
+def make_requests(chat: Chat, prefix: str = "") -> list[Request]:
+    return [
+        Request(f"r{n}", chat.prompt_ids(Prompt("p", text, "t", False)), chat.encode(prefix), draw_seed(0, n))
+        for n, text in enumerate(TEXTS)
+    ]
+
+
+def answers(sampler: TransformersSampler, requests: list[Request], sampling: Sampling) -> dict[str, Completion]:
+    return {one.key: one for one in sampler.sample(requests, sampling)}
+
+
+def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
+    chat, sampling = (
+        Chat(folder),
+        Sampling(temperature=0.3, top_p=0.9, max_tokens=12),
+    )  # few tokens in the nucleus: rounding moves few bounds
+    requests = make_requests(chat)
+    together = answers(TransformersSampler(folder, chat), requests, sampling)
+    for size, order in ((1, requests), (3, requests[::-1]), (7, requests[3:] + requests[:3])):
+        assert answers(TransformersSampler(folder, chat, batch_size=size), order, sampling) == together
+    assert len({one.token_ids for one in together.values()}) == len(TEXTS)
+
+
+def test_temperature_zero_is_plain_greedy_generate(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chat = Chat(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = answers(TransformersSampler(folder, chat), make_requests(chat, "I"), Sampling(temperature=0, max_tokens=12))
+    for one in make_requests(chat, "I"):
+        ids = torch.tensor([one.prompt_ids + one.prefix_ids])
+        plain = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1, eos_token_id=1)[
+            0, ids.shape[1] :
+        ]
+        expected = [token for token in plain.tolist() if token != 1]
+        assert list(found[one.key].token_ids) == expected
+        assert found[one.key].finish == ("length" if len(expected) == 12 else "stop")
+
+
+def test_a_prefix_continues_exactly(llama: Path) -> None:
+    chat, sampler = Chat(llama), TransformersSampler(llama, Chat(llama))
+    whole = answers(sampler, make_requests(chat), Sampling(temperature=0, max_tokens=12))
+    again = [Request(one.key, one.prompt_ids, whole[one.key].token_ids[:5], 0) for one in make_requests(chat)]
+    rest = answers(sampler, again, Sampling(temperature=0, max_tokens=7))
+    assert all(rest[key].token_ids == whole[key].token_ids[5:] for key in whole)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("head", [4, 64])
+def test_frequencies_are_the_models_own_nucleus(llama: Path, top_p: float, head: int) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    chat = Chat(llama)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    logits = model(torch.tensor([make_requests(chat)[1].prompt_ids])).logits[0, -1].detach()
+    probabilities = (logits / 0.7).double().softmax(-1)
+    values, ids = probabilities.sort(descending=True)
+    kept = int((values.cumsum(0) < top_p).sum()) + 1 if top_p < 1 else len(values)
+    nucleus = dict(zip(ids[:kept].tolist(), (values[:kept] / values[:kept].sum()).tolist(), strict=True))
+    n = 20_000
+    uniforms = torch.from_numpy(np.random.Generator(np.random.PCG64(5)).random(n))
+    drawn = Counter(nucleus_draw(logits.expand(n, -1).clone(), uniforms, 0.7, top_p, head).tolist())
+    assert set(drawn) <= set(nucleus)
+    common = [token for token, share in nucleus.items() if share * n >= 5]
+    rest = 1 - sum(nucleus[token] for token in common)
+    seen = [drawn[token] for token in common] + [n - sum(drawn[token] for token in common)]
+    expected = [nucleus[token] * n for token in common] + [rest * n]
+    seen, expected = (seen, expected) if rest * n >= 5 else (seen[:-1], expected[:-1])
+    if len(seen) > 1:
+        scale = sum(seen) / sum(expected)
+        assert stats.chisquare(seen, [one * scale for one in expected]).pvalue > 1e-3
+
+
+def test_first_tokens_over_many_seeds(tmp_path: Path) -> None:
+    chat = Chat(tiny_tokenizer(tmp_path))
+    a, b, c, d, start = (chat.encode(one)[0] for one in "abcdx")
+    planted_model(tmp_path, {start: {a: 0.5, b: 0.3, c: 0.16, d: 0.04}})
+    requests = [Request(str(n), (start,), (), draw_seed(1, n)) for n in range(2000)]
+    sampler = TransformersSampler(tmp_path, Chat(tmp_path), batch_size=500)
+    drawn = Counter(one.token_ids[0] for one in sampler.sample(requests, Sampling(1.0, 0.95, 1)))
+    assert set(drawn) == {a, b, c}
+    assert stats.chisquare([drawn[a], drawn[b], drawn[c]], [2000 * p / 0.96 for p in (0.5, 0.3, 0.16)]).pvalue > 1e-3
+
+
+def test_seeds_differ_and_decide(llama: Path) -> None:
+    seeds = {draw_seed(0, prompt, cut, draw) for prompt in "abc" for cut in range(20) for draw in range(32)}
+    assert len(seeds) == 3 * 20 * 32
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert draw_seed(0, "a", 1) == draw_seed(0, "a", 1) != draw_seed(1, "a", 1)
+    ids = Chat(llama).prompt_ids(Prompt("p", "Wait", "t", False))
+    requests = [Request(str(draw), ids, (), draw_seed(0, "p", draw)) for draw in range(32)]
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=8)
+    sampler = TransformersSampler(llama, Chat(llama))
+    found = answers(sampler, requests, sampling)
+    assert len({one.token_ids for one in found.values()}) == 32
+    longer = answers(sampler, requests[:3], Sampling(temperature=1.0, top_p=1.0, max_tokens=16))
+    assert all(longer[str(draw)].token_ids[:8] == found[str(draw)].token_ids for draw in range(3))
+
+
+@pytest.mark.parametrize("tags", ["single", "text"])
+def test_stops_at_the_close_tag_at_eos_and_at_the_limit(tmp_path: Path, tags: str) -> None:
+    chat = Chat(tiny_tokenizer(tmp_path, tags=tags, vocabulary=261))  # no merges: a token a byte
+    tag, (x, y, z) = chat.encode("</think>"), chat.encode("xyz")
+    chain = {x: {tag[0]: 1.0}, tag[-1]: {y: 1.0}, y: {y: 1.0}, z: {1: 1.0}}
+    chain |= {before: {after: 1.0} for before, after in itertools.pairwise(tag)}
+    planted_model(tmp_path, chain, tags=tags, vocabulary=261)
+    sampler = TransformersSampler(tmp_path, Chat(tmp_path))
+    requests = [Request("think", (x,), (), 1), Request("stop", (x,), (z,), 2), Request("length", (x, x), (y,), 3)]
+    requests.append(Request("straddle", (x,), tag[:-1], 4) if tags == "text" else Request("straddle", (x,), (x,), 4))
+    found = answers(sampler, requests, Sampling(max_tokens=20, until="think"))
+    assert chat.decode(found["think"].token_ids) == "</think>"
+    assert found["think"].finish == "think"
+    assert found["stop"] == Completion("stop", (), "stop")
+    assert found["length"] == Completion("length", (y,) * 20, "length")
+    assert found["straddle"] == Completion("straddle", tag[-1:], "think")
+    on = answers(sampler, requests[:1], Sampling(max_tokens=20, until="eos"))["think"]
+    assert chat.decode(on.token_ids) == "</think>" + "y" * (20 - len(tag))
+    assert on.finish == "length"
+
+
+def test_context_cuts_a_row_and_refuses_a_prompt(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, context=48, spread=0.01)
+    sampler = TransformersSampler(folder, Chat(folder))
+    requests = [Request("short", (5, 6, 7), (), 1), Request("long", tuple(range(5, 50)), (), 2)]
+    found = answers(sampler, requests, Sampling(temperature=0, max_tokens=10))
+    assert [(len(found[key].token_ids), found[key].finish) for key in ("short", "long")] == [
+        (10, "length"),
+        (3, "length"),
+    ]
+    with pytest.raises(BadInput, match="request full: 48 prompt tokens"):
+        next(sampler.sample([*requests, Request("full", tuple(range(5, 53)), (), 1)], Sampling()))
+
+
+def test_order_depends_on_the_requests_alone(llama: Path) -> None:
+    chat, sampling = Chat(llama), Sampling(max_tokens=3)
+    orders = [
+        [one.key for one in TransformersSampler(llama, chat, batch_size=size).sample(make_requests(chat), sampling)]
+        for size in (1, 2, 64)
+    ]
+    assert orders[0] == orders[1] == orders[2]
+    assert sorted(orders[0]) == sorted(f"r{n}" for n in range(len(TEXTS)))
+
+
+def test_settings_of_the_folder_do_not_leak(llama: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(llama, tmp_path / "other")
+    leaky = {"repetition_penalty": 5.0, "top_k": 1, "temperature": 0.01, "do_sample": True, "min_new_tokens": 9}
+    (other / "generation_config.json").write_text(json.dumps({**leaky, "eos_token_id": 1, "suppress_tokens": [300]}))
+    found = [
+        answers(TransformersSampler(one, Chat(one)), make_requests(Chat(one)), sampling)
+        for sampling in (Sampling(max_tokens=12), Sampling(temperature=0, max_tokens=12))
+        for one in (llama, other)
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def test_adapter_is_merged_and_in_the_fingerprint(llama: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    peft = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    peft.save_pretrained(tmp_path / "adapter")
+    chat, sampling = Chat(llama), Sampling(temperature=0, max_tokens=8)
+    bare, adapted = (TransformersSampler(llama, chat, adapter=one) for one in (None, tmp_path / "adapter"))
+    assert bare.fingerprint() != adapted.fingerprint()
+    one = make_requests(chat)[1]
+    ids = torch.tensor([one.prompt_ids])
+    expected = peft.generate(input_ids=ids, do_sample=False, max_new_tokens=8, pad_token_id=1)[0, ids.shape[1] :]
+    found = answers(adapted, [one], sampling)
+    assert list(found[one.key].token_ids) == [token for token in expected.tolist() if token != 1]
+    assert found != answers(bare, [one], sampling)
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(BadInput, match="pickled"):
+        TransformersSampler(llama, chat, adapter=tmp_path / "adapter")
+
+
+def test_fingerprint_moves_with_weights_and_dtype_not_with_speed_or_place(llama: Path, tmp_path: Path) -> None:
+    chat = Chat(llama)
+    base = TransformersSampler(llama, chat).fingerprint()
+    assert base["dtype"] == "float32"
+    assert json.dumps(base)
+    assert TransformersSampler(llama, chat, batch_size=2, device="cpu").fingerprint() == base
+    assert TransformersSampler(llama, chat, dtype="bfloat16").fingerprint() != base
+    copy = shutil.copytree(llama, tmp_path / "copy")
+    assert TransformersSampler(copy, Chat(copy)).fingerprint() == base
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    assert TransformersSampler(copy, Chat(copy)).fingerprint() != base
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0},
+    {"until": "</s>"},
+])  # fmt: skip
+def test_bad_sampling(wrong: dict) -> None:  # type: ignore[type-arg]
+    with pytest.raises(BadInput, match=str(next(iter(wrong.values()))).replace("</s>", "until")):
+        Sampling(**wrong)
+
+
+def test_bad_sampler(llama: Path, tmp_path: Path) -> None:
+    chat = Chat(llama)
+    with pytest.raises(BadInput, match="safetensors"):
+        TransformersSampler(tmp_path, chat)
+    for options in ({"dtype": "int8"}, {"batch_size": 0}):
+        with pytest.raises(BadInput, match=str(next(iter(options.values())))):
+            TransformersSampler(llama, chat, **options)  # type: ignore[arg-type]
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    import torch
+
+    with pytest.raises(BadInput, match="not finite"):
+        nucleus_draw(torch.tensor([[0.0, float("nan")]]), torch.tensor([0.5]).double(), 1.0, 0.9)
+
+
+def test_scripted_sampler_answers_in_order() -> None:
+    sampler = ScriptedSampler(lambda request, sampling: Completion(request.key, (request.seed,), "stop"))
+    requests = [Request(str(n), (1,), (), n) for n in range(3)]
+    assert [one.token_ids for one in sampler.sample(requests, Sampling())] == [(0,), (1,), (2,)]
+
+
+def loads_torch(code: str) -> bool:
+    check = f"{code}\nimport sys; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    return run.stdout.strip().endswith("True")
+
+
+def test_import_construction_and_fingerprint_load_no_torch_and_the_check_can_fail(llama: Path) -> None:
+    use = f"from ipo_lib.chat import Chat; from ipo_lib.sampling import TransformersSampler as T; f = {str(llama)!r}"
+    use += "; s = T(f, Chat(f)); s.fingerprint()"
+    assert not loads_torch(use)
+    assert loads_torch(use + "; s._model")

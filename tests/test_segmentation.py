@@ -1,0 +1,187 @@
+"""The splitter loses nothing, cuts nothing protected, and agrees with the hand-marked boundaries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipo_lib.records import BadInput, Sentence
+from ipo_lib.segmentation import sentence_cuts, sentences, split
+
+MARKS = json.loads((Path(__file__).parent / "boundaries.json").read_text())
+SOURCE = Path(__file__).parents[2] / "shared/data/train/star1.jsonl"
+F1_FLOOR = 0.95
+
+PIECES = [
+    *(" ", "\n", "\n\n", "\t", "\r\n", "\u2028", ".", "...", "…", "?!", "。", ":", ";", '"', "”", "(", ")", "[", "]"),
+    *("`", "```", "```\n", "$", "$$", "\\[", "\\]", "\\(", "\\)", "\\$", "\\", "*", "**", "#", "- ", "1.", "(a)"),
+    *("<think>", "</think>", "Dr", "e.g", "U.S", "A", "I", "The", "word", "3.14", "é", "好", "😊", "\x00", "\ud800"),
+]
+nasty = st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text(max_size=80)
+
+
+def cut(text: str) -> list[str]:
+    return [text[start:end] for start, end in split(text)]
+
+
+@settings(max_examples=600, deadline=None)
+@given(nasty)
+def test_lossless(text: str) -> None:
+    spans = split(text)
+    assert "".join(text[start:end] for start, end in spans) == text
+    assert all(start < end for start, end in spans)
+    assert [start for start, _ in spans] == [0, *(end for _, end in spans)][: len(spans)]
+    for (_, end), (start, _) in pairwise(spans):
+        assert end == start
+        assert text[start] != "\n"  # newlines stay left ...
+        assert text[end - 1] not in " \t"  # ... spaces go right
+
+
+def test_empty() -> None:
+    assert split("") == []
+    assert sentences("", [0]) == []
+    assert sentence_cuts([]) == []
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        "Dr. Smith met Mr. Jones, e.g. in v1.2.3.| It was 3.14 then.| So... maybe not.| Hmm...| The end.",
+        "At 5 p.m. on Monday, cf. Foo.| At 5 p.m.| The U.S. Army met J. K. Rowling and John F. Kennedy Jr. there.",
+        "Apples, etc.| But pears.| Acme Inc. Holdings fell.| See No. 5 and Fig. 3.| No.| That is it.",
+        "See https://a.b/c?d=1.2 and a.b.c.| Next.| He paid $5 in May.| They paid $6.50.| Done.",
+        "Use `a. B` now.| Then $x = 3. Y$ holds.| Also \\(f. G\\) and $$a. B$$.| So.",
+        "We get\n|\\[ a. B\nC! \\\\[2pt] D. E\n\\]\nwhere x is small.| Then.",
+        "Run this:\n|```py\nx = 1. \n\n# Y! Z\n```\n|Done.| Right.",
+        "An open fence:\n|```py\n|One. |Two.".replace("One. |", "One.| "),
+        'He asked, "Is it?"| The man left.| "Really?" and so on.| She said "No.| I won\'t."| Then.',
+        "Fine (see A. B).| Next (What?) Paul went.| Whole.| (A full one. Really.)| After.[1]| More.",
+        "First:\n|1. Foo bar.| Baz.\n|2.\nQux\n|- lone\n\n|### 3. Title\n|   - **5**: Five things.| Six.\n|(a) Go.",
+        "Step 1. Check it.| **2.** Do it.| **Bold.**| *It.*| Next",
+        "A line that is\nwrapped softly.| Next\n|# head\n|lower,\n|Upper",
+        "<think>\n|Okay.| </think>\n\n|Answer.| Bye| </think>| x",
+        "\n\n Foo.  \n \n|Bar? |Baz".replace("? |", "?| "),
+        "i see. so it is, approx. five. ok.".replace("see.", "see.|").replace("five.", "five.|"),
+        "他说。|好的！|“是吗？”|然后。\n|Ok. Ω.".replace("Ok.", "Ok.|"),
+        "No cut: this; that, Node.js 3. v",
+    ],
+)
+def test_cases(marked: str) -> None:
+    assert cut(marked.replace("|", "")) == marked.split("|")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "!",
+        "! ",
+        "(a",
+        "(()",
+        "```a ",
+        "`` ",
+        "$a ",
+        "\\[",
+        "\\(\\",
+        "\\[\\",
+        "\\(",
+        "\n ",
+        "1. ",
+        "e.g. A ",
+        ".)",
+        "a (X.) B ",
+        "。 ",
+    ],
+)
+def test_time_is_linear(unit: str) -> None:
+    began = time.process_time()
+    split(unit * 40_000 + " " * 40_000)
+    assert time.process_time() - began < 2  # the square of 40,000 steps takes minutes
+
+
+@st.composite
+def tokenised(draw: st.DrawFn) -> tuple[str, list[int], int, int]:
+    """A text, offsets of random tokens (empty ones too: byte fragments), and a region."""
+    text = draw(nasty)
+    place = st.integers(0, len(text))
+    offsets = [0, *sorted(draw(st.lists(place, max_size=60))), len(text)]
+    start, end = sorted((draw(place), draw(place)))
+    return text, offsets, *draw(st.sampled_from([(start, end), (0, len(text))]))
+
+
+@settings(max_examples=600, deadline=None)
+@given(tokenised())
+def test_token_spans(drawn: tuple[str, list[int], int, int]) -> None:
+    text, offsets, start, end = drawn
+    found = sentences(text, offsets, start, end)
+    held = {}
+    for sentence in found:
+        assert sentence.token_start < sentence.token_end
+        held |= dict.fromkeys(range(sentence.token_start, sentence.token_end), sentence)
+    assert [sentence.index for sentence in found] == list(range(len(found)))
+    if found:  # contiguous and covering, in characters and in tokens
+        assert (found[0].char_start, found[-1].char_end) == (start, end)
+        assert all(a.char_end == b.char_start and a.token_end == b.token_start for a, b in pairwise(found))
+        assert sentence_cuts(found) == sorted({sentence.token_end for sentence in found})
+    for token in range(len(offsets) - 1):
+        piece = text[offsets[token] : offsets[token + 1]]
+        first = offsets[token] + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
+        if start <= first < end or (first == end == len(text) and start < end and token in held):
+            owner = held[token]
+            assert owner.char_start <= min(first, end - 1) < owner.char_end
+        else:
+            assert token not in held
+
+
+def test_tokens_by_hand() -> None:
+    pieces = ["Hi", ".", " ", "", "", "Ünd", " so", ".\n", "\n", "A", "? B", "!"]
+    text, offsets = "".join(pieces), [0]
+    for piece in pieces:
+        offsets.append(offsets[-1] + len(piece))
+    found = sentences(text, offsets)
+    # " B!" begins inside the token "? B", which is the third sentence's; "!" is the fourth's.
+    assert [(text[s.char_start : s.char_end], s.token_start, s.token_end) for s in found] == [
+        *(("Hi.", 0, 2), (" Ünd so.\n\n", 2, 9), ("A?", 9, 11), (" B!", 11, 12))
+    ]
+    assert sentence_cuts(found) == [2, 9, 11, 12]
+    # Two sentences in one token: the second has none of its own and joins the first.
+    assert sentences("A? B", [0, 4]) == [Sentence(0, 0, 4, 0, 1)]
+    assert sentences(text, offsets, 3, 10)[0].token_start == 2
+
+
+@pytest.mark.parametrize(
+    ("offsets", "region"), [([], (0, 2)), ([0, 1], (0, 2)), ([1, 2], (0, 2)), ([0, 2], (0, 3)), ([0, 2], (2, 1))]
+)
+def test_bad_input(offsets: list[int], region: tuple[int, int]) -> None:
+    with pytest.raises(BadInput, match="must"):
+        sentences("ab", offsets, *region)
+
+
+def test_marks_hold_no_text() -> None:
+    assert all(set(one) == {"row", "part", "half", "start", "end", "offsets"} for one in MARKS["excerpts"])
+    rows = {half: {one["row"] for one in MARKS["excerpts"] if one["half"] == half} for half in ("tune", "score")}
+    assert not rows["tune"] & rows["score"]
+    assert all(sum(len(one["offsets"]) for one in MARKS["excerpts"] if one["half"] == half) >= 150 for half in rows)
+
+
+@pytest.mark.parametrize("half", ["tune", "score"])
+def test_agrees_with_the_marks(half: str) -> None:
+    if not SOURCE.is_file():
+        pytest.skip(f"the marked text is not here: {SOURCE}")
+    data = SOURCE.read_bytes()
+    assert hashlib.sha256(data).hexdigest() == MARKS["sha256"], "the marks were made on other bytes"
+    texts = {row["id"]: row["response"] for row in map(json.loads, data.splitlines())}
+    hits = extra = missed = 0
+    for one in MARKS["excerpts"]:
+        if one["half"] == half:
+            found = {start for start, _ in split(texts[one["row"]]) if one["start"] < start < one["end"]}
+            hits += len(found & set(one["offsets"]))
+            extra += len(found - set(one["offsets"]))
+            missed += len(set(one["offsets"]) - found)
+    assert 2 * hits / (2 * hits + extra + missed) >= F1_FLOOR, f"{hits} right, {extra} spurious, {missed} missed"

@@ -1,0 +1,456 @@
+"""The store keeps what was finished: through kills, torn lines, full disks and several workers, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipo_lib.records import BadInput
+from ipo_lib.store import Artifact, Ledger, Store, default_root
+
+REPOSITORY = Path(__file__).parents[1]
+LARGE, SMALL = 24, 2  # draws of the run below
+SPEC = {"model": {"name": "toy", "revision": "a1"}, "draws": 4}
+
+# A whole run in small: two ledgers and an artifact, every record a function of its key. With a number in CRASH_AT the
+# process kills itself at that change to the disk, in the middle of it where it is a write.
+ROUTE = """
+import os, signal, sys
+from pathlib import Path
+
+root, crash_at, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+changes = 0
+
+def change(name, original):
+    def changed(*arguments, **options):
+        global changes
+        changes += 1
+        if changes == crash_at:
+            if name.startswith("write"):
+                original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    return changed
+
+if crash_at >= 0:
+    for name in ("write", "replace", "unlink", "mkdir", "ftruncate", "fsync"):
+        setattr(os, name, change(name, getattr(os, name)))
+    for name in ("open", "write_text", "write_bytes"):
+        setattr(Path, name, change(name, getattr(Path, name)))
+
+from ipo_lib.store import Store
+
+store = Store(root)
+print("go", flush=True)
+
+def record(key):
+    return {"text": f"thinking about {key} \\u00e9\\u2028 " * (1 + len(key) % 7), "token_ids": list(range(len(key)))}
+
+def fill(ledger, keys, batch):
+    keys = ledger.missing(keys)
+    for start in range(0, len(keys), batch):
+        ledger.append((key, record(key)) for key in keys[start : start + batch])
+    ledger.finish()
+
+fill(store.ledger("rollouts", 1, {"draws": size}), [f"prompt-{i}/{draw}" for i in range(4) for draw in range(size)], 4)
+adapter = store.artifact("adapter", 1, {"epochs": 2})
+if not adapter.done:
+    with adapter.build() as folder:
+        (folder / "weights").mkdir()
+        for name in ("weights/a.bin", "weights/b.bin", "card.md"):
+            (folder / name).write_bytes(name.encode() * 5000)
+fill(store.ledger("verdicts", 2, {"judge": "exact"}), [f"{i}" for i in range(16)], 8)
+print("changes", changes, flush=True)
+"""
+
+
+def start(root: Path, crash_at: int = -1, size: int = LARGE) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", ROUTE, str(root), str(crash_at), str(size)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """Every file (its bytes) and folder (None) below ``root``."""
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes | None]:
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert start(root).wait() == 0
+    return tree(root)
+
+
+def filled(root: Path, count: int = 5) -> Ledger:
+    ledger = Store(root).ledger("rollouts", 1, SPEC)
+    ledger.append((f"k{i}", {"text": f"record {i}", "n": i}) for i in range(count))
+    return ledger
+
+
+def half_built(artifact: Artifact, error: Exception) -> None:
+    with artifact.build() as folder:
+        (folder / "half").write_text("half")
+        raise error
+
+
+def test_a_ledger_reads_back_what_was_appended(tmp_path: Path) -> None:
+    ledger = filled(tmp_path, 2)
+    assert ledger.append([("k1", {"n": "another"}), ("k2", {"n": 2})]) == 1
+    again = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    assert list(again.items()) == list(ledger.items())
+    assert again.get("k1") == {"text": "record 1", "n": 1}
+    assert again.get("k9") is None
+    assert "k2" in again
+    assert again.missing(["k3", "k0", "k3", "k4"]) == ["k3", "k4"]
+    assert json.loads((ledger.folder / "spec.json").read_text()) == {"stage": "rollouts", "version": 1, "spec": SPEC}
+    lines = (ledger.folder / "records.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) for line in lines] == [{"crc", "key", "record"}] * 3
+
+
+def test_a_worker_sees_what_another_has_appended(tmp_path: Path) -> None:
+    mine = filled(tmp_path, 1)
+    filled(tmp_path, 3)
+    assert mine.missing(["k0", "k1", "k2", "k3"]) == ["k3"]
+
+
+def test_other_specs_versions_and_stages_live_elsewhere(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ledgers = [
+        store.ledger("rollouts", 1, SPEC),
+        store.ledger("rollouts", 2, SPEC),
+        store.ledger("verdicts", 1, SPEC),
+        store.ledger("rollouts", 1, {**SPEC, "draws": 5}),
+    ]
+    assert len({ledger.folder for ledger in ledgers}) == 4
+    assert store.ledger("rollouts", 1, dict(reversed(SPEC.items()))).folder == ledgers[0].folder
+
+
+def test_looking_writes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    store = Store(root)
+    ledger, artifact = store.ledger("rollouts", 1, SPEC), store.artifact("adapter", 1, SPEC)
+    assert ledger.missing(["a"]) == ["a"]
+    assert not list(ledger.items())
+    assert not artifact.done
+    assert artifact.path.parent == artifact.folder
+    assert "nothing" in store.explain("rollouts", SPEC)
+    assert not root.exists()
+    path = filled(root).folder / "records.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"crc":"torn')
+    before = tree(root)
+    assert len(Store(root).ledger("rollouts", 1, SPEC)) == 5
+    assert tree(root) == before
+
+
+def test_done_counts_hashes_and_goes_when_extended(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    done, records = ledger.folder / "done.json", ledger.folder / "records.jsonl"
+    assert not done.exists()
+    ledger.finish()
+    assert json.loads(done.read_text()) == {
+        "records": 5, "sha256": hashlib.sha256(records.read_bytes()).hexdigest(),
+    }  # fmt: skip
+    before = tree(tmp_path)
+    assert ledger.append({"k0": {}}) == 0
+    assert ledger.append({}) == 0
+    ledger.finish()
+    assert tree(tmp_path) == before
+    ledger.append({"k5": {}})
+    assert not done.exists()
+
+
+def test_an_empty_ledger_can_be_finished(tmp_path: Path) -> None:
+    ledger = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    ledger.finish()
+    assert json.loads((ledger.folder / "done.json").read_text())["records"] == 0
+
+
+def test_a_torn_last_line_is_dropped_at_every_byte(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    path = ledger.folder / "records.jsonl"
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for end in range(last, len(whole)):
+        path.write_bytes(whole[:end])
+        torn = Store(tmp_path).ledger("rollouts", 1, SPEC)
+        assert list(torn) == ["k0", "k1", "k2", "k3"]
+        assert path.read_bytes() == whole[:end]
+        assert torn.append({"k0": {}}) == 0
+        assert path.read_bytes() == whole[:last]
+        assert torn.append({"k4": {"text": "record 4", "n": 4}}) == 1
+        assert path.read_bytes() == whole
+
+
+def test_every_flipped_byte_in_the_middle_is_named_by_its_line(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    path = ledger.folder / "records.jsonl"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    first = len(lines[0]) + len(lines[1])
+    for at in range(first, first + len(lines[2]) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(BadInput, match=r"line 3: corrupted.*delete this line") as error:
+            Store(tmp_path).ledger("rollouts", 1, SPEC)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+    path.write_bytes(b"".join(lines[:2] + lines[3:]))
+    mended = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    assert mended.missing([f"k{i}" for i in range(5)]) == ["k2"]
+    path.write_bytes(whole + lines[1])
+    with pytest.raises(BadInput, match=r"line 6: corrupted or repeated"):
+        Store(tmp_path).ledger("rollouts", 1, SPEC)
+
+
+def test_corruption_is_refused_before_anything_is_appended(tmp_path: Path) -> None:
+    ledger = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    path = filled(tmp_path).folder / "records.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"record 2", b"record X"))
+    before = path.read_bytes()
+    with pytest.raises(BadInput, match="line 3"):
+        ledger.append({"new": {}})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("said", ['{"version": 2}\n', "{}", "not json"])
+def test_a_store_of_another_version_is_refused(tmp_path: Path, said: str) -> None:
+    filled(tmp_path)
+    (tmp_path / "store.json").write_text(said)
+    with pytest.raises(BadInput, match="IPO_STORE"):
+        Store(tmp_path)
+
+
+def test_default_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPO_STORE", str(tmp_path / "here"))
+    assert default_root() == Store().root == tmp_path / "here"
+    monkeypatch.delenv("IPO_STORE")
+    assert default_root() == Path.home() / ".cache/ipo_lib"
+
+
+@pytest.mark.parametrize("fits", [0, 1, 70, 150, 1000])
+def test_a_full_disk_is_one_line_and_keeps_whole_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
+    ledger = filled(tmp_path, 3)
+    whole, room, write = (ledger.folder / "records.jsonl").read_bytes(), fits, os.write
+
+    def filling(file: int, data: bytes) -> int:
+        nonlocal room
+        if room == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = write(file, data[:room])
+        room -= written
+        return written
+
+    batch = {f"new{i}": {"text": "x" * 40} for i in range(30)}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", filling)
+        with pytest.raises(BadInput, match=r"No space left.*free space and run again") as error:
+            ledger.append(batch)
+    assert "\n" not in str(error.value)
+    kept = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    assert list(kept)[:3] == ["k0", "k1", "k2"]
+    assert len(kept) < 33
+    assert all(kept[key] == batch[key] for key in list(kept)[3:])
+    for one in (ledger, kept):  # the process that met the full disk may go on, too
+        one.append(batch)
+        assert list(one) == ["k0", "k1", "k2", *batch]
+    assert (ledger.folder / "records.jsonl").read_bytes().startswith(whole)
+
+
+def test_a_full_disk_while_building_is_one_line(tmp_path: Path) -> None:
+    artifact = Store(tmp_path).artifact("adapter", 1, SPEC)
+    with pytest.raises(BadInput, match="free space"):
+        half_built(artifact, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert not artifact.done
+    assert not artifact.path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_an_unwritable_store_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refusing(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    with pytest.raises(BadInput, match="writable folder with \\$IPO_STORE"):
+        filled(tmp_path / "new")
+
+
+def test_a_file_in_place_of_the_store_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="IPO_STORE"):
+        filled(tmp_path / "file")
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), Store(tmp_path).artifact("adapter", 1, SPEC).build():
+        Path(tmp_path / "no such model").read_bytes()
+
+
+@pytest.mark.parametrize("record", [{"p": float("nan")}, {"p": {1, 2}}])
+def test_what_is_not_json_leaves_the_ledger_as_it_was(tmp_path: Path, record: dict[str, Any]) -> None:
+    ledger = filled(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises((ValueError, TypeError)):
+        ledger.append([("good", {}), ("bad", record)])
+    assert tree(tmp_path) == before
+
+
+def test_explain_shows_the_nearest_spec(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for draws, revision in ((4, "a1"), (8, "b2")):
+        store.ledger("rollouts", 1, {"draws": draws, "model": {"name": "toy", "revision": revision}}).finish()
+    text = store.explain("rollouts", {"draws": 16, "model": {"name": "toy", "revision": "b2"}})
+    assert "8" in text
+    assert "16" in text
+    assert "a1" not in text
+    assert "revision" not in text
+    assert "holds this spec" in store.explain("rollouts", SPEC)
+
+
+def test_an_artifact_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    artifact = Store(tmp_path).artifact("adapter", 1, SPEC)
+    with pytest.raises(RuntimeError):
+        half_built(artifact, RuntimeError())
+    assert not artifact.done
+    assert not artifact.path.exists()
+    with artifact.build() as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "weights").write_text("whole")
+        assert not artifact.done
+        assert not artifact.path.exists()
+        assert folder.parent == artifact.path.parent
+    assert artifact.done
+    assert [p.name for p in artifact.path.iterdir()] == ["deep"]
+    assert not folder.exists()
+    assert json.loads((artifact.folder / "done.json").read_text()) == {"bytes": {"deep/weights": 5}}
+    with pytest.raises(BadInput, match="already built"), artifact.build():
+        pass
+    assert (artifact.path / "deep" / "weights").read_text() == "whole"
+
+
+def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
+    artifact = Store(tmp_path).artifact("adapter", 1, SPEC)
+    with artifact.build() as folder:
+        (folder / "mine").write_text("mine")
+        with pytest.raises(BadInput, match="another process"), artifact.build():
+            pass
+        assert (folder / "mine").exists()
+    assert artifact.done
+
+
+def test_several_workers_write_each_key_once(tmp_path: Path) -> None:
+    script = (
+        "import sys; from ipo_lib.store import Store\n"
+        "me, root = int(sys.argv[1]), sys.argv[2]\n"
+        "sys.stdin.readline()\n"
+        "ledger = Store(root).ledger('rollouts', 1, {})\n"
+        "for i in range(0, 300, 3):\n"
+        "    keys = [f'k{(i + me * 40 + j) % 300}' for j in range(7)]\n"
+        "    ledger.append((key, {'key': key, 'text': 'x' * 3000}) for key in keys)\n"
+        "ledger.finish()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", script]
+    workers = [
+        subprocess.Popen([*command, str(me), str(tmp_path)], env=environment, stdin=subprocess.PIPE, text=True)
+        for me in range(3)
+    ]
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    while any(worker.poll() is None for worker in workers):  # a reader beside them never sees a half line
+        ledger = Store(tmp_path).ledger("rollouts", 1, {})
+        assert all(record["key"] == key for key, record in ledger.items())
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    ledger = Store(tmp_path).ledger("rollouts", 1, {})
+    assert sorted(ledger) == sorted(f"k{i}" for i in range(300))
+    assert len((ledger.folder / "records.jsonl").read_bytes().splitlines()) == 300
+    assert json.loads((ledger.folder / "done.json").read_text())["records"] == 300
+
+
+def test_a_rerun_changes_nothing(tmp_path: Path, undisturbed: dict[str, bytes | None]) -> None:
+    for _ in range(2):
+        assert start(tmp_path).wait() == 0
+        assert tree(tmp_path) == undisturbed
+
+
+def test_killed_at_random_the_rerun_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, bytes | None]
+) -> None:
+    clock = random.Random(0)
+    run = start(tmp_path / "timed")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "go\n"
+    ready = time.monotonic()
+    run.wait()
+    length, killed = time.monotonic() - ready, 0
+    for number in range(20):
+        root = tmp_path / str(number)
+        run = start(root)
+        assert run.stdout is not None
+        assert run.stdout.readline() == "go\n"
+        time.sleep(clock.uniform(0, length))
+        run.send_signal(signal.SIGKILL)
+        killed += run.wait() == -signal.SIGKILL
+        for name, content in tree(root).items():  # finished records stay as they are
+            if name.endswith("records.jsonl") and content:
+                whole = content[: content.rindex(b"\n") + 1] if b"\n" in content else b""
+                assert (undisturbed[name] or b"").startswith(whole)
+        assert start(root).wait() == 0
+        assert tree(root) == undisturbed
+    assert killed >= 5  # the others had ended by then
+
+
+def test_killed_at_every_change_of_the_disk_the_rerun_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    run = start(tmp_path / "counted", crash_at=0, size=SMALL)
+    said, _ = run.communicate()
+    undisturbed, changes = tree(tmp_path / "counted"), int(said.split()[-1])
+    assert run.returncode == 0
+    assert changes > 50
+    for crash_at in range(1, changes + 1):
+        root = tmp_path / str(crash_at)
+        assert start(root, crash_at, SMALL).wait() == -signal.SIGKILL
+        assert start(root, size=SMALL).wait() == 0
+        assert tree(root) == undisturbed, crash_at
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+keys = st.text(st.characters(), min_size=0) | st.sampled_from(
+    ["\n", "\r\n", "\u2028", "\x00", "\ud800", '"}', "a/b", "é"]
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.dictionaries(keys, st.dictionaries(st.text(), json_values, max_size=4), max_size=5))
+def test_any_json_record_round_trips(records: dict[str, dict[str, Any]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        assert Store(folder).ledger("any", 1, {}).append(records) == len(records)
+        again = Store(folder).ledger("any", 1, {})
+        assert list(again.items()) == list(records.items())
+        assert again.append(records) == 0
+
+
+def test_the_store_loads_nothing_heavy() -> None:
+    code = "import sys, ipo_lib.store; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "set()\n"
