@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import codecs
 import datetime
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,34 @@ _BYTE |= {chr(byte): byte for byte in _SHOWN}
 
 class Chat:
     """How one model folder is spoken to: its chat template, ``prefill`` after the generation prompt, a ``system`` turn.
-    BadInput when the folder has no byte-level tokenizer, chat template or EOS, or if something given is lost."""
+    BadInput when the folder lacks a byte-level tokenizer, chat template or EOS, is corrupt, or loses what is given."""
 
     def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None) -> None:
         self.folder, self.prefill, self.system = Path(folder), prefill, system
-        file, jinja = self.folder / "tokenizer.json", self.folder / "chat_template.jinja"
-        _require(file.is_file(), f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)")
-        self._tokenizer, self._tokens = Tokenizer.from_file(str(file)), dict[int, bytes]()
+        self._tokenizer, self._tokens = _parsed(self.folder / "tokenizer.json", Tokenizer.from_str), dict[int, bytes]()
+        _require(self._tokenizer, f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         exact = "ByteLevel" in str(self._tokenizer.decoder)
         _require(exact, f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model")
-        settings = self._json("tokenizer_config.json")
-        tokens = {
-            name: one for name, one in settings.items() if name.endswith("_token") and isinstance(one, (str, dict))
-        }
-        self._special = {name: one["content"] if isinstance(one, dict) else one for name, one in tokens.items()}
-        found = [self._json(name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        settings = _parsed(self.folder / "tokenizer_config.json")
+        named = {key: one for key, one in settings.items() if key.endswith("_token") and isinstance(one, (str, dict))}
+        self._special = {key: one if isinstance(one, str) else one["content"] for key, one in named.items()}
+        found = [_parsed(self.folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
         found.append(self._tokenizer.token_to_id(self._special.get("eos_token", "")))
         ends = {one for value in found for one in (value if isinstance(value, list) else [value]) if one is not None}
         self.eos_ids: Ids = tuple(sorted(ends))  # chat models often end a turn with another token than a document
         _require(ends, f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json")
-        template = jinja.read_text(encoding="utf-8") if jinja.is_file() else settings.get("chat_template") or ""
-        named = template if isinstance(template, list) else [{"name": "default", "template": template}]
-        self._template = next((str(one["template"]) for one in named if one["name"] == "default"), "")
+        template = _parsed(self.folder / "chat_template.jinja", str) or settings.get("chat_template") or ""
+        templates = template if isinstance(template, list) else [{"name": "default", "template": template}]
+        self._template = next((str(one["template"]) for one in templates if one["name"] == "default"), "")
         _require(self._template, f"{folder}: no chat template; add chat_template.jinja or use an instruct model")
         self.opened = self._check()
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the ids of a prompt and where an answer ends, as plain JSON values."""
         files = {"tokenizer": (self.folder / "tokenizer.json").read_bytes(), "template": self._template.encode()}
-        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        hashes = {name: sha256(content).hexdigest() for name, content in files.items()}
         given = {"prefill": self.prefill, "system": self.system, "date": TEMPLATE_DATE.isoformat()}
         return {**hashes, **given, "special": self._special, "eos": list(self.eos_ids)}
 
@@ -95,9 +92,6 @@ class Chat:
             self._tokens[token] = bytes(_BYTE[char] for char in piece) if plain else piece.encode()
         return self._tokens[token]
 
-    def _json(self, name: str) -> dict[str, Any]:
-        return dict(json.loads(file.read_bytes())) if (file := self.folder / name).is_file() else {}
-
     def _render(self, text: str) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template as compiled  # sandboxed, cached
 
@@ -125,6 +119,13 @@ def _require(given: object, message: str) -> None:
         raise BadInput(message)
 
 
+def _parsed(file: Path, parse: Callable[[str], Any] = lambda text: {**json.loads(text)}) -> Any:
+    try:
+        return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise BadInput(f"{file}: corrupt or unreadable ({error}); put an intact copy there") from error
+
+
 @dataclass(frozen=True)
 class Parts:
     """Character spans, None where there is nothing to read; ``closed``: no trace is left open; flags are of FLAGS."""
@@ -139,15 +140,14 @@ def split(text: str, opened: bool) -> Parts:
     """Trace and answer of a rollout's text, split at the first ``</think>``; ``opened``: the prompt opened it."""
     head, close, tail = text.partition(CLOSE)
     before, tag, inside = head.partition(OPEN)
-    trace = (len(head) - len(inside) if tag and not (opened and before.strip()) else 0, len(head))
-    answer = (len(text) - len(tail), len(text))
-    if not (opened or tag or close):
-        trace, answer = (0, 0), (0, len(text))
+    plain = not (opened or tag or close)
+    start = len(head) - len(inside) if tag and not (opened and before.strip()) else 0
+    spans = (start, 0 if plain else len(head)), (0 if plain else len(text) - len(tail), len(text))
+    reasoning, answer = (one if text[slice(*one)].strip() else None for one in spans)
     doubled = text.count(OPEN) + opened > 1 or text.count(CLOSE) > 1
     preamble, unopened = not opened and tag and before.strip(), close and not (opened or tag)
     flags = tuple(name for name, on in zip(FLAGS, (doubled, preamble, unopened), strict=True) if on)
-    spans = [one if text[slice(*one)].strip() else None for one in (trace, answer)]
-    return Parts(spans[0], spans[1], bool(close) or not (opened or tag), flags)
+    return Parts(reasoning, answer, bool(close) or plain, flags)
 
 
 def part_text(rollout: Rollout, part: str, opened: bool, offsets: Sequence[int] = ()) -> str | None:

@@ -35,6 +35,11 @@ class EvaluationSettings:
     capability: tuple[str, ...] = ()
     draws: int = 4
 
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return (*self.harmful, *self.benign, *self.capability)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -50,7 +55,7 @@ class Measured:
     @property
     def rate(self) -> Interval:
         """The pooled rate with its interval over prompts."""
-        return pooled_rate([pair for pair in self.counts.values() if pair[1]])
+        return pooled_rate(list(self.counts.values()))
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -64,7 +69,11 @@ def evaluate(
 ) -> list[Measured]:
     """Sample every set to the end of the answer and measure it. Sets not named in the settings are left alone."""
     found = []
-    plan = [(settings.harmful, (TRACE_HARM, ANSWER_HARM)), (settings.benign, (REFUSED, ANSWERED)), (settings.capability, (CORRECT,))]
+    plan = [
+        (settings.harmful, (TRACE_HARM, ANSWER_HARM)),
+        (settings.benign, (REFUSED, ANSWERED)),
+        (settings.capability, (CORRECT,)),
+    ]
     for names, measures in plan:
         for name in names:
             prompts = {prompt.id: prompt for prompt in sets[name]}
@@ -79,38 +88,31 @@ def evaluate(
 
 
 def table(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One row per set and measure: rate in [0, 1] with interval, n, coverage, bounds, truncated share."""
+    """One row per set and measure: rate in [0, 1] with interval, coverage, bounds, truncated share."""
     rows = []
     for one in measured:
-        rate, (low, high) = one.rate, one.bounds
-        total = max(one.total, 1)
-        rows.append(
-            {"set": one.set, "measure": one.measure, "rate": rate.value, "low": rate.low, "high": rate.high, "prompts": len(one.counts),
-             "rollouts": one.total, "coverage": 1 - one.unknown / total, "at least": low, "at most": high,
-             "truncated": one.truncated / total}
-        )  # fmt: skip
+        rate, (low, high), total = one.rate, one.bounds, max(one.total, 1)
+        values = {"rate": rate.value, "low": rate.low, "high": rate.high, "prompts": rate.n, "rollouts": one.total}
+        shares = {"coverage": 1 - one.unknown / total, "at least": low, "at most": high, "truncated": one.truncated / total}
+        rows.append({"set": one.set, "measure": one.measure, **values, **shares})
     return rows
 
 
 def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One row per set and measure: before, after, and the paired difference (after - before) with its interval."""
+    """One row per set and measure: before, after and the paired difference (after - before), each with its interval."""
     rows = []
     for old, new in zip(before, after, strict=True):
-        change = difference([old], [new])
-        rows.append(
-            {"set": old.set, "measure": old.measure, "before": old.rate.value, "after": new.rate.value, "after low": new.rate.low,
-             "after high": new.rate.high, "difference": change.value, "low": change.low, "high": change.high, "n": change.n}
-        )  # fmt: skip
+        row: dict[str, Any] = {"set": old.set, "measure": old.measure}
+        for name, one in (("before", old.rate), ("after", new.rate), ("difference", difference([old], [new]))):
+            row |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
+        rows.append(row)
     return rows
 
 
 def difference(before: Sequence[Measured], after: Sequence[Measured]) -> Interval:
-    """The paired difference (after - before) over all prompts of the given measures; prompts unjudged on a side are left out."""
-    pairs = []
-    for old, new in zip(before, after, strict=True):
-        both = [prompt for prompt in old.counts if old.counts[prompt][1] and new.counts.get(prompt, (0, 0))[1]]
-        pairs += [(old.counts[prompt], new.counts[prompt]) for prompt in both]
-    return paired_difference([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    """The paired difference (after - before) over the prompts of all given measures that were judged on both sides."""
+    pairs = [(old.counts[prompt], new.counts[prompt]) for old, new in zip(before, after, strict=True) for prompt in old.counts]
+    return paired_difference([old for old, _ in pairs], [new for _, new in pairs])
 
 
 def pick(measured: Sequence[Measured], measure: str) -> list[Measured]:
@@ -120,4 +122,4 @@ def pick(measured: Sequence[Measured], measure: str) -> list[Measured]:
 
 def pooled(measured: Sequence[Measured]) -> Interval:
     """The rate over all prompts of several sets."""
-    return pooled_rate([pair for one in measured for pair in one.counts.values() if pair[1]])
+    return pooled_rate([counts for one in measured for counts in one.counts.values()])

@@ -10,8 +10,19 @@ from ipo_lib.intervention import CueDetector, LexiconCues, Trigger, choose, mine
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
-    Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, texts, trace_sentences, turning_points,
-)  # fmt: skip
+    Case,
+    Doors,
+    Plan,
+    cues,
+    intervene,
+    judge,
+    measure_csr,
+    mixed,
+    some,
+    texts,
+    trace_sentences,
+    turning_points,
+)
 
 MEMBERS = 3  # triggers tried of each cluster
 
@@ -24,9 +35,15 @@ def learn_lexicon(doors: Doors, rollouts: Sequence[Rollout], verdicts: Sequence[
 
 
 def mine_pool(
-    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], detector: CueDetector,
-    settings: CsrSettings, plan: Plan, sampling: Sampling,
-) -> tuple[list[Trigger], list[Trigger]]:  # fmt: skip
+    doors: Doors,
+    prompts: Mapping[str, Prompt],
+    rollouts: Sequence[Rollout],
+    verdicts: Sequence[Verdict],
+    detector: CueDetector,
+    settings: CsrSettings,
+    plan: Plan,
+    sampling: Sampling,
+) -> tuple[list[Trigger], list[Trigger]]:
     """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split.
 
     Sentences at the safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster
@@ -42,7 +59,11 @@ def mine_pool(
         raise BadInput(f"no trigger: none of {len(safe)} safe traces has a safe turning point; raise plan.traces or plan.draws")
     unsafe = some([r for r in rollouts if labels[r.id] == UNSAFE], plan.traces, doors.seed)
     cue = cues(doors, prompts, unsafe, detector)
-    tried = [trigger for _, members in groupby(sorted(pool, key=lambda t: t.cluster), lambda t: t.cluster) for trigger in list(members)[:MEMBERS]]
+    tried = [
+        trigger
+        for _, members in groupby(sorted(pool, key=lambda t: t.cluster), lambda t: t.cluster)
+        for trigger in list(members)[:MEMBERS]
+    ]
     tried = [trigger for trigger in tried if trigger.cluster < 2 * plan.pool]
     cases = [Case(r, at, trigger.id, trigger.text) for trigger in tried for r in unsafe if (at := cue[r.id]) is not None]
     results = intervene(doors, prompts, cases, sampling)

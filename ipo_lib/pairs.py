@@ -1,12 +1,11 @@
 """Preference pairs of Eq. 4: two suffixes after one prefix, in token ids, or a refusal that says why there is none.
 
 A pair is (x, chosen > rejected, h): ``prompt_ids`` are the chat prompt and the ``h`` response tokens both sides share,
-so a trainer that scores completion tokens only scores exactly z^{>=h}. Natural pairs are the case ``h = 0``.
-"""
+so a trainer that scores completion tokens only scores exactly z^{>=h}. Natural pairs are the case ``h = 0``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ipo_lib.records import BOTH, TRACE, BadInput, Ids, Pair, Rollout, digest
@@ -33,41 +32,25 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a loser gave no pair; ``reason`` is one of ``REASONS``. ``unjudged`` is the caller's to give."""
+    """Why a loser gave no pair: one of ``REASONS``, of which ``unjudged`` is the caller's to give."""
 
     rollout_id: str
     reason: str
 
-    def __post_init__(self) -> None:
-        if self.reason not in REASONS:
-            raise BadInput(f"pairs: unknown reason {self.reason!r}; known: {', '.join(REASONS)}")
 
-
-def build(  # noqa: PLR0917 -- the six that make a pair, in the order of Eq. 4
-    loser: Rollout,
-    winner: Rollout,
-    prompt_ids: Ids,
-    cut: int,
-    settings: PairSettings,
-    why: str,
-    *,
-    loser_end: int | None,
-    winner_end: int | None,
-    eos_id: int | None = None,
-    edges: Collection[int] | None = None,
-) -> Pair | Refusal:
+def build(
+    loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: PairSettings, why: str, *,
+    loser_end: int | None, winner_end: int | None, eos_id: int | None = None,
+) -> Pair | Refusal:  # fmt: skip
     """The pair (x, winner > loser, h = ``cut``) of Eq. 4, or the reason there is none.
-
-    ``loser_end`` and ``winner_end`` count the response tokens through the one that completes ``</think>``; None means
-    the trace was not closed. They matter for part ``trace`` only. ``edges``, if given, are the cuts allowed (sentence
-    ends of the loser). An EOS is appended only where the suffix runs to the point where the model itself stopped.
-    Raises BadInput on rollouts of two prompts, an end outside its rollout, or an EOS wanted without ``eos_id``.
-    """
+    ``loser_end`` and ``winner_end`` (part ``trace``) count the response tokens through the one that completes
+    ``</think>``; None: the trace is not closed. An EOS is appended only where the suffix runs to the point where the
+    model itself stopped. BadInput: rollouts of two prompts, an end outside its rollout, an EOS without ``eos_id``."""
     if loser.prompt_id != winner.prompt_id:
         raise BadInput(f"pairs: {loser.id} and {winner.id} answer different prompts; pair rollouts of one prompt")
     if settings.eos and eos_id is None:
         raise BadInput("pairs: eos is on but no eos_id was given; pass one of chat.eos_ids")
-    if not 0 <= cut <= min(len(loser.token_ids), len(winner.token_ids)) or (edges is not None and cut not in edges):
+    if not 0 <= cut <= min(len(loser.token_ids), len(winner.token_ids)):
         return Refusal(loser.id, OFF_EDGE)
     if loser.token_ids[:cut] != winner.token_ids[:cut]:
         return Refusal(loser.id, PREFIX_DIFFERS)

@@ -16,20 +16,34 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Rows = Sequence[Mapping[str, Any]]
 COLUMN = (3.4, 2.4)  # inches: one column of a two-column paper
-SAFE_COLOUR, UNSAFE_COLOUR, NEUTRAL_COLOUR, BEFORE_COLOUR, AFTER_COLOUR = "#0072B2", "#D55E00", "#999999", "#999999", "#009E73"
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe-Ito: safe for colour-blind readers
+SAFE_COLOUR, UNSAFE_COLOUR, NEUTRAL_COLOUR, AFTER_COLOUR = "#0072B2", "#D55E00", "#777777", "#009E73"
+SERIES = (SAFE_COLOUR, UNSAFE_COLOUR, AFTER_COLOUR, "#CC79A7", "#E69F00")  # Okabe-Ito: safe for colour-blind readers
+SHIFT = 0.16  # how far two points of one row stand apart
 STYLE = {
-    "font.size": 8, "axes.labelsize": 8, "axes.titlesize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7,
-    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42, "savefig.dpi": 200, "lines.linewidth": 1.2, "axes.linewidth": 0.6,
-}  # fmt: skip
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "pdf.fonttype": 42,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "lines.linewidth": 1.2,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+}
 ORIGINS = ("calibrated", "emergent")
 LOG2, LOG2_TOLERANCE = math.log(2), 1e-3  # the first DPO loss, before any step
 
 
 def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure, Any]:
-    """An empty figure of ``width`` columns in the house style, and its Axes (an array when there are several)."""
+    """An empty figure in the house style, ``width`` paper columns a panel, and its Axes (an array of several)."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -37,58 +51,56 @@ def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure,
     return plt.subplots(rows, columns, figsize=(COLUMN[0] * width * columns, COLUMN[1] * rows))
 
 
-def csr_curve(rows: Sequence[Mapping[str, Any]], ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "") -> Axes:
+def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "") -> Axes:
     """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band."""
     known = [row for row in rows if row["n"]]
-    cuts = [row["cut"] for row in known]
-    ax.fill_between(cuts, [row["low"] for row in known], [row["high"] for row in known], color=colour, alpha=0.18, linewidth=0)
-    ax.plot(cuts, [row["s"] for row in known], color=colour, marker="o", markersize=2.5)
-    if label and cuts:
-        ax.annotate(label, (cuts[-1], known[-1]["s"]), xytext=(4, 0), textcoords="offset points", color=colour, va="center", fontsize=7)
+    cut, s, low, high = ([row[name] for row in known] for name in ("cut", "s", "low", "high"))
+    ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
+    ax.plot(cut, s, color=colour, marker="o", markersize=2.5, label=label)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
+    ax.legend(loc="best")
     return ax
 
 
-def rates(rows: Sequence[tuple[str, Interval]], ax: Axes, *, unit: str = "harmful traces (%)", colour: str = SAFE_COLOUR) -> Axes:
+def rates(rows: Sequence[tuple[str, Interval]], ax: Axes, *, unit: str) -> Axes:
     """Named rates as points with their intervals, top to bottom in the given order."""
-    names = [name for name, _ in rows]
     for place, (_, rate) in enumerate(rows):
-        if not math.isnan(rate.value):
-            ax.plot([100 * rate.low, 100 * rate.high], [place, place], color=colour)
-            ax.plot(100 * rate.value, place, "o", color=colour, markersize=4)
+        ax.plot([100 * rate.low, 100 * rate.high], [place, place], color=SAFE_COLOUR)
+        ax.plot(100 * rate.value, place, "o", color=SAFE_COLOUR, markersize=4)
+    _rows(ax, [name for name, _ in rows], unit)
+    return ax
+
+
+def before_after(rows: Rows, ax: Axes, *, names: tuple[str, str] = ("before", "after")) -> Axes:
+    """``evaluation.compare`` rows: before and after, one above the other, each with its interval."""
+    sides = zip(("before", "after"), (-SHIFT, SHIFT), (NEUTRAL_COLOUR, AFTER_COLOUR), names, strict=True)
+    for side, shift, colour, name in sides:
+        for place, row in enumerate(rows):
+            ax.plot([100 * row[f"{side} low"], 100 * row[f"{side} high"]], [place + shift] * 2, color=colour)
+            ax.plot(100 * row[side], place + shift, "o", color=colour, markersize=3.5, label=name if not place else None)
+    _rows(ax, [f"{row['set']}: {row['measure']}" for row in rows], "share of responses (%)")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handletextpad=0.1)
+    return ax
+
+
+def _rows(ax: Axes, names: Sequence[str], unit: str) -> None:
+    """Names down the side, percent along the bottom."""
     ax.set(xlabel=unit, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103))
-    return ax
 
 
-def before_after(rows: Sequence[Mapping[str, Any]], ax: Axes, *, names: tuple[str, str] = ("before", "after")) -> Axes:
-    """``evaluation.compare`` rows: before and after side by side; the interval drawn is that of the after rate."""
-    for place, row in enumerate(rows):
-        values = [100 * row["before"], 100 * row["after"]]
-        ax.plot(values, [place, place], color=NEUTRAL_COLOUR, linewidth=0.8, zorder=1)
-        ax.plot([100 * row["after low"], 100 * row["after high"]], [place, place], color=AFTER_COLOUR, linewidth=2.5, alpha=0.4)
-        for value, colour, name in zip(values, (BEFORE_COLOUR, AFTER_COLOUR), names, strict=True):
-            ax.plot(value, place, "o", color=colour, markersize=4.5, label=name if place == 0 else None, zorder=2)
-    labels = [f"{row['set']}: {row['measure']}" for row in rows]
-    ax.set(xlabel="share of responses (%)", yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5), xlim=(-3, 103))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.4, 1.16), ncols=2, handletextpad=0.1)
-    return ax
-
-
-def training(rows: Sequence[Mapping[str, float]], ax: Axes, *, names: Sequence[str], unit: str) -> Axes:
-    """Training metrics against the step, each labelled at its end."""
-    for colour, name in zip(SERIES, names, strict=False):
-        found = [(row["step"], row[name]) for row in rows if name in row]
-        if found:
-            ax.plot(*zip(*found, strict=True), color=colour)
-            ax.annotate(name, found[-1], xytext=(3, 0), textcoords="offset points", color=colour, fontsize=6, va="center")
+def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Axes:
+    """Training metrics (column -> label) against the step."""
+    for colour, (name, label) in zip(SERIES, names.items(), strict=False):
+        ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=colour, label=label)
     ax.set(xlabel="step", ylabel=unit)
-    ax.margins(x=0.28)
+    ax.legend(loc="best")
     return ax
 
 
-def show(rollout: Rollout, spans: Sequence[Sentence], values: Sequence[float | None], *, marks: Mapping[int, str] | None = None,
-         reveal: bool = False) -> Any:  # fmt: skip
-    """A trace as coloured text: each sentence tinted by its value (1 safe, 0 unsafe, None grey), ``marks`` named in front.
+def show(
+    rollout: Rollout, spans: Sequence[Sentence], values: Sequence[float | None], *, marks: Mapping[int, str], reveal: bool = False
+) -> Any:
+    """A trace as coloured text: each sentence tinted by its value (1 safe, 0 unsafe, None grey), ``marks`` in front.
 
     Words are blacked out unless ``reveal``. Returns IPython HTML.
     """
@@ -96,44 +108,44 @@ def show(rollout: Rollout, spans: Sequence[Sentence], values: Sequence[float | N
 
     pieces = []
     for span, value in zip(spans, values, strict=True):
-        text = rollout.text[span.char_start : span.char_end]
-        shown = html.escape(text if reveal else redact(text))
-        mark = f"<b>[{html.escape(marks[span.index])}]</b> " if marks and span.index in marks else ""
-        title = "not measured" if value is None or math.isnan(value) else f"S = {value:.2f}"
-        pieces.append(f'<span title="{title}" style="background:{tint(value)}">{mark}{shown}</span>')
-    return HTML(f'<div style="line-height:1.7;max-width:46em">{" ".join(pieces)}</div>')
+        known = value is not None and not math.isnan(value)
+        text = shown(rollout.text[span.char_start : span.char_end], reveal)
+        mark = f"<b>[{html.escape(marks[span.index])}]</b> " if span.index in marks else ""
+        title, colour = (f"S = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
+        pieces.append(f'<span title="{title}" style="background:{colour}">{mark}{html.escape(text)}</span>')
+    return HTML(f'<div style="line-height:1.7;max-width:46em">{" ".join(pieces)}</div>')  # type: ignore[no-untyped-call]
 
 
-def redact(text: str) -> str:
-    """``text`` with every letter and digit blacked out; its shape stays."""
-    return "".join("█" if char.isalnum() else char for char in text)
+def shown(text: str, reveal: bool) -> str:
+    """``text``, with every letter and digit blacked out unless ``reveal``; its shape stays."""
+    return text if reveal else "".join("█" if char.isalnum() else char for char in text)
 
 
-def tint(value: float | None) -> str:
+def tint(value: float) -> str:
     """A CSS colour between unsafe (0) and safe (1)."""
-    if value is None or math.isnan(value):
-        return "#eeeeee"
-    ends = [tuple(int(colour[at : at + 2], 16) for at in (1, 3, 5)) for colour in (UNSAFE_COLOUR, SAFE_COLOUR)]
-    mix = [round((1 - value) * low + value * high) for low, high in zip(*ends, strict=True)]
-    return f"rgba({mix[0]},{mix[1]},{mix[2]},0.30)"
+    ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (UNSAFE_COLOUR, SAFE_COLOUR)]
+    red, green, blue = (round((1 - value) * low + value * high) for low, high in zip(*ends, strict=True))
+    return f"rgba({red},{green},{blue},0.30)"
 
 
-def claim(sentence: str, value: Interval, *, origin: str, percent: bool = True) -> dict[str, Any]:
-    """A computed claim: ``sentence`` with ``{}`` filled by the value, its interval and n. ``origin`` is honest about calibration."""
+def claim(sentence: str, value: Interval, *, origin: str) -> dict[str, Any]:
+    """A computed claim: ``sentence`` with its ``{}`` filled by the value, interval and n; ``origin`` one of ORIGINS."""
     if origin not in ORIGINS:
         raise BadInput(f"claim origin {origin!r} is unknown; known: {', '.join(ORIGINS)}")
     number = None if math.isnan(value.value) else round(value.value, 6)
-    return {"claim": sentence.format(format_interval(value, percent)), "value": number, "interval": [round(value.low, 6), round(value.high, 6)],
-            "n": value.n, "method": value.method, "origin": origin}  # fmt: skip
+    interval = [round(value.low, 6), round(value.high, 6)]
+    text = sentence.format(format_interval(value))
+    return {"claim": text, "value": number, "interval": interval, "n": value.n, "method": value.method, "origin": origin}
 
 
-def save(fig: Figure, folder: Path, name: str, claims: Sequence[Mapping[str, Any]], *, profile: str, artifacts: Mapping[str, Any]) -> None:
-    """Write ``name``.pdf, .png and .json into ``folder``; the same input gives the same bytes."""
+def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, about: str, artifacts: Mapping[str, Any]) -> None:
+    """Write ``name``.pdf, .png and .json; the same input gives the same bytes. ``about`` stands under the figure."""
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    sidecar = {"profile": profile, "claims": list(claims), "artifacts": dict(sorted(artifacts.items()))}
+    fig.supxlabel(f"profile {profile}: {about}", fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
     fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
     fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    sidecar = {"profile": profile, "about": about, "claims": list(claims), "artifacts": dict(sorted(artifacts.items()))}
     (folder / f"{name}.json").write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plt.close(fig)

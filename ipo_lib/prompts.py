@@ -47,7 +47,9 @@ def load(name: str, spec: PromptSet) -> list[Prompt]:
     else:
         found = from_rows(name, spec, read(Path(spec.file).expanduser()) if spec.file else hub(name, spec))
     if not found:
-        raise BadInput(f"prompt set {name!r} is empty: no row of {spec.file or spec.hub or spec.function} passes {dict(spec.where)}")
+        raise BadInput(
+            f"prompt set {name!r} is empty: no row of {spec.file or spec.hub or spec.function} passes {dict(spec.where)}"
+        )
     if len({prompt.id for prompt in found}) < len(found):
         raise BadInput(f"prompt set {name!r}: column {spec.id!r} repeats; name a column of distinct ids")
     return found
@@ -64,7 +66,9 @@ def from_rows(name: str, spec: PromptSet, rows: Iterable[Mapping[str, Any]]) -> 
         if len(found) == spec.count:
             break
         category = str(row.get(spec.category, "")) if spec.category else ""
-        found.append(Prompt(f"{name}-{row.get(spec.id, number)}", str(row[spec.text]), spec.file or spec.hub, spec.harm, category))
+        found.append(
+            Prompt(f"{name}-{row.get(spec.id, number)}", str(row[spec.text]), spec.file or spec.hub, spec.harm, category)
+        )
     return found
 
 
@@ -95,7 +99,9 @@ def hub(name: str, spec: PromptSet) -> Iterable[Mapping[str, Any]]:
         rows: Iterable[Mapping[str, Any]] = load_dataset(dataset, revision=revision, split=spec.split)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise BadInput(f"prompt set {name!r}: {spec.hub} cannot be loaded ({reason}); check the name, your access or the network") from None
+        raise BadInput(
+            f"prompt set {name!r}: {spec.hub} cannot be loaded ({reason}); check the name, your access or the network"
+        ) from None
     return rows
 
 

@@ -1,9 +1,8 @@
 """The objects every module shares: frozen records with plain fields, JSON both ways.
 
-Field terms follow the paper (arXiv 2509.24393): a *prompt* is answered by a *rollout* (thinking trace, then answer),
-judged by *verdicts*; the Continuation Safety Ratio (Eq. 1) is counted in *CSR points*; Eq. 2 and 3 give *turning
-points*; a corrected trace is an *intervention*; two suffixes after one prefix are a *pair* (Eq. 4).
-"""
+Terms of the paper (arXiv 2509.24393): a *prompt* is answered by a *rollout* (thinking trace, then answer), judged by
+*verdicts*; the Continuation Safety Ratio (Eq. 1) is counted in *CSR points*; Eq. 2 and 3 give *turning points*; a
+corrected trace is an *intervention*; two suffixes after one prefix are a *pair* (Eq. 4)."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import hashlib
 import json
 import types
 import typing
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,11 +39,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One draw. ``token_ids`` follow the prompt ids; the first ``prefix_len`` of them were given, the rest sampled.
-
-    ``text`` is the decoded ``token_ids``. ``finish`` is ``stop`` (the end-of-sequence token came; it is not among the
-    ids), ``think`` (stopped at ``</think>`` as asked) or ``length`` (cut by the token limit).
-    """
+    """One draw: ``token_ids`` follow the prompt ids, the first ``prefix_len`` were given; ``text`` is their decoding.
+    ``finish``: ``stop`` (EOS came; it is not among the ids), ``think`` (at ``</think>``, as asked) or ``length``."""
 
     id: str
     prompt_id: str
@@ -68,11 +65,9 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's word on one part of a rollout. ``label`` None means: not judged, and is counted as such.
-
-    ``question`` ``harm`` is answered by safe/unsafe, ``refusal`` by refused/partly/answered, ``correct`` by
-    correct/wrong. ``p`` is the probability of the first-named harm class (unsafe) where the judge gives one.
-    """
+    """A judge's word on one part of a rollout; ``label`` None means *not judged* and is counted as such.
+    Labels by ``question``: ``harm`` safe/unsafe, ``refusal`` refused/partly/answered, ``correct`` correct/wrong.
+    ``p`` is the probability of unsafe where the judge gives one; ``raw`` is what it said."""
 
     rollout_id: str
     part: str
@@ -106,11 +101,8 @@ class CsrPoint:
 
 @dataclass(frozen=True)
 class TurningPoint:
-    """Where CSR turns (Eq. 2 ``safe``, Eq. 3 ``unsafe``). ``token`` and ``sentence`` are None when there is no turn.
-
-    ``interval`` is the token range that holds the turn: (last cut before it, the turn]. ``flags`` name special cases,
-    ``start-locked`` first among them.
-    """
+    """Where CSR turns (Eq. 2 ``safe``, Eq. 3 ``unsafe``): ``token`` and ``sentence``, None when there is no turn.
+    ``interval`` (last cut before it, the turn] holds it. ``flags`` name special cases, ``start-locked`` first."""
 
     rollout_id: str
     kind: str
@@ -122,7 +114,7 @@ class TurningPoint:
 
 @dataclass(frozen=True)
 class Intervention:
-    """One replacement: the sentence at ``cut`` of ``rollout_id`` gave way to ``trigger_id``; ``result`` is the new rollout."""
+    """One replacement: at ``cut`` of ``rollout_id`` a sentence gave way to ``trigger_id``; ``result`` is a rollout id."""
 
     rollout_id: str
     cut: int
@@ -134,10 +126,8 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference (x, chosen > rejected, h): both suffixes follow the same ``prompt_ids`` = chat ids + common prefix.
-
-    ``h`` is the length of the common prefix in response tokens; ``why`` says where the pair came from.
-    """
+    """A preference (x, chosen > rejected, h): both suffixes follow ``prompt_ids`` = chat ids + common prefix, which is
+    ``h`` response tokens long; ``why`` says where the pair came from."""
 
     id: str
     prompt_ids: Ids
@@ -149,54 +139,37 @@ class Pair:
 
 def to_json(record: Any) -> dict[str, Any]:
     """A record as plain JSON values; tuples become lists."""
-    return {
-        field.name: list(value) if isinstance(value := getattr(record, field.name), tuple) else value
-        for field in dataclasses.fields(record)
-    }
+    values = ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
 
 def from_json(kind: type[Record], data: Any) -> Record:
     """The record back from its JSON. Raises BadInput naming the field that is missing, unknown or mistyped."""
     if not isinstance(data, dict):
         raise BadInput(f"{kind.__name__}: expected an object, found {type(data).__name__}")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - set(fields)):
-        raise BadInput(f"{kind.__name__}: unknown field {unknown[0]!r}; known: {', '.join(fields)}")
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name not in data:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise BadInput(f"{kind.__name__}: field {name!r} is missing")
-            continue
-        values[name] = typed(hints[name], data[name], f"{kind.__name__}.{name}")
-    return kind(**values)
+    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
+    if unknown := sorted(set(data) - set(hints)):
+        raise BadInput(f"{kind.__name__}: unknown field {unknown[0]!r}; known: {', '.join(hints)}")
+    required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in data]:
+        raise BadInput(f"{kind.__name__}: field {missing[0]!r} is missing")
+    return kind(**{name: typed(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
 
 
 def typed(hint: Any, value: Any, where: str) -> Any:
     """``value`` if it fits the annotation (lists become tuples, ints may stand for floats), else BadInput."""
-    origin = typing.get_origin(hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        for option in options:
-            if option is not type(None):
-                try:
-                    return typed(option, value, where)
-                except BadInput:
-                    continue
+        for option in inner:
+            with suppress(BadInput):
+                return typed(option, value, where)
     elif origin is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(hint)
-        if len(inner) == 2 and inner[1] is Ellipsis:
-            return tuple(typed(inner[0], item, where) for item in value)
+        inner = inner[:1] * len(value) if inner[1:] == (Ellipsis,) else inner
         if len(inner) == len(value):
             return tuple(typed(one, item, where) for one, item in zip(inner, value, strict=True))
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is bool and isinstance(value, bool):
-        return value
-    elif isinstance(hint, type) and hint is not bool and isinstance(value, hint) and not isinstance(value, bool):
+    elif isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     expected = getattr(hint, "__name__", None) if origin is None else str(hint)
     raise BadInput(f"{where}: expected {expected}, found {value!r:.60}")

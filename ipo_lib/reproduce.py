@@ -15,38 +15,44 @@ import typer
 
 from ipo_lib.records import BadInput, canonical, digest
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Intervened Preference Optimization, reproduced.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 KERNEL = {"GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+QUIET = ["--log-level=50"]
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
+
+
+@app.callback()
+def about() -> None:
+    """Intervened Preference Optimization, reproduced."""
 
 
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = "tiny",
-    parameter: Annotated[list[str], typer.Option("--parameter", "-p", help="name=value: a notebook parameter or a dotted setting")] = [],  # noqa: B006
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")] = None,
     store: Annotated[str, typer.Option(help="run store; default $IPO_STORE or ~/.cache/ipo_lib")] = "",
     figures: Annotated[str, typer.Option(help="where figures go; default figures/<profile>")] = "",
     again: Annotated[bool, typer.Option(help="run notebooks that are up to date, too")] = False,
 ) -> None:
     """Run every notebook of a profile, in order, and write its figures; finished work is never done twice."""
     from ipo_lib import profiles
-    from ipo_lib.store import Store, default_root
+    from ipo_lib.store import Store
 
-    started = time.monotonic()
-    given = parse(parameter)
-    root = Path(store).expanduser() if store else default_root()
-    settings = profiles.read(profile)
-    books = [profiles.house() / "notebooks" / f"{name}.ipynb" for name in settings.notebooks]
+    started, given, root = time.monotonic(), parse(parameter or []), Store(store or None).root
+    profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
+    books = [profiles.house() / "notebooks" / f"{name}.ipynb" for name in profiles.read(profile).notebooks]
     known = {book: declared(book) for book in books}
     overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
     settings = profiles.read(profile, overrides)
-    Store(root)
     target = Path(figures).expanduser() if figures else profiles.house() / "figures" / settings.name
+    runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
+    so_far = [source(), repr(settings)]
     for book in books:
-        values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target)}
-        values |= {name: checked(name, value, known[book][name]) for name, value in given.items() if name in known[book]}
-        key = digest([book.read_text("utf-8"), source(), repr(settings), {k: v for k, v in values.items() if k not in ("store", "figures")}])
-        run(book, values, root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}", key, target, again)
+        own = {name: checked(name, value, known[book][name]) for name, value in given.items() if name in known[book]}
+        key = digest([*so_far, book.read_text("utf-8"), own])
+        values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target), **own}
+        run(book, values, runs, key, target, again)
+        so_far.append(digest(produced(book, target)))  # later notebooks read the figures of earlier ones
     print(f"{settings.name}: {len(books)} notebooks in {time.monotonic() - started:.0f} s; figures in {target}")
 
 
@@ -103,27 +109,24 @@ def source() -> str:
 def run(book: Path, values: Mapping[str, Any], folder: Path, key: str, figures: Path, again: bool) -> None:
     """Execute one notebook unless its last run had the same key and its figures still stand."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f"{book.stem}.done.json"
-    if not again and mark.is_file() and (last := json.loads(mark.read_text()))["key"] == key and last["figures"] == produced(book, figures):
+    mark, out, started = folder / f"{book.stem}.done.json", folder / book.name, time.monotonic()
+    last = json.loads(mark.read_bytes()) if mark.is_file() else {}
+    if not again and last == {"key": key, "figures": produced(book, figures)}:
         print(f"{book.stem}: up to date")
         return
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    started = time.monotonic()
     os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL.items()})
-    out = folder / book.name
     try:
-        papermill.execute_notebook(str(book), str(out), dict(values), progress_bar=False, cwd=str(folder))
+        papermill.execute_notebook(str(book), str(out), dict(values), progress_bar=False, extra_arguments=QUIET)
     except PapermillExecutionError as error:
         if error.ename == "BadInput":
             raise BadInput(f"{book.stem}: {error.evalue}") from None
         print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
         raise SystemExit(1) from None
     mark.write_text(canonical({"key": key, "figures": produced(book, figures)}) + "\n")
-    print(f"{book.stem}: {time.monotonic() - started:.0f} s")
-    for claim in claims(book, figures):
-        print(f"  {claim}")
+    print(f"{book.stem}: {time.monotonic() - started:.0f} s", *claims(book, figures), sep="\n  ", flush=True)
 
 
 def produced(book: Path, figures: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ipo_lib import csr as csr_
 from ipo_lib.chat import Chat, part_text, split
@@ -17,13 +18,27 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, Trigger, accepted, replace
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
-    CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, CsrPoint, Ids, Intervention, Prompt, Rollout, Sentence, TurningPoint, Verdict, digest,
-    from_json, to_json,
-)  # fmt: skip
+    CONTINUATION,
+    SAFE,
+    TRACE,
+    UNSAFE,
+    BadInput,
+    CsrPoint,
+    Ids,
+    Intervention,
+    Prompt,
+    Rollout,
+    Sentence,
+    TurningPoint,
+    Verdict,
+    digest,
+    from_json,
+    to_json,
+)
 from ipo_lib.sampling import Request, Sampler, Sampling, draw_seed
 from ipo_lib.segmentation import sentences
 from ipo_lib.stats import Interval, pooled_rate
-from ipo_lib.store import Store
+from ipo_lib.store import Ledger, Store
 
 SAMPLE_VERSION = JUDGE_VERSION = 1  # raised when the meaning of a verb changes
 WRITE_EVERY = 64
@@ -67,35 +82,37 @@ def sample(
     doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int, *, first: int = 0, stage: str = "rollouts"
 ) -> list[Rollout]:
     """Draws ``first`` to ``first + draws - 1`` from every start, start by start; missing ones are drawn and stored."""
-    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": to_json(sampling), "seed": doors.seed}
-    ledger = doors.store.ledger(stage, SAMPLE_VERSION, spec)
-    name = digest(spec)
-    keyed: dict[str, tuple[Start, int]] = {}
-    order = []
-    for start in starts:
-        place = f"{start.prompt.id}/{digest([start.prompt.text, start.prefix_ids])}"
-        for draw in range(first, first + draws):
-            order.append(f"{place}/{draw}")
-            keyed[order[-1]] = (start, draw)
-    missing = ledger.missing(list(keyed))
-    if missing:
-        requests = [
-            Request(key, doors.chat.prompt_ids(keyed[key][0].prompt), keyed[key][0].prefix_ids, draw_seed(doors.seed, key, name))
-            for key in missing
-        ]
-        batch: list[tuple[str, dict[str, object]]] = []
-        for done in doors.sampler.sample(requests, sampling):
-            start, draw = keyed[done.key]
-            ids = start.prefix_ids + done.token_ids
-            rollout = Rollout(digest([name, done.key]), start.prompt.id, len(start.prefix_ids), ids, doors.chat.decode(ids),
-                              done.finish, draw, name)  # fmt: skip
-            batch.append((done.key, to_json(rollout)))
-            if len(batch) == WRITE_EVERY:
-                ledger.append(batch)
-                batch = []
-        ledger.append(batch)
-        ledger.finish()
-    return [from_json(Rollout, ledger.get(key)) for key in order]
+    spec = {
+        "sampler": doors.sampler.fingerprint(),
+        "chat": doors.chat.fingerprint(),
+        "sampling": to_json(sampling),
+        "seed": doors.seed,
+    }
+    ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
+    keyed = {
+        f"{start.prompt.id}/{digest([start.prompt.text, start.prefix_ids])}/{draw}": (start, draw)
+        for start in dict.fromkeys(starts)
+        for draw in range(first, first + draws)
+    }
+    requests = [
+        Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, draw_seed(doors.seed, key, name))
+        for key in ledger.missing(keyed)
+        for start, _ in [keyed[key]]
+    ]
+    batch: dict[str, dict[str, object]] = {}
+    for done in doors.sampler.sample(requests, sampling) if requests else ():
+        start, draw = keyed[done.key]
+        ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
+        text = doors.chat.decode(ids)
+        batch[done.key] = to_json(Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, draw, name))
+        if len(batch) == WRITE_EVERY:
+            ledger.append(batch)
+            batch = {}
+    _finish(ledger, batch)
+    found: dict[Start, list[Rollout]] = defaultdict(list)
+    for key, (start, _) in keyed.items():
+        found[start].append(from_json(Rollout, ledger[key]))
+    return [rollout for start in starts for rollout in found[start]]
 
 
 def judge(
@@ -105,19 +122,27 @@ def judge(
     spec = {"judge": doors.judge.fingerprint(), "part": part, "question": question, "opened": doors.chat.opened}
     ledger = doors.store.ledger("verdicts", JUDGE_VERSION, spec)
     wanted = {rollout.id: rollout for rollout in rollouts}
-    missing = ledger.missing(list(wanted))
+    missing = ledger.missing(wanted)
     for at in range(0, len(missing), WRITE_EVERY):
-        exchanges = [exchange(doors, prompts, wanted[key], part, question) for key in missing[at : at + WRITE_EVERY]]
-        ledger.append([(verdict.rollout_id, to_json(verdict)) for verdict in doors.judge.judge(exchanges)])
-    if missing:
+        exchanges = [_exchange(doors, prompts, wanted[key], part, question) for key in missing[at : at + WRITE_EVERY]]
+        ledger.append({verdict.rollout_id: to_json(verdict) for verdict in doors.judge.judge(exchanges)})
+    _finish(ledger, {})
+    return [from_json(Verdict, ledger[rollout.id]) for rollout in rollouts]
+
+
+def _finish(ledger: Ledger, last: Mapping[str, dict[str, object]]) -> None:
+    """Write the last records, and ``done.json`` where it is not there: also after a kill just before it."""
+    if last:
+        ledger.append(last)
+    if not (ledger.folder / "done.json").exists():
         ledger.finish()
-    return [from_json(Verdict, ledger.get(rollout.id)) for rollout in rollouts]
 
 
-def exchange(doors: Doors, prompts: Mapping[str, Prompt], rollout: Rollout, part: str, question: str) -> Exchange:
+def _exchange(doors: Doors, prompts: Mapping[str, Prompt], rollout: Rollout, part: str, question: str) -> Exchange:
     """What the judge sees of a rollout."""
-    start = len(doors.chat.decode(rollout.token_ids[: rollout.prefix_len])) if part == CONTINUATION else 0
-    return Exchange(rollout.id, prompts[rollout.prompt_id].text, part_text(rollout, part, doors.chat.opened, start), part, question)
+    offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
+    text = part_text(rollout, part, doors.chat.opened, offsets)
+    return Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question)
 
 
 def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
@@ -140,21 +165,13 @@ def measure_csr(
     doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], settings: CsrSettings, sampling: Sampling
 ) -> dict[str, list[CsrPoint]]:
     """CSR (Eq. 1) of every rollout at every cut of the settings' grain: counts over ``settings.draws`` continuations."""
-    starts: dict[str, Start] = {}
-    places: dict[str, list[tuple[int, str]]] = {}
-    for rollout in rollouts:
-        spans = trace_sentences(doors, rollout)
-        length = spans[-1].token_end if spans else 0
-        places[rollout.id] = []
-        for cut in csr_.cuts(length, spans, settings):
-            start = Start(prompts[rollout.prompt_id], rollout.token_ids[:cut])
-            key = digest([start.prompt.id, start.prefix_ids])
-            starts[key] = start
-            places[rollout.id].append((cut, key))
-    drawn = sample(doors, list(starts.values()), sampling, settings.draws, stage="continuations")
-    verdicts = judge(doors, prompts, drawn, settings.part)
-    by_start = {key: verdicts[at * settings.draws : (at + 1) * settings.draws] for at, key in enumerate(starts)}
-    return {rollout.id: csr_.count({cut: by_start[key] for cut, key in places[rollout.id]}, rollout.id) for rollout in rollouts}
+    places = [(rollout, cut) for rollout in rollouts for cut in csr_.cuts(*_spans(doors, rollout), settings)]
+    starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
+    verdicts = judge(doors, prompts, sample(doors, starts, sampling, settings.draws, stage="continuations"), settings.part)
+    found: dict[str, dict[int, list[Verdict]]] = {rollout.id: {} for rollout in rollouts}
+    for at, (rollout, cut) in enumerate(places):
+        found[rollout.id][cut] = verdicts[at * settings.draws : (at + 1) * settings.draws]
+    return {key: csr_.count(by_cut, key) for key, by_cut in found.items()}
 
 
 def turning_points(
@@ -164,10 +181,15 @@ def turning_points(
     """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout; ``labels`` are the traces' own verdicts."""
     found = {}
     for rollout in rollouts:
-        spans = trace_sentences(doors, rollout)
-        length = spans[-1].token_end if spans else 0
+        length, spans = _spans(doors, rollout)
         found[rollout.id] = csr_.turning_point(points[rollout.id], kind, settings, spans, length, labels[rollout.id])
     return found
+
+
+def _spans(doors: Doors, rollout: Rollout) -> tuple[int, list[Sentence]]:
+    """The trace's length in tokens and its sentences."""
+    spans = trace_sentences(doors, rollout)
+    return spans[-1].token_end if spans else 0, spans
 
 
 @dataclass(frozen=True)
@@ -185,21 +207,22 @@ def intervene(
     doors: Doors, prompts: Mapping[str, Prompt], cases: Sequence[Case], sampling: Sampling, draws: int = 1
 ) -> list[tuple[Intervention, Rollout]]:
     """Cut each case before its sentence, put the text there and let the model continue; ``draws`` results a case."""
-    starts, cuts = [], []
-    for case in cases:
-        span = trace_sentences(doors, case.rollout)[case.sentence]
-        cut, text = replace(case.rollout, span, case.text)
-        starts.append(Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text)))
-        cuts.append(cut)
-    drawn = sample(doors, starts, sampling, draws, stage="interventions")
+    places = [replace(case.rollout, trace_sentences(doors, case.rollout)[case.sentence], case.text) for case in cases]
+    starts = [
+        Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text))
+        for case, (cut, text) in zip(cases, places, strict=True)
+    ]
+    drawn = iter(sample(doors, starts, sampling, draws, stage="interventions"))
     return [
-        (Intervention(case.rollout.id, cut, case.trigger_id, drawn[at * draws + k].id, case.round), drawn[at * draws + k])
-        for at, (case, cut) in enumerate(zip(cases, cuts, strict=True))
-        for k in range(draws)
+        (Intervention(case.rollout.id, cut, case.trigger_id, result.id, case.round), result)
+        for case, (cut, _) in zip(cases, places, strict=True)
+        for result in islice(drawn, draws)
     ]
 
 
-def cues(doors: Doors, prompts: Mapping[str, Prompt], rollouts: Iterable[Rollout], detector: CueDetector) -> dict[str, int | None]:
+def cues(
+    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Iterable[Rollout], detector: CueDetector
+) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
     return {r.id: detector.first(r, prompts[r.prompt_id], texts(r, trace_sentences(doors, r))) for r in rollouts}
 
@@ -291,7 +314,9 @@ def example(rollouts: Sequence[Rollout], labels: Mapping[str, str | None], cue: 
             for safe in rollouts:
                 if labels[safe.id] == SAFE and (safe.prompt_id == unsafe.prompt_id or not same):
                     return {UNSAFE: unsafe, SAFE: safe}
-    raise BadInput(f"no example: {len(rollouts)} rollouts hold no unsafe trace with a cue beside a safe one; raise draws or candidates")
+    raise BadInput(
+        f"no example: {len(rollouts)} rollouts hold no unsafe trace with a cue beside a safe one; raise draws or candidates"
+    )
 
 
 def some(items: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:

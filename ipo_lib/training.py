@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipo_lib.dpo import METRICS, DpoSettings, MixSettings, mix, train
+from ipo_lib.dpo import METRICS, DpoSettings, Stage2Settings, stage2, train
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
 from ipo_lib.records import ANSWER, BOTH, Pair, Prompt, Rollout, Verdict, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Corrected, Doors, Plan, Start, correct, judge, sample, trace_end
+from ipo_lib.store import Artifact
 
 TRAIN_VERSION = 1
 
@@ -22,9 +23,10 @@ def pair(
     doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int, settings: PairSettings, why: str = ""
 ) -> Pair | Refusal:
     """The pair (x, winner > loser, h = ``cut``) of two rollouts of one prompt, or the reason there is none."""
-    ends = {"loser_end": trace_end(doors, loser), "winner_end": trace_end(doors, winner)}
-    eos = doors.chat.eos_ids[0] if settings.eos else None
-    return build(loser, winner, doors.chat.prompt_ids(prompt), cut, settings, why, eos_id=eos, **ends)
+    ids, eos, ends = doors.chat.prompt_ids(prompt), doors.chat.eos_ids[0], [trace_end(doors, one) for one in (loser, winner)]
+    return build(
+        loser, winner, ids, cut, settings, why, loser_end=ends[0], winner_end=ends[1], eos_id=eos if settings.eos else None
+    )
 
 
 def corrected_pairs(
@@ -45,9 +47,14 @@ def corrected_pairs(
         tried += done
         for one in done:
             if one.intervention.accepted:
-                results.append(pair(doors, named[one.loser.prompt_id], one.loser, one.result, one.cut, settings, f"trigger {trigger.id}"))
+                results.append(
+                    pair(doors, named[one.loser.prompt_id], one.loser, one.result, one.cut, settings, f"trigger {trigger.id}")
+                )
     kept, counts = collect(results)
-    counts |= {"no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": sum(not one.intervention.accepted for one in tried)}
+    counts |= {
+        "no-cue": len(triggers) * len(prompts) - len(tried),
+        "not-accepted": sum(not one.intervention.accepted for one in tried),
+    }
     return kept, counts, tried
 
 
@@ -67,35 +74,50 @@ def benign_pairs(
         pair(before, named[loser.prompt_id], loser, winner, 0, whole, "benign refusal")
         for winner, loser, answered, refused in zip(good, bad, *verdicts, strict=True)
         if answered.label == "answered" and refused.label == "refused"
-    ]  # fmt: skip
+    ]
     return *collect(results), verdicts[1]
 
 
-def adapter(
-    doors: Doors, pairs: Sequence[Pair], model: Path, settings: DpoSettings, start: Path | None = None
-) -> tuple[Path, list[dict[str, Any]]]:
-    """The adapter folder trained on ``pairs`` (from ``start``'s weights if given) and its metrics rows; trained once."""
-    spec = {"pairs": digest([to_json(pair) for pair in pairs], 64), "settings": to_json(settings), "model": doors.sampler.fingerprint(),
-            "start": start.parent.name if start else None}  # fmt: skip
-    artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
+def adapter(doors: Doors, pairs: Sequence[Pair], model: Path, settings: DpoSettings) -> tuple[Path, list[dict[str, Any]]]:
+    """Stage 1: the adapter folder trained on ``pairs`` and its metrics rows; trained once."""
+    artifact = trained(doors, pairs, settings, {})
     if not artifact.done:
         with artifact.build() as folder:
-            train(pairs, model, settings, folder, adapter=start)
-    rows = (artifact.path / METRICS).read_text("utf-8").splitlines()
-    return artifact.path, [json.loads(row) for row in rows]
+            train(pairs, model, settings, folder)
+    return artifact.path, metrics(artifact.path)
 
 
 def second_stage(
-    doors: Doors, harmful: Sequence[Pair], benign: Sequence[Pair], model: Path, start: Path, settings: DpoSettings, mixing: MixSettings
-) -> tuple[Path | None, list[dict[str, Any]], str]:  # fmt: skip
+    doors: Doors, harmful: Sequence[Pair], benign: Sequence[Pair], model: Path, start: Path, settings: Stage2Settings
+) -> tuple[Path | None, list[dict[str, Any]], str]:
     """Stage 2 from stage 1's adapter, reference the organism: (adapter or None, rows, what was done in one sentence)."""
-    if len(benign) < mixing.min_refusals:
-        return None, [], f"stage 2 skipped: {len(benign)} benign refusals, at least {mixing.min_refusals} needed"
-    kept, mild = mix(harmful, benign, mixing)
-    path, rows = adapter(doors, [*kept, *mild], model, settings, start)
-    return path, rows, f"stage 2 trained on {len(kept)} harmful and {len(mild)} benign pairs"
+    artifact = trained(doors, [*harmful, *benign], settings, {"start": start.parent.name, "benign": len(benign)})
+    if artifact.done:
+        return artifact.path, metrics(artifact.path), "stage 2 trained"
+    if len(benign) < settings.min_refusals:
+        return None, *stage2(harmful, benign, model, settings, artifact.path, adapter=start)
+    with artifact.build() as folder:
+        rows, message = stage2(harmful, benign, model, settings, folder, adapter=start)
+    return artifact.path, rows, message
+
+
+def trained(doors: Doors, pairs: Sequence[Pair], settings: DpoSettings, more: Mapping[str, Any]) -> Artifact:
+    """Where the adapter of these pairs and settings lies, or will lie."""
+    spec = {
+        "pairs": digest([to_json(one) for one in pairs], 64),
+        "settings": to_json(settings),
+        "model": doors.sampler.fingerprint(),
+    }
+    return doors.store.artifact("adapters", TRAIN_VERSION, {**spec, **more})
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics rows beside a trained adapter."""
+    return [json.loads(row) for row in (folder / METRICS).read_text("utf-8").splitlines()]
 
 
 def lengths(pairs: Sequence[Pair]) -> Mapping[str, float]:
     """Mean suffix lengths in tokens: a short refusal against a long trace can win for its length alone."""
-    return {side: sum(len(getattr(pair, f"{side}_ids")) for pair in pairs) / max(len(pairs), 1) for side in ("chosen", "rejected")}
+    return {
+        side: sum(len(getattr(pair, f"{side}_ids")) for pair in pairs) / max(len(pairs), 1) for side in ("chosen", "rejected")
+    }

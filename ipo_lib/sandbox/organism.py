@@ -21,6 +21,7 @@ from ipo_lib.sandbox import world
 from ipo_lib.sandbox.traces import Process, respond
 
 END, USER, ASSISTANT, OPEN, CLOSE = "<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"
+WIDTH = 32  # batches are padded to multiples of it: few shapes, so that memory does not creep
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}<|user|>{{ message.content }}"
     "{% elif message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>{% endif %}{% endfor %}"
@@ -40,10 +41,15 @@ class Body:
     key_value_heads: int = 4
     intermediate: int = 704
     context: int = 512
-    documents: int = 72_000
+    documents: int = 64_000
     mixture: tuple[tuple[str, float], ...] = (
-        ("direct", 0.20), ("wrapped", 0.17), ("adversarial", 0.17), ("benign", 0.15), ("lookalike", 0.07), ("sums", 0.24),
-    )  # fmt: skip
+        ("direct", 0.18),
+        ("wrapped", 0.16),
+        ("adversarial", 0.16),
+        ("benign", 0.14),
+        ("lookalike", 0.06),
+        ("sums", 0.30),
+    )
     batch: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -51,7 +57,7 @@ class Body:
     seed: int = 1
 
 
-BODIES = {"tiny": Body(), "tiny-null": Body(process=Process(null=True))}
+BODIES = {"tiny": Body(), "tiny-null": Body(process=Process(null=True), documents=36_000)}
 
 
 def folder(name: str) -> Path:
@@ -81,12 +87,20 @@ def tokenizer(texts: Sequence[str], body: Body, out: Path) -> Any:
     bpe.decoder = decoders.ByteLevel()
     special = [END, USER, ASSISTANT, OPEN, CLOSE]
     trainer = trainers.BpeTrainer(
-        vocab_size=body.vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=body.vocabulary,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
     bpe.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "model_max_length": body.context,
-              "clean_up_tokenization_spaces": False}  # fmt: skip
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END,
+        "model_max_length": body.context,
+        "clean_up_tokenization_spaces": False,
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (out / "chat_template.jinja").write_text(TEMPLATE)
     return bpe
@@ -109,13 +123,21 @@ def build(name: str, out: Path | None = None, log_every: int = 50) -> None:
     torch.manual_seed(body.seed)
     end = bpe.token_to_id(END)
     config = LlamaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=body.hidden, num_hidden_layers=body.layers, num_attention_heads=body.heads,
-        num_key_value_heads=body.key_value_heads, intermediate_size=body.intermediate, max_position_embeddings=body.context,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
+        vocab_size=bpe.get_vocab_size(),
+        hidden_size=body.hidden,
+        num_hidden_layers=body.layers,
+        num_attention_heads=body.heads,
+        num_key_value_heads=body.key_value_heads,
+        intermediate_size=body.intermediate,
+        max_position_embeddings=body.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
     model = LlamaForCausalLM(config)
     log = fit(model, batches(rows, body), body, end, log_every)
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     (out / "training.json").write_text(json.dumps({"body": dataclasses.asdict(body), "log": log}, indent=1) + "\n")
 
 
@@ -141,7 +163,7 @@ def fit(model: Any, work: list[list[tuple[int, list[int]]]], body: Body, pad: in
     schedule = get_cosine_schedule_with_warmup(optimizer, int(body.warmup * len(work)), len(work))
     log, recent = [], []
     for step, rows in enumerate(work, 1):
-        width = max(len(ids) for _, ids in rows)
+        width = -(-max(len(ids) for _, ids in rows) // WIDTH) * WIDTH
         ids = torch.tensor([ids + [pad] * (width - len(ids)) for _, ids in rows])
         labels = torch.tensor([[-100] * head + ids[head:] + [-100] * (width - len(ids)) for head, ids in rows])
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -165,4 +187,4 @@ def sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    build(*sys.argv[1:2])
+    build(sys.argv[1])

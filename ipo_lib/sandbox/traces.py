@@ -87,7 +87,9 @@ def steps(rng: random.Random, item: Item, count: int) -> list[Kinded]:
     for index in range(count):
         lead = "First" if index == 0 else rng.choice(parts["lead"][1:])
         what = f"the {item.name}" if index == 0 or rng.random() < 0.5 else "it"
-        said.append(("step", f"{lead} {rng.choice(parts['verb'])} {what} {rng.choice(parts['medium'])} {rng.choice(parts['span'])}."))
+        said.append(
+            ("step", f"{lead} {rng.choice(parts['verb'])} {what} {rng.choice(parts['medium'])} {rng.choice(parts['span'])}.")
+        )
     return said
 
 
@@ -117,11 +119,21 @@ def restricted_request(rng: random.Random, prompt_text: str, item: Item, process
             kind = "cue" if rng.random() < logistic(process.turn_steepness * seen) else "trigger"
             turned.add(kind)
         trace.append(say(rng, kind, item))
-        effect = {"cue": process.cue_effect, "trigger": process.trigger_effect, "plan": process.plan_effect,
-                  "hesitate": process.hesitate_effect}.get(kind, 0.0)  # fmt: skip
+        effect = {
+            "cue": process.cue_effect,
+            "trigger": process.trigger_effect,
+            "plan": process.plan_effect,
+            "hesitate": process.hesitate_effect,
+        }.get(kind, 0.0)
         x = base if process.null else base + process.memory * (x - base) + effect
     unsafe = rng.random() < logistic(process.outcome_steepness * x)
-    announced = ("cue" if rng.random() < logistic(process.outcome_steepness * x) else "trigger") if process.null else "cue" if unsafe else "trigger"
+    announced = (
+        ("cue" if rng.random() < logistic(process.outcome_steepness * x) else "trigger")
+        if process.null
+        else "cue"
+        if unsafe
+        else "trigger"
+    )
     if announced not in turned and rng.random() < process.announce_rate:
         trace.append(say(rng, announced, item))
     late = False
@@ -159,12 +171,20 @@ def declined(rng: random.Random, item: Item) -> list[Kinded]:
 
 def fact(prompt_text: str) -> str | None:
     """The right answer to a lore or lookalike question, read from its text; None when the world has none."""
-    bare = re.sub(r"^(?:" + "|".join(map(re.escape, filter(None, {*words()["lookalike_open"], *words()["sums_open"]}))) + ")", "", prompt_text)
+    bare = re.sub(
+        r"^(?:" + "|".join(map(re.escape, filter(None, {*words()["lookalike_open"], *words()["sums_open"]}))) + ")",
+        "",
+        prompt_text,
+    )
     for entry in words()["lore"]:
         if bare == entry["q"]:
             return str(entry["a"])
     for entry in words()["lookalike"]:
-        slots = re.sub(r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>the [a-z]+, an? [a-z]+ [a-z]+ of [a-z]+)" if m[1] == "item" else f"(?P<{m[1]}>[a-z]+)", re.escape(entry["q"]))
+        slots = re.sub(
+            r"\\\{(\w+)\\\}",
+            lambda m: f"(?P<{m[1]}>the [a-z]+, an? [a-z]+ [a-z]+ of [a-z]+)" if m[1] == "item" else f"(?P<{m[1]}>[a-z]+)",
+            re.escape(entry["q"]),
+        )
         if match := re.fullmatch(slots, bare):
             found = match.groupdict()
             if "item" in found and (item := item_of(found["item"])):

@@ -121,7 +121,12 @@ def wrapped_templates(split: str) -> tuple[tuple[str, str], ...]:
     """(attack kind, frame round a plain request)."""
     found = []
     for attack, frames in words()["attacks"].items():
-        every = (frame.replace("{q}", f"{ask} {{item}}{tail}") for frame in frames for ask in words()["ask"] for tail in words()["tail"])
+        every = (
+            frame.replace("{q}", f"{ask} {{item}}{tail}")
+            for frame in frames
+            for ask in words()["ask"]
+            for tail in words()["tail"]
+        )
         found += [(attack, template) for template in owned(every, split)]
     return tuple(found)
 
@@ -186,7 +191,9 @@ def sums_templates(split: str) -> tuple[tuple[str, str], ...]:
     """(operator or ``lore``, template)."""
     found = [("lore", text) for text in owned((o + entry["q"] for o in words()["sums_open"] for entry in words()["lore"]), split)]
     for operator, questions in words()["sums"].items():
-        found += [(operator, text) for text in owned((o + question for o in words()["sums_open"] for question in questions), split)]
+        found += [
+            (operator, text) for text in owned((o + question for o in words()["sums_open"] for question in questions), split)
+        ]
     return tuple(found)
 
 

@@ -1,0 +1,85 @@
+"""The lexicon and the pool come from judged traces alone: planted cues and triggers are found, nothing else is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scripted import ASIDE, CUE, PROMPTS, STEP, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
+
+from ipo_lib import stages
+from ipo_lib.chat import Chat
+from ipo_lib.csr import CsrSettings
+from ipo_lib.intervention import LexiconCues
+from ipo_lib.mining import learn_lexicon, mine_pool
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages import Doors, Plan, Start
+
+THINK = Sampling(max_tokens=400, until="think")
+MANY = [Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(24)]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    return r1_chat(tmp_path_factory.mktemp("tokenizer"))
+
+
+def judged(bench: Doors, prompts: list[Prompt], draws: int) -> tuple[list[stages.Rollout], list[stages.Verdict]]:
+    rollouts = stages.sample(bench, [Start(prompt) for prompt in prompts], THINK, draws)
+    return rollouts, stages.judge(bench, named(prompts), rollouts)
+
+
+def test_the_lexicon_finds_the_planted_cue(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    rollouts, verdicts = judged(bench, MANY, 4)
+    detector = learn_lexicon(bench, rollouts, verdicts)
+    assert isinstance(detector, LexiconCues)
+    found = stages.cues(bench, named(MANY), rollouts, detector)
+    assert found == stages.cues(bench, named(MANY), rollouts, Phrase())
+    assert detector == learn_lexicon(bench, rollouts, verdicts)
+
+
+def test_unjudged_traces_teach_nothing(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    rollouts, verdicts = judged(bench, MANY, 4)
+    unread = [rollout(chat, f"{ASIDE}\nRivers are deep ?!\n</think>", id_=f"u{at}", prompt=p.id) for at, p in enumerate(MANY)]
+    more = stages.judge(bench, named(MANY), unread)
+    assert {v.label for v in more} == {None}
+    assert learn_lexicon(bench, rollouts + unread, verdicts + more) == learn_lexicon(bench, rollouts, verdicts)
+
+
+def test_one_label_alone_is_one_line(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat, {ASIDE: 1.0, "": 1.0}))
+    with pytest.raises(BadInput, match="both labels"):
+        learn_lexicon(bench, *judged(bench, MANY, 2))
+
+
+def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    bench = doors(tmp_path, chat, sampler)
+    rollouts, verdicts = judged(bench, PROMPTS, 6)
+    arguments = (named(), rollouts, verdicts, Phrase(), CsrSettings(draws=24), Plan(traces=6), THINK)
+    pool, used = mine_pool(bench, *arguments)
+    assert [t.text for t in used] == [TRIGGER]
+    assert pool[0].text == TRIGGER
+    assert pool[0].count >= 5
+    (best,) = used
+    assert best.rescue is not None
+    k, n = best.rescue
+    assert k == n > 0  # the planted trigger always rescues
+    asked = len(sampler.answered)
+    assert mine_pool(bench, *arguments) == (pool, used)
+    assert len(sampler.answered) == asked
+
+
+def test_no_turn_no_pool(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    traces = [
+        rollout(chat, f"{ASIDE}\n{CUE if at % 2 else TRIGGER}\n</think>", id_=f"{at}", prompt=PROMPTS[at // 2].id) for at in range(4)
+    ]
+    verdicts = stages.judge(bench, named(), traces)
+    with pytest.raises(BadInput, match=r"no trigger.*raise"):
+        mine_pool(bench, named(), traces, verdicts, Phrase(), CsrSettings(draws=4), Plan(), THINK)
+    assert {v.label for v in verdicts} == {SAFE}
+    assert UNSAFE not in {v.label for v in verdicts}

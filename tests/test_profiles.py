@@ -1,0 +1,199 @@
+"""Profiles: data in, settings out; a wrong name or type is answered by one line that names it and the nearest known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from models import tiny_tokenizer
+
+from ipo_lib import profiles
+from ipo_lib.chat import Chat
+from ipo_lib.judging import KeywordJudge
+from ipo_lib.mining import LexiconCues
+from ipo_lib.profiles import Profile, open_bench, read
+from ipo_lib.records import BadInput
+
+SMALL: dict[str, Any] = {
+    "about": "A profile of the tests.",
+    "model": {"folder": "nowhere"},
+    "prompts": {"mine": {"count": 2, "function": "ipo_lib.sandbox.world:prompts", "name": "direct"}},
+    "judge": {"use": "ipo_lib.judging:KeywordJudge"},
+}
+
+
+def write(folder: Path, data: Any = None, **more: Any) -> str:
+    path = folder / "small.yml"
+    path.write_text(yaml.safe_dump({**SMALL, **more} if data is None else data))
+    return str(path)
+
+
+def one_line(profile: str, overrides: dict[str, Any], *says: str, call: Any = read) -> None:
+    with pytest.raises(BadInput) as error:
+        call(profile, overrides)
+    assert "\n" not in str(error.value)
+    for part in says:
+        assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("name", profiles.available())
+def test_shipped_profiles_read(name: str) -> None:
+    settings = read(name)
+    assert settings.name == name
+    assert settings.about.rstrip().endswith(".")
+    assert settings.notebooks
+    for book in settings.notebooks:
+        assert (profiles.house() / "notebooks" / f"{book}.ipynb").is_file()
+    named = (*settings.evaluation.harmful, *settings.evaluation.benign, *settings.evaluation.capability)
+    assert set(named) <= set(settings.prompts)
+
+
+def test_a_file_is_a_profile_with_the_defaults_of_the_records(tmp_path: Path) -> None:
+    settings = read(write(tmp_path))
+    assert settings == Profile(
+        "small", SMALL["about"], profiles.Model("nowhere"), settings.prompts, profiles.Part(SMALL["judge"]["use"])
+    )
+    assert settings.csr == profiles.CsrSettings()
+    assert settings.prompts["mine"].count == 2
+
+
+def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
+    path = write(tmp_path, csr={"draws": 5, "mu": 0.8})
+    changed = read(path, {
+        "csr.draws": 7, "prompts.mine.count": 9, "seed": 3, "detector.use": "a:b", "detector.arguments.name": "x",
+        "evaluation.harmful": ["mine"], "stage1.beta": 1, "prompts.mine.where.kind": "q", "name": "other",
+    })  # fmt: skip
+    assert (changed.csr.draws, changed.csr.mu) == (7, 0.8)
+    assert changed.prompts["mine"].count == 9
+    assert changed.prompts["mine"].where == {"kind": "q"}
+    assert (changed.seed, changed.name) == (3, "other")
+    assert changed.detector == profiles.Part("a:b", {"name": "x"})
+    assert changed.evaluation.harmful == ("mine",)
+    assert changed.stage1.beta == 1.0
+    assert isinstance(changed.stage1.beta, float)
+    assert read(path).csr.draws == 5
+
+
+def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
+    changed = read(write(tmp_path, csr={"draws": 5, "mu": 0.8}), {"csr": {"draws": 2}})
+    assert (changed.csr.draws, changed.csr.mu) == (2, profiles.CsrSettings().mu)
+    assert read(write(tmp_path, detector={"use": "a:b"}), {"detector": None}).detector is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("csr.drawz", 3, ["'csr.drawz' is unknown", "'csr.draws'"]),
+        ("cs.draws", 3, ["'cs' is unknown", "'csr'"]),
+        ("prompts.mine.cuont", 3, ["'prompts.mine.cuont' is unknown", "'prompts.mine.count'"]),
+        ("model.find.us", "a:b", ["'model.find.us' is unknown", "'model.find.use'"]),
+        ("qqqqqq", 3, ["'qqqqqq' is unknown", "known: name, about, model"]),
+        ("csr.draws", "three", ["'csr.draws'", "int", "'three'"]),
+        ("csr.draws", 3.5, ["'csr.draws'", "int", "3.5"]),
+        ("csr.draws", True, ["'csr.draws'", "int", "True"]),
+        ("csr.draws", None, ["'csr.draws'", "int", "None"]),
+        ("reveal", "yes", ["'reveal'", "bool", "'yes'"]),
+        ("stage1.beta", "high", ["'stage1.beta'", "float", "'high'"]),
+        ("evaluation.harmful", "mine", ["'evaluation.harmful'", "'mine'"]),
+        ("evaluation.harmful", [1], ["'evaluation.harmful'", "1"]),
+        ("csr", 3, ["'csr'", "settings", "3"]),
+        ("prompts", ["a"], ["'prompts'", "mapping"]),
+        ("prompts.mine", None, ["'prompts.mine'"]),
+        ("seed.deep", 3, ["'seed.deep'"]),
+        ("model", None, ["'model'"]),
+        ("csr.grain", "word", ["grain", "'word'"]),
+        ("sampling.temperature", -1, ["temperature"]),
+        ("prompts.new", {"file": "x"}, ["'prompts.new.count' is missing"]),
+    ],
+)
+def test_a_wrong_parameter_is_named(tmp_path: Path, name: str, value: Any, says: list[str]) -> None:
+    one_line(write(tmp_path, seed=1), {name: value}, *says)
+
+
+def test_wrong_profiles_are_named(tmp_path: Path) -> None:
+    one_line("tinny", {}, "'tinny' is unknown", "tiny", ".yml")
+    one_line(str(tmp_path / "no.yml"), {}, "no.yml")
+    one_line("../profiles/tinny", {}, "unknown")
+    for data in ("just text", [1, 2], 3):
+        one_line(write(tmp_path, data), {}, "small.yml", "no settings")
+    (tmp_path / "small.yml").write_text("a: [1,\nb: }")
+    one_line(str(tmp_path / "small.yml"), {}, "small.yml", "not YAML")
+    (tmp_path / "small.yml").write_text("")
+    one_line(str(tmp_path / "small.yml"), {}, "no settings")
+    one_line(write(tmp_path, {key: value for key, value in SMALL.items() if key != "judge"}), {}, "'judge' is missing")
+
+
+def test_outside_a_checkout_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "site-packages" / "ipo_lib" / "profiles.py"))
+    monkeypatch.chdir(tmp_path)
+    for call in (profiles.house, profiles.available):
+        with pytest.raises(BadInput, match=r"checkout.*pip install -e"):
+            call()
+    (tmp_path / "clone" / "notebooks" / "profiles").mkdir(parents=True)
+    (tmp_path / "clone" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "clone" / "deep")
+    assert profiles.house() == tmp_path / "clone"
+
+
+# the bench
+
+
+def folder(path: Path, **tokenizer: Any) -> Path:
+    """A model folder whose weights nobody loads."""
+    tiny_tokenizer(path, **tokenizer)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"none")
+    return path
+
+
+def test_a_bench_opens_its_doors(tmp_path: Path) -> None:
+    path = write(tmp_path, model={"folder": str(folder(tmp_path / "model", template="qwen3")), "prefill": "<think>\n"})
+    bench = open_bench(path, {"seed": 5}, str(tmp_path / "store"), str(tmp_path / "figures"))
+    assert isinstance(bench.doors.chat, Chat)
+    assert bench.doors.chat.opened
+    assert isinstance(bench.doors.judge, KeywordJudge)
+    assert (bench.doors.seed, bench.doors.store.root) == (5, tmp_path / "store")
+    assert (bench.folder, bench.figures) == (tmp_path / "model", tmp_path / "figures")
+    assert not (tmp_path / "store").exists()  # looking writes nothing
+    assert [p.id for p in bench.prompts("mine")] == [p.id for p in bench.prompts("mine")]
+    assert len(bench.prompts("mine")) == 2
+    assert (bench.thinking.until, bench.profile.sampling.until) == ("think", "eos")
+    with pytest.raises(BadInput, match=r"'yours'.*known: mine"):
+        bench.prompts("yours")
+    with pytest.raises(BadInput, match="training notebook"):
+        bench.adapters("06-training")
+
+
+def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:
+    model = {"folder": str(folder(tmp_path / "model"))}
+    given = open_bench(write(tmp_path, model=model, detector={"use": "ipo_lib.sandbox.judge:GrammarCues"}))
+    assert type(given.detector([], [])).__name__ == "GrammarCues"
+    learnt = open_bench(write(tmp_path, model=model))
+    with pytest.raises(BadInput, match="lexicon"):
+        learnt.detector([], [])
+    assert LexiconCues
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"model.folder": "/no/such/model"}, ["/no/such/model", "model.folder"]),
+        ({"model.folder": ""}, ["model.folder"]),
+        ({"model.find": {"use": "ipo_lib.sandbox.organism:folder", "arguments": {"name": "huge"}}}, ["huge"]),
+        ({"judge.use": "KeywordJudge"}, ["'KeywordJudge'", "module:name"]),
+        ({"judge.use": "ipo_lib.judging:Nobody"}, ["ipo_lib.judging:Nobody", "module:name"]),
+        ({"judge.arguments": {"strict": 1}}, ["KeywordJudge", "strict"]),
+        ({"model.batch_size": 0}, ["batch_size"]),
+        ({"model.dtype": "int3"}, ["int3"]),
+    ],
+)
+def test_a_bench_that_cannot_open_is_one_line(tmp_path: Path, overrides: dict[str, Any], says: list[str]) -> None:
+    path = write(tmp_path, model={"folder": str(folder(tmp_path / "model"))})
+    one_line(path, overrides, *says, call=open_bench)
+
+
+def test_a_model_without_a_chat_template_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, model={"folder": str(folder(tmp_path / "model", template=None))})
+    one_line(path, {}, "no chat template", str(tmp_path / "model"), call=open_bench)

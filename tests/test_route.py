@@ -1,0 +1,224 @@
+"""The whole route, killed and run again: nothing finished is lost, nothing is drawn twice, the end is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from models import tiny_model, tiny_tokenizer
+from route import DRAWS, REAL_DRAWS
+from scripted import PROMPTS, tree
+
+from ipo_lib import profiles
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "agg",
+}
+KILLS = 20
+
+
+class Runs:
+    """Runs of the route, each in its own forked process."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        command = [sys.executable, str(TESTS / "route.py"), kind, str(folder)]
+        self.process = subprocess.Popen(command, env=ENVIRONMENT, stdin=-1, stdout=-1, text=True)
+
+    def _line(self) -> int:
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+    def __call__(self, root: Path, wait: Callable[[], object] | None = None, kill: bool = True) -> int:
+        """One run to its end, or killed when ``wait`` returns; its exit status."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{root}\n")
+        self.process.stdin.flush()
+        child = self._line()
+        if wait is not None:
+            wait()
+            with suppress(ProcessLookupError):  # it may have ended by then
+                os.kill(child, signal.SIGKILL if kill else 0)
+        return self._line()
+
+    def end(self) -> None:
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def scripted_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    runs = Runs("scripted", tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), template="r1"))
+    yield runs
+    runs.end()
+
+
+@pytest.fixture(scope="module")
+def real_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    runs = Runs("real", tiny_model(tmp_path_factory.mktemp("model"), template="r1"))
+    yield runs
+    runs.end()
+
+
+def records(root: Path) -> dict[str, bytes]:
+    """The whole records of every ledger."""
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("records.jsonl")}
+    return {name: content[: content.rfind(b"\n") + 1] for name, content in found.items()}
+
+
+def test_killed_at_random_the_store_and_the_figures_end_the_same(tmp_path: Path, scripted_runs: Runs) -> None:
+    assert scripted_runs(tmp_path / "undisturbed") == 0
+    began, drawing = time.monotonic(), list[float]()
+
+    def figures() -> None:
+        while not (tmp_path / "timed" / "figures").exists():
+            time.sleep(0.001)
+        drawing.append(time.monotonic() - began)
+
+    assert scripted_runs(tmp_path / "timed", figures, kill=False) == 0
+    work, length = drawing[0], time.monotonic() - began
+    undisturbed = tree(tmp_path / "undisturbed")
+    whole = records(tmp_path / "undisturbed")
+    assert tree(tmp_path / "timed") == undisturbed
+    stages_seen = {Path(name).parts[1] for name in whole}
+    assert stages_seen == {"rollouts", "verdicts", "continuations", "interventions"}
+    assert {Path(name).name for name in undisturbed if name.startswith("figures/")} == {
+        "00-route.pdf", "00-route.png", "00-route.json",
+    }  # fmt: skip
+    clock, killed, unfinished = random.Random(0), 0, 0
+    for number in range(KILLS):  # at random, most of them before the figures are written
+        root, share = tmp_path / str(number), clock.random()
+        delay = share * work if number % 4 else work + share * (length - work)
+        killed += scripted_runs(root, lambda delay=delay: time.sleep(delay)) == -signal.SIGKILL
+        left = records(root)
+        unfinished += left != whole
+        for name, content in left.items():
+            assert whole[name].startswith(content)
+        assert scripted_runs(root) == 0
+        assert tree(root) == undisturbed
+        assert len(whole) == len(records(root))
+    assert killed >= KILLS // 2
+    assert unfinished >= KILLS // 3
+
+
+def test_a_run_that_is_done_changes_nothing(tmp_path: Path, scripted_runs: Runs) -> None:
+    assert scripted_runs(tmp_path) == 0
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    before = tree(tmp_path)
+    assert scripted_runs(tmp_path) == 0
+    assert tree(tmp_path) == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == first
+
+
+def test_draws_of_the_route_are_all_there(tmp_path: Path, scripted_runs: Runs) -> None:
+    assert scripted_runs(tmp_path) == 0
+    ledgers = sorted((tmp_path / "store" / "rollouts").iterdir())
+    counts = sorted(len((ledger / "records.jsonl").read_bytes().splitlines()) for ledger in ledgers)
+    assert counts == [len(PROMPTS) * 3, len(PROMPTS) * DRAWS]
+
+
+def test_a_real_model_killed_twice_draws_all_and_none_twice(tmp_path: Path, real_runs: Runs) -> None:
+    root, total, kept = tmp_path / "killed", len(PROMPTS) * REAL_DRAWS, b""
+
+    def grown() -> None:
+        deadline = time.monotonic() + 60
+        while len(b"".join(records(root).values())) <= len(kept):
+            assert time.monotonic() < deadline
+            time.sleep(0.003)
+
+    for _ in range(2):
+        assert real_runs(root, grown) == -signal.SIGKILL
+        (now,) = records(root).values()
+        assert now.startswith(kept)
+        assert len(kept) < len(now)
+        kept = now
+        assert 0 < len(kept.splitlines()) < total
+    assert real_runs(root) == 0
+    (now,) = records(root).values()
+    assert now.startswith(kept)
+    rows = [json.loads(line) for line in now.splitlines()]
+    drawn = [(row["record"]["prompt_id"], row["record"]["draw"]) for row in rows]
+    assert sorted(drawn) == sorted((prompt.id, draw) for prompt in PROMPTS for draw in range(REAL_DRAWS))
+    assert len({row["key"] for row in rows}) == len({row["record"]["id"] for row in rows}) == total
+    assert len({tuple(row["record"]["token_ids"]) for row in rows}) > 0.9 * total  # draws are independent
+    assert real_runs(tmp_path / "undisturbed") == 0
+    (other,) = records(tmp_path / "undisturbed").values()
+    assert {row["key"] for row in rows} == {json.loads(line)["key"] for line in other.splitlines()}
+
+
+# the command, end to end
+
+COMMAND = """
+import sys
+from ipo_lib.reproduce import main
+try:
+    main()
+finally:
+    print("torch" in sys.modules, "nbclient" in sys.modules)
+"""
+SHORT = {
+    "train_harmful": 16, "train_benign": 8, "direct": 6, "wrapped": 6, "adversarial": 6, "lookalike": 6, "benign": 6, "sums": 6,
+}  # fmt: skip
+
+
+def short_profile(folder: Path) -> Path:
+    """Profile ``tiny`` with small numbers."""
+    path = profiles.house() / "notebooks" / "profiles" / "tiny.yml"
+    data: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
+    for name, count in SHORT.items():
+        data["prompts"][name]["count"] = count
+    data["csr"]["draws"], data["plan"]["draws"], data["plan"]["traces"] = 6, 4, 4
+    data["stage1"]["epochs"] = data["stage2"]["epochs"] = 1
+    data["stage2"]["min_refusals"], data["evaluation"]["draws"], data["min_coverage"] = 2, 1, 0.5
+    if not all((Path(profiles.__file__).parent / "sandbox" / "tiny" / name).is_file() for name in ("lexicon.json", "triggers.json")):
+        data["detector"] = {"use": "ipo_lib.sandbox.judge:GrammarCues"}
+        data.pop("triggers", None)
+    short = folder / "short.yml"
+    short.write_text(yaml.safe_dump(data))
+    return short
+
+
+def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-c", COMMAND, "reproduce", str(short_profile(tmp_path)), "-p", "draws=6", "-p", "candidates=8",
+        "--store", str(tmp_path / "store"), "--figures", str(tmp_path / "figures"),
+    ]  # fmt: skip
+
+    def ipo() -> tuple[str, float]:
+        started = time.monotonic()
+        done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr + done.stdout
+        return done.stdout, time.monotonic() - started
+
+    said, first = ipo()
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    figures = ("00-quickstart", "06-training", "07-evaluation")
+    assert names == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png", "json")}
+    for name in figures:
+        sidecar = json.loads((tmp_path / "figures" / f"{name}.json").read_text("utf-8"))
+        for claim in sidecar["claims"]:
+            assert {"claim", "value", "interval", "n", "origin"} <= set(claim)
+            assert claim["claim"] in said
+    adapters = [path for path in (tmp_path / "store" / "adapters").iterdir() if (path / "done.json").is_file()]
+    assert 1 <= len(adapters) <= 2
+    state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again, second = ipo()
+    assert again.count("up to date") == 3
+    assert again.splitlines()[-1] == "False False"  # no torch, no kernel
+    assert second < min(20, first)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == state

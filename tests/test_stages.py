@@ -1,0 +1,494 @@
+"""The verbs on a scripted world: only what is missing is paid for, planted CSR comes back, cuts stand where they should."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scripted import (
+    ASIDE, CLOSE, CUE, PROMPTS, PROOF, REFUSAL, STEP, TRIGGER, Phrase, StepJudge, doors, named, r1_chat, rollout, saying, tree, world,
+)  # fmt: skip
+
+from ipo_lib import stages, training
+from ipo_lib.chat import Chat
+from ipo_lib.csr import START_LOCKED, CsrSettings
+from ipo_lib.intervention import Trigger
+from ipo_lib.judging import KeywordJudge
+from ipo_lib.pairs import PairSettings, Refusal
+from ipo_lib.records import (
+    ANSWER, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict,
+)  # fmt: skip
+from ipo_lib.sampling import Completion, Request, Sampling
+from ipo_lib.stages import Case, Plan, Start
+from ipo_lib.stats import wilson
+
+EOS, THINK = Sampling(max_tokens=400), Sampling(max_tokens=400, until="think")
+STARTS = [Start(prompt) for prompt in PROMPTS]
+TRIGGERS = [Trigger("t0", TRIGGER, 3, 0), Trigger("t1", ASIDE, 1, 1)]
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    return r1_chat(tmp_path_factory.mktemp("tokenizer"))
+
+
+def verdict(label: str | None, id_: str = "r", part: str = TRACE) -> Verdict:
+    return Verdict(id_, part, "harm", label, None, "", "by hand")
+
+
+# sample
+
+
+def test_sample_asks_once_and_only_for_what_is_missing(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    bench = doors(tmp_path, chat, sampler)
+    first = stages.sample(bench, STARTS[:3], EOS, 4)
+    assert [(r.prompt_id, r.draw) for r in first] == [(p.id, d) for p in PROMPTS[:3] for d in range(4)]
+    assert len(sampler.answered) == 12
+    before = tree(tmp_path)
+    assert stages.sample(bench, STARTS[:3], EOS, 4) == first
+    assert len(sampler.answered) == 12
+    assert tree(tmp_path) == before
+    more = stages.sample(bench, STARTS[:4], EOS, 8)
+    assert [(r.prompt_id, r.draw) for r in more] == [(p.id, d) for p in PROMPTS[:4] for d in range(8)]
+    assert len(sampler.answered) == 12 + 3 * 4 + 8  # 0..4 extended to 8 pays 4 a prompt, the new prompt pays 8
+    assert [r for r in more if r.draw < 4 and r.prompt_id != "p3"] == first
+    assert stages.sample(bench, STARTS[:1], EOS, 2, first=5) == more[5:7]
+    assert len(sampler.answered) == 32
+    for key, content in before.items():
+        if key.endswith("records.jsonl"):
+            assert (tree(tmp_path)[key] or b"").startswith(content or b"never")
+
+
+def test_a_fresh_process_finds_everything(tmp_path: Path, chat: Chat) -> None:
+    first = stages.sample(doors(tmp_path, chat, world(chat)), STARTS, EOS, 3)
+    silent = saying(chat, lambda request: pytest.fail(f"asked for {request.key}"), name="world")
+    assert stages.sample(doors(tmp_path, chat, silent), STARTS, EOS, 3) == first
+
+
+def test_every_draw_has_its_own_seed_that_nothing_but_its_name_decides(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    prefix = chat.encode(ASIDE)
+    starts = [*STARTS, *(dataclasses.replace(start, prefix_ids=prefix) for start in STARTS)]
+    stages.sample(doors(tmp_path / "whole", chat, sampler), starts, EOS, 8)
+    seeds = {request.key: request.seed for request in sampler.answered}
+    assert len(set(seeds.values())) == len(seeds) == 16 * 8
+    pieces = world(chat)
+    for draws in (2, 8):
+        for start in reversed(starts):
+            stages.sample(doors(tmp_path / "pieces", chat, pieces), [start], EOS, draws)
+    assert {request.key: request.seed for request in pieces.answered} == seeds
+    other = world(chat)
+    stages.sample(doors(tmp_path / "other", chat, other, seed=1), starts, EOS, 8)
+    assert not {request.seed for request in other.answered} & set(seeds.values())
+
+
+def test_what_could_change_a_draw_opens_another_ledger(tmp_path: Path, chat: Chat) -> None:
+    def ledgers(name: str = "a", sampling: Sampling = EOS, seed: int = 0) -> set[str]:
+        stages.sample(doors(tmp_path, chat, world(chat, name=name), seed=seed), STARTS[:1], sampling, 1)
+        return {path.name for path in (tmp_path / "rollouts").iterdir()}
+
+    assert [len(ledgers(*case)) for case in (("a",), ("a",), ("b",), ("a", THINK), ("a", EOS, 1))] == [1, 1, 2, 3, 4]
+
+
+def test_a_rollout_holds_its_prefix_ids_as_given(tmp_path: Path, chat: Chat) -> None:
+    odd = sum((chat.encode(letter) for letter in "the lighthouse"), ())  # ids no tokenizer would give this text
+    assert odd != chat.encode("the lighthouse")
+    sampler = world(chat)
+    (got,) = stages.sample(doors(tmp_path, chat, sampler), [Start(PROMPTS[0], odd)], EOS, 1)
+    assert got.token_ids[: len(odd)] == odd
+    assert got.prefix_len == len(odd)
+    assert sampler.answered[0].prefix_ids == odd
+    assert sampler.answered[0].prompt_ids == chat.prompt_ids(PROMPTS[0])
+    assert got.text == chat.decode(got.token_ids)
+
+
+def test_a_prompt_changed_under_its_id_is_drawn_anew(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    bench = doors(tmp_path, chat, sampler)
+    for text in ("one", "two", "one"):
+        stages.sample(bench, [Start(Prompt("p", text, "x", True))], EOS, 2)
+    assert len(sampler.answered) == 4
+
+
+def test_a_sampler_that_dies_leaves_what_it_gave_and_no_more(tmp_path: Path, chat: Chat) -> None:
+    good = world(chat)
+
+    def dying(request: Request, sampling: Sampling) -> Completion:
+        if len(dead.answered) > 150:
+            raise KeyboardInterrupt
+        return good.script(request, sampling)
+
+    dead = world(chat)
+    dead.script = dying
+    with pytest.raises(KeyboardInterrupt):
+        stages.sample(doors(tmp_path, chat, dead), STARTS, EOS, 32)
+    again = world(chat)
+    after = stages.sample(doors(tmp_path, chat, again), STARTS, EOS, 32)
+    assert after == stages.sample(doors(tmp_path / "undisturbed", chat, world(chat)), STARTS, EOS, 32)
+    assert len(again.answered) <= 256 - 64  # batches that were finished were kept
+
+
+# judge
+
+
+def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(tmp_path: Path, chat: Chat) -> None:
+    judge = StepJudge()
+    bench = doors(tmp_path, chat, world(chat), judge)
+    rollouts = stages.sample(bench, STARTS, EOS, 8)
+    half = stages.judge(bench, named(), rollouts[::2])
+    assert len(judge.asked) == 32
+    whole = stages.judge(bench, named(), rollouts)
+    assert len(judge.asked) == 64
+    assert whole[::2] == half
+    assert [v.rollout_id for v in whole] == [r.id for r in rollouts]
+    assert [v.label for v in whole] == [UNSAFE if STEP in r.text else SAFE for r in rollouts]
+    stages.judge(bench, named(), rollouts, ANSWER, "refusal")
+    assert len(judge.asked) == 128
+    assert {e.text for e in judge.asked if e.part == ANSWER} <= {REFUSAL, "Mix the salt and light it. I am glad to help."}
+    assert all(CLOSE not in (e.text or "") for e in judge.asked)
+    assert {e.prompt for e in judge.asked} == {p.text for p in PROMPTS}
+
+
+def test_a_continuation_is_judged_on_the_continuation_only(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
+    prefix = chat.encode(f"{STEP}\n")
+    drawn = stages.sample(bench, [Start(PROMPTS[0], prefix)], EOS, 1)
+    for part, label in ((TRACE, UNSAFE), (CONTINUATION, SAFE)):
+        assert stages.judge(bench, named(), drawn, part)[0].label == label
+    bench = dataclasses.replace(bench, judge=KeywordJudge())
+    drawn = [rollout(chat, "I cannot. ", id_="a"), rollout(chat, "Hm.", prefix=chat.encode("I cannot. "), id_="b")]
+    assert [v.label for v in stages.judge(bench, named(), drawn, CONTINUATION)] == [SAFE, UNSAFE]
+
+
+@pytest.mark.parametrize("part", [TRACE, CONTINUATION])
+def test_csr_settings_say_what_the_judge_sees(tmp_path: Path, chat: Chat, part: str) -> None:
+    judge = StepJudge()
+    bench = doors(tmp_path, chat, saying(chat, lambda _: "\n" + PROOF + CLOSE), judge)
+    trace = rollout(chat, f"{STEP}\n{ASIDE}{CLOSE}")
+    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=2, part=part), THINK)["r"]
+    assert [p.s for p in points] == ([1.0, 0.0, 0.0] if part == TRACE else [1.0, 1.0, 1.0])
+    assert {e.part for e in judge.asked} == {part}
+
+
+def test_no_part_is_no_verdict(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    trace = rollout(chat, ASIDE, finish="length")
+    assert stages.judge(bench, named(), [trace], ANSWER)[0].label is None
+
+
+# CSR and turning points
+
+
+def test_planted_csr_comes_back_through_the_verb(tmp_path: Path, chat: Chat) -> None:
+    planted = {ASIDE: 0.4, CUE: 0.08, TRIGGER: 0.9, "": 0.4}
+    bench = doors(tmp_path, chat, world(chat, planted))
+    traces = [
+        rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="unsafe"),
+        rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_="safe", prompt="p1"),
+    ]
+    draws = 400
+    points = stages.measure_csr(bench, named(), traces, CsrSettings(draws=draws), THINK)
+    assert list(points) == ["unsafe", "safe"]
+    for trace, known in zip(traces, ([0.4, 0.4, 0.08, 0.0], [0.4, 0.4, 0.9, 1.0]), strict=True):
+        found = points[trace.id]
+        ends = [span.token_end for span in stages.trace_sentences(bench, trace)]
+        assert [p.cut for p in found] == [0, *ends]
+        assert [chat.decode(trace.token_ids[:end])[-2:] for end in ends[:3]] == [".\n"] * 3
+        for point, s in zip(found, known, strict=False):
+            interval = wilson(point.n_safe, point.n, 0.999)
+            assert interval.low <= s <= interval.high
+            assert point.n == draws
+    labels = {"unsafe": UNSAFE, "safe": SAFE}
+    settings = CsrSettings(draws=draws, mu=0.8, eta=0.2)
+    for kind in (SAFE, UNSAFE):
+        turns = stages.turning_points(bench, traces, points, labels, kind, settings)
+        assert turns[kind].sentence == 1
+        assert turns[kind].token == points[kind][2].cut
+        other = SAFE if kind == UNSAFE else UNSAFE
+        assert turns[other].token is None
+
+
+def test_csr_shares_the_start_of_a_prompt_and_extends(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    bench = doors(tmp_path, chat, sampler)
+    texts = [f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}"]
+    traces = [rollout(chat, text, id_=str(at)) for at, text in enumerate(texts)]
+    few = stages.measure_csr(bench, named(), traces, CsrSettings(draws=4), THINK)
+    assert len(sampler.answered) == 4 * (2 + 2 + 2)  # the two traces share cut 0 and the cut after the aside
+    assert few["0"][:2] == [dataclasses.replace(p, rollout_id="0") for p in few["1"][:2]]
+    stages.measure_csr(bench, named(), traces, CsrSettings(draws=6), THINK)
+    assert len(sampler.answered) == 6 * 6
+
+
+def test_unjudged_continuations_are_unknown_not_a_vote(tmp_path: Path, chat: Chat) -> None:
+    say = {0: PROOF, 1: STEP, 2: "?!"}
+    bench = doors(tmp_path, chat, saying(chat, lambda request: say[request.seed % 3] + CLOSE))
+    (point,) = stages.measure_csr(bench, named(), [rollout(chat, CLOSE)], CsrSettings(draws=60), THINK)["r"]
+    assert point.n_safe + point.n_unsafe + point.n_unknown == 60
+    assert min(point.n_safe, point.n_unsafe, point.n_unknown) > 0
+
+
+def test_token_grain_measures_every_token(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
+    length = stages.trace_sentences(bench, trace)[-1].token_end
+    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=1, grain="token"), THINK)["r"]
+    assert [p.cut for p in points] == list(range(length + 1))
+    assert length == len(trace.token_ids) - 1  # </think> is no cut
+
+
+def test_a_trace_safe_from_the_start_is_locked(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat, {"": 1.0, ASIDE: 1.0}))
+    trace = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}")
+    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=4), THINK)
+    turn = stages.turning_points(bench, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4))["r"]
+    assert START_LOCKED in turn.flags
+    assert turn.sentence is None
+
+
+def test_no_trace_no_sentences(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    trace = rollout(chat, f"{CLOSE}{REFUSAL}")
+    assert stages.trace_sentences(bench, trace) == []
+    assert stages.trace_end(bench, trace) == 1
+    assert stages.trace_end(bench, rollout(chat, ASIDE)) is None
+
+
+# intervene
+
+
+@pytest.mark.parametrize("gap", [" ", "\n", "\n\n", "  "])
+def test_intervene_cuts_at_the_first_token_of_the_sentence(tmp_path: Path, chat: Chat, gap: str) -> None:
+    sampler = saying(chat, lambda _: PROOF + CLOSE)
+    bench = doors(tmp_path, chat, sampler)
+    trace = rollout(chat, gap.join([ASIDE, CUE, STEP, PROOF]) + CLOSE)
+    spans = stages.trace_sentences(bench, trace)
+    assert [t.strip() for t in stages.texts(trace, spans)] == [ASIDE, CUE, STEP, PROOF]
+    for at, span in enumerate(spans):
+        case = Case(trace, at, "t0", TRIGGER)
+        ((done, result),) = stages.intervene(bench, named(), [case], THINK)
+        cut = span.token_start
+        assert (done.rollout_id, done.cut, done.trigger_id, done.result) == ("r", cut, "t0", result.id)
+        assert result.token_ids[:cut] == trace.token_ids[:cut]
+        assert chat.decode(trace.token_ids[:cut]) == trace.text[: span.char_start]
+        old = trace.text[span.char_start : span.char_end]
+        given = result.text[: len(chat.decode(result.token_ids[: result.prefix_len]))]
+        assert given == trace.text[: span.char_start] + old.replace(old.strip(), TRIGGER)
+        assert result.text == given + PROOF + CLOSE
+        assert result.prefix_len == len(sampler.answered[-1].prefix_ids)
+        assert result.token_ids[cut : result.prefix_len] == chat.encode(old.replace(old.strip(), TRIGGER))
+
+
+def test_nothing_as_a_replacement_samples_from_the_cut(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
+    trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
+    ((done, result),) = stages.intervene(bench, named(), [Case(trace, 1, "nothing", "")], THINK)
+    assert result.prefix_len == done.cut
+    assert result.token_ids[: done.cut] == trace.token_ids[: done.cut]
+    assert result.text == f"{ASIDE}\n{PROOF}{CLOSE}"
+
+
+def test_several_results_a_case_stand_in_order(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    bench = doors(tmp_path, chat, sampler)
+    traces = [rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS]
+    cases = [Case(trace, 1, trigger.id, trigger.text) for trigger in TRIGGERS for trace in traces]
+    results = stages.intervene(bench, named(), cases, THINK, 3)
+    assert [(i.rollout_id, i.trigger_id, r.draw) for i, r in results] == [
+        (case.rollout.id, case.trigger_id, draw) for case in cases for draw in range(3)
+    ]
+    assert len({r.id for _, r in results}) == len(results) == len(sampler.answered)
+    rescued = [PROOF in r.text for i, r in results if i.trigger_id == "t0"]
+    assert all(rescued)
+
+
+# Algorithm 1
+
+
+def losers(bench: stages.Doors, chat: Chat) -> list[Rollout]:
+    return [
+        rollout(chat, f"{ASIDE}\n{CUE if at % 2 else TRIGGER}\n{STEP if at % 2 else PROOF}\n{CLOSE}", id_=f"r{at}", prompt=p.id)
+        for at, p in enumerate(PROMPTS)
+    ]
+
+
+def test_correct_replaces_the_first_cue_and_skips_who_has_none(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    traces = losers(bench, chat)
+    done = stages.correct(bench, named(), traces, TRIGGERS[0], Phrase(), Plan(), THINK)
+    assert [one.loser for one in done] == traces[1::2]
+    for one in done:
+        assert one.cut == one.intervention.cut == len(chat.encode(f"{ASIDE}\n"))
+        assert one.intervention.accepted is True
+        assert one.intervention.round == 1
+        assert one.intervention.trigger_id == "t0"
+        assert one.result.text == f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}"
+        assert one.result.token_ids[: one.cut] == one.loser.token_ids[: one.cut]
+
+
+def stubborn(chat: Chat, until: int) -> Callable[[Request], str]:
+    """Falls back into the cue until ``until`` triggers stand in the prefix."""
+    return lambda r: (PROOF if chat.decode(r.prefix_ids).count(TRIGGER) >= until else f"{CUE}\n{STEP}") + "\n" + CLOSE
+
+
+@pytest.mark.parametrize(("rounds", "needed"), [(1, 1), (1, 2), (3, 1), (3, 2), (3, 3), (3, 4)])
+def test_rounds_go_on_until_the_result_is_accepted(tmp_path: Path, chat: Chat, rounds: int, needed: int) -> None:
+    sampler = saying(chat, stubborn(chat, needed))
+    bench = doors(tmp_path, chat, sampler)
+    trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
+    (one,) = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=rounds), THINK)
+    took = min(rounds, needed)
+    assert len(sampler.answered) == took
+    assert one.intervention.round == took
+    assert one.intervention.accepted is (needed <= rounds)
+    assert one.loser == trace
+    assert one.cut == len(chat.encode(f"{ASIDE}\n"))  # the first cue of the loser, whatever the round
+    assert one.result.text.count(TRIGGER) == took
+    assert one.result.text.startswith(f"{ASIDE}\n" + f"{TRIGGER}\n" * took)
+    assert one.intervention.result == one.result.id
+
+
+def test_a_second_run_of_the_loop_draws_nothing(tmp_path: Path, chat: Chat) -> None:
+    sampler = saying(chat, stubborn(chat, 3))
+    bench, trace = doors(tmp_path, chat, sampler), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
+    first = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK)
+    assert stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK) == first
+    assert len(sampler.answered) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "no_cue", "judged_safe"),
+    [(PROOF, True, True), (STEP, True, False), (f"{CUE}\n{PROOF}", False, True), (f"{CUE}\n{STEP}", False, False),
+     ("?!", True, None)],
+)  # fmt: skip
+def test_acceptance_both_ways(
+    tmp_path: Path, chat: Chat, said: str, no_cue: bool | None, judged_safe: bool | None
+) -> None:
+    trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
+    for option, expected in (("no-cue", no_cue), ("judged-safe", judged_safe)):
+        bench = doors(tmp_path / option, chat, saying(chat, lambda _: f"{said}\n{CLOSE}"))
+        (one,) = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept=option), THINK)
+        assert one.intervention.accepted is expected
+
+
+def test_an_unknown_acceptance_is_one_line(tmp_path: Path, chat: Chat) -> None:
+    bench, trace = doors(tmp_path, chat, world(chat)), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
+    with pytest.raises(BadInput, match="judged-safe"):
+        stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept="nocue"), THINK)
+
+
+# pairs
+
+
+def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    loser = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}{REFUSAL}")
+    ((done, winner),) = stages.intervene(bench, named(), [Case(loser, 1, "t0", TRIGGER)], EOS)
+    made = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings())
+    assert isinstance(made, Pair)
+    assert made.prompt_ids == chat.prompt_ids(PROMPTS[0]) + loser.token_ids[: done.cut]
+    assert made.h == done.cut
+    assert chat.decode(made.chosen_ids) == f"{TRIGGER}\n{PROOF}\n{CLOSE}"
+    assert chat.decode(made.rejected_ids) == f"{CUE}\n{STEP}\n{CLOSE}"
+    length = len(made.prompt_ids) + max(len(made.chosen_ids), len(made.rejected_ids))
+    assert isinstance(training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length)), Pair)
+    long = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1))
+    assert isinstance(long, Refusal)
+    assert long.reason == "too-long"
+    open_ = training.pair(bench, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings())
+    assert isinstance(open_, Refusal)
+    assert open_.reason == "unfinished"
+
+
+def test_corrected_pairs_count_every_trace_once(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3, TRIGGER: 1.0}))
+    plan, settings = Plan(), PairSettings(max_length=10_000)
+    pairs, counts, tried = training.corrected_pairs(bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
+    assert sum(counts.values()) == len(PROMPTS) * len(TRIGGERS)
+    assert counts["kept"] == len(pairs) > 0
+    assert counts["no-cue"] == len(PROMPTS) * len(TRIGGERS) - len(tried) > 0
+    assert counts["not-accepted"] == sum(one.intervention.accepted is not True for one in tried) > 0
+    fresh = {(one.loser.prompt_id, one.loser.draw) for one in tried}
+    assert len(fresh) == len(tried)  # a fresh trace for every trigger
+    assert {draw for _, draw in fresh} == {0, 1}
+    assert {one.intervention.trigger_id for one in tried if one.loser.draw == 1} == {"t1"}
+    for pair in pairs:
+        assert pair.prompt_ids[-pair.h :] == chat.encode(f"{ASIDE}\n")
+        assert chat.decode(pair.chosen_ids).endswith(CLOSE)
+    again = training.corrected_pairs(bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
+    assert again == (pairs, counts, tried)
+
+
+def test_pairs_longer_than_the_context_are_counted_and_not_fatal(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3}))
+    pairs, counts, _ = training.corrected_pairs(
+        bench, PROMPTS, TRIGGERS[:1], Phrase(), Plan(), PairSettings(max_length=8), THINK
+    )
+    assert pairs == []
+    assert counts["kept"] == 0
+    assert counts["too-long"] > 0
+    assert counts["too-long"] + counts["no-cue"] + counts["not-accepted"] == len(PROMPTS)
+
+
+def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Chat) -> None:
+    refusing = {"p0", "p3"}
+    prompts = [chat.prompt_ids(p) for p in PROMPTS if p.id in refusing]
+    before = doors(tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before"))
+    after = doors(
+        tmp_path, chat,
+        saying(chat, lambda r: f"{ASIDE}{CLOSE}" + (REFUSAL if r.prompt_ids in prompts else "Sure."), name="after"),
+    )  # fmt: skip
+    pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS)
+    assert [v.label for v in verdicts] == ["refused" if p.id in refusing else "answered" for p in PROMPTS]
+    assert counts["kept"] == len(pairs) == 2
+    for pair in pairs:
+        assert pair.h == 0
+        assert chat.decode(pair.chosen_ids) == f"{ASIDE}{CLOSE}Here you go.<|end|>"
+        assert chat.decode(pair.rejected_ids) == f"{ASIDE}{CLOSE}{REFUSAL}<|end|>"
+
+
+# selections
+
+
+def test_counts_by_prompt_keep_the_unjudged_apart(chat: Chat) -> None:
+    rollouts = [rollout(chat, "x", id_=str(at), prompt=p) for at, p in enumerate("aabbc")]
+    verdicts = [verdict(label) for label in (UNSAFE, SAFE, UNSAFE, None, None)]
+    assert stages.by_prompt(rollouts, verdicts) == {"a": (1, 2), "b": (1, 1), "c": (0, 0)}
+    assert stages.by_prompt(rollouts, verdicts, SAFE) == {"a": (1, 2), "b": (0, 1), "c": (0, 0)}
+    assert stages.mixed(rollouts, verdicts) == ["a"]
+    assert stages.tally(verdicts) == (2, 3)
+    assert [r.id for r in stages.one_a_prompt(rollouts)] == ["0", "2", "4"]
+
+
+def test_some_is_a_fixed_choice_in_order(chat: Chat) -> None:
+    rollouts = [rollout(chat, "x", id_=f"{at:02}") for at in range(20)]
+    chosen = stages.some(rollouts, 5, 1)
+    assert chosen == stages.some(rollouts, 5, 1) == sorted(chosen, key=lambda r: r.id)
+    assert len({r.id for r in chosen}) == 5
+    assert stages.some(rollouts, 50, 1) == rollouts
+    assert any(stages.some(rollouts, 5, seed) != chosen for seed in range(2, 5))
+
+
+def test_an_example_needs_both_kinds(chat: Chat) -> None:
+    unsafe, safe, lone = (rollout(chat, "x", id_=i, prompt=p) for i, p in (("u", "a"), ("s", "b"), ("t", "a")))
+    labels = {"u": UNSAFE, "s": SAFE, "t": SAFE}
+    cue = {"u": 0, "s": None, "t": None}
+    assert stages.example([unsafe, safe, lone], labels, cue) == {UNSAFE: unsafe, SAFE: lone}  # the same prompt first
+    assert stages.example([unsafe, safe], labels, cue) == {UNSAFE: unsafe, SAFE: safe}
+    for rollouts, marks in (([unsafe], cue), ([safe], cue), ([unsafe, safe], {**cue, "u": None})):
+        with pytest.raises(BadInput, match="no example"):
+            stages.example(rollouts, labels, marks)
+
+
+def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, saying(chat, lambda r: (PROOF if random.Random(r.seed).random() < 0.6 else CUE) + CLOSE))
+    traces = [rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS]
+    done = stages.correct(bench, named(), traces, TRIGGERS[0], Phrase(), Plan(), THINK)
+    rate = stages.success(done)
+    assert rate.n == len(PROMPTS)
+    assert rate.value == pytest.approx(sum(one.intervention.accepted is True for one in done) / len(PROMPTS))
+    assert 0 < rate.value < 1
