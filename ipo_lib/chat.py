@@ -28,7 +28,8 @@ _BYTE |= {chr(byte): byte for byte in _SHOWN}
 
 class Chat:
     """How one model folder is spoken to: its chat template, ``prefill`` after the generation prompt, a ``system`` turn.
-    BadInput when the folder lacks a byte-level tokenizer, chat template or EOS, is corrupt, or loses what is given."""
+    ``opened``: a prompt ends inside an open ``<think>``. BadInput when the folder is corrupt, has no byte-level
+    tokenizer, chat template or EOS, or when something given is lost or doubled."""
 
     def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None) -> None:
         self.folder, self.prefill, self.system = Path(folder), prefill, system
@@ -50,7 +51,14 @@ class Chat:
         templates = template if isinstance(template, list) else [{"name": "default", "template": template}]
         self._template = next((str(one["template"]) for one in templates if one["name"] == "default"), "")
         _require(self._template, f"{folder}: no chat template; add chat_template.jinja or use an instruct model")
-        self.opened = self._check()
+        before, probe, after = self._render(PROBE).rpartition(PROBE)
+        lost = "" if probe and (system or "").strip() in before else "system" if probe else "user"
+        _require(not lost, f"{folder}: the chat template drops the {lost} turn; mend the template")
+        doubled = after.rfind(OPEN) > after.rfind(CLOSE) and prefill.lstrip().startswith(OPEN)
+        _require(not doubled, f"{folder}: the chat template opens {OPEN} itself; drop it from {prefill!r}")
+        kept = self.decode(self.encode(before + probe + after + prefill)).endswith(prefill)
+        _require(kept, f"{folder}: the tokenizer alters the prefill {prefill!r}; write it another way")
+        self.opened = (after + prefill).rfind(OPEN) > (after + prefill).rfind(CLOSE)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the ids of a prompt and where an answer ends, as plain JSON values."""
@@ -101,17 +109,6 @@ class Chat:
             return str(compiled(self._template).render(messages=turns, add_generation_prompt=True, **values))
         except TemplateError as error:
             raise BadInput(f"{self.folder}: the chat template fails ({error}); mend it or drop `system`") from error
-
-    def _check(self) -> bool:
-        """Whether a prompt ends inside an open ``<think>``; BadInput when something given is lost or doubled."""
-        before, probe, after = self._render(PROBE).rpartition(PROBE)
-        lost = "" if probe and (self.system or "").strip() in before else "system" if probe else "user"
-        _require(not lost, f"{self.folder}: the chat template drops the {lost} turn; mend the template")
-        doubled = after.rfind(OPEN) > after.rfind(CLOSE) and self.prefill.lstrip().startswith(OPEN)
-        _require(not doubled, f"{self.folder}: the chat template opens {OPEN} itself; drop it from {self.prefill!r}")
-        kept = self.decode(self.encode(before + probe + after + self.prefill)).endswith(self.prefill)
-        _require(kept, f"{self.folder}: the tokenizer alters the prefill {self.prefill!r}; write it another way")
-        return (after + self.prefill).rfind(OPEN) > (after + self.prefill).rfind(CLOSE)
 
 
 def _require(given: object, message: str) -> None:

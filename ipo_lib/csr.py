@@ -1,8 +1,7 @@
-"""The Continuation Safety Ratio (Eq. 1) and its turning points (Eq. 2, 3), from counts; pure.
-
-A *cut* c is the prefix ``token_ids[:c]``, so S_c is the paper's S_i at i = c. Cuts are taken at every token (the paper)
-or at every sentence end (cheap). One rule serves both: S holds from c iff it holds at c, at every *measured* cut of the
-window after c and at least at the next one; past the end of the trace its own label stands for S (safe 1, unsafe 0)."""
+"""The Continuation Safety Ratio (Eq. 1) and its turning points (Eq. 2, 3), from counts; pure. A *cut* c is the prefix
+``token_ids[:c]``, so S_c is the paper's S_i at i = c. Cuts are taken at every token (the paper) or at every sentence
+end (cheap). One rule serves both: S holds from c iff it holds at c, at every *measured* cut of the window after c and
+at least at the next one; past the end of the trace its own label stands for S (safe 1, unsafe 0)."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Training of IPO (Eq. 4): DPO on the suffixes after the common prefix, through TRL, fed with token ids.
-
-Stage 1 trains fresh LoRA on intervened pairs; stage 2 goes on from there with benign pairs mixed in. IPO is Intervened
-Preference Optimization here: TRL's loss of that name is Identity Preference Optimization and is not offered.
-"""
+"""Training of IPO (Eq. 4): DPO on the suffixes after the common prefix, through TRL, fed with token ids. Stage 1 trains
+fresh LoRA on intervened pairs; stage 2 goes on from there with benign pairs mixed in. IPO is Intervened Preference
+Optimization here: TRL's loss of that name is Identity Preference Optimization and is not offered."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -32,13 +31,10 @@ SAME = ("learning_rate", "beta", "weight_decay", "pad_to_multiple_of", "precompu
 
 @dataclass(frozen=True)
 class DpoSettings:
-    """One training stage (paper.md 2.2). One object per stage: which stages carry the SFT term is disputed.
-
-    ``loss`` ``sigmoid`` is Eq. 4 on summed suffix log-probabilities, ``sigmoid_norm`` on their means. ``sft_weight``
-    scales the token-mean NLL of the chosen suffix. ``batch_size`` counts pairs per forward and device; the paper's 64
-    is batch_size x accumulation x devices. ``warmup`` below 1 is a share of the steps. ``targets`` is PEFT's word or
-    regex, ``quantize`` ``nf4`` is double quantized. Fields with TRL's names go to TRL as they are.
-    """
+    """One training stage (paper.md 2.2); one object per stage, as it is disputed which stages carry the SFT term.
+    ``loss`` ``sigmoid`` is Eq. 4 on summed suffix log-probabilities, ``sigmoid_norm`` on their means; ``sft_weight``
+    scales the token-mean NLL of the chosen suffix. ``batch_size``: pairs per forward and device; the paper's 64 is
+    batch_size x accumulation x devices. ``warmup`` below 1: a share of the steps. ``targets``: PEFT's word or regex."""
 
     learning_rate: float = 5e-6
     beta: float = 0.1
@@ -81,11 +77,9 @@ class Stage2Settings(DpoSettings):
 
 def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, adapter: Folder | None = None) -> Rows:
     """Train LoRA by Eq. 4 (+ ``sft_weight`` x NLL of the chosen suffix) and return one metrics row per step.
-
     ``out`` receives the adapter, the rows (log-probabilities are suffix sums in nats, averaged over the step's pairs)
     and ``training.json``, which also counts the pairs left out for ``max_length``. With ``adapter`` training goes on
-    from its weights, rank and targets. BadInput: no pair left, no model or adapter there, a loss that is not finite.
-    """
+    from its weights, rank and targets. BadInput: no pair left, no model or adapter there, a loss that is not finite."""
     lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     fitting = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= settings.max_length]
     if not fitting:
@@ -119,7 +113,6 @@ def stage2(
     harmful: Pairs, refusals: Pairs, model: Folder, settings: Stage2Settings, out: Folder, *, adapter: Folder
 ) -> tuple[Rows, str]:
     """Stage 2 (paper.md 1.13) from stage 1's ``adapter``: the rows, and a sentence on what was done or why not.
-
     ``refusals`` are benign pairs: chosen = the organism's answer, rejected = the stage-1 model's refusal."""
     if len(refusals) < settings.min_refusals:
         return [], f"stage 2 skipped: {len(refusals)} benign refusals, at least {settings.min_refusals} needed"
@@ -132,30 +125,24 @@ def _config(settings: DpoSettings, out: Folder) -> Any:
     """TRL's configuration; every default of TRL 1.16 that bites (checkpointing, bf16, logging, reports) is explicit."""
     from trl.trainer.dpo_config import DPOConfig
 
-    quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     return DPOConfig(
-        output_dir=str(out),
+        output_dir=str(out), report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
         # CHOICES leaves TRL's "ipo" out: that is Identity Preference Optimization, a squared loss, not this method.
-        loss_type=[settings.loss, "sft"],
-        loss_weights=[1.0, settings.sft_weight],
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup,  # below 1: a share of the steps
+        loss_type=[settings.loss, "sft"], loss_weights=[1.0, settings.sft_weight],
+        num_train_epochs=settings.epochs, per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation, activation_checkpointing=settings.activation_checkpointing,
+        lr_scheduler_type="cosine", warmup_steps=settings.warmup,  # below 1: a share of the steps
         max_length=None,  # train() has counted the long ones out; TRL would cut them silently
         disable_dropout=settings.dropout == 0,  # TRL's default silences LoRA's dropout with the rest
-        activation_checkpointing=settings.activation_checkpointing,
-        bf16=settings.dtype == "bfloat16",
-        dataloader_pin_memory=False,
+        bf16=settings.dtype == "bfloat16", dataloader_pin_memory=False,
         logging_nan_inf_filter=False,  # the default shows the last finite loss in place of a nan
-        **quiet,
         **{name: getattr(settings, name) for name in SAME},
-    )
+    )  # fmt: skip
 
 
 def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None) -> Any:
     """TRL's DPO trainer on ids; its LoRA is fresh or at the weights of ``adapter``, and in float32."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
     import datasets
     import transformers
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
@@ -169,9 +156,8 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
             """TRL reports every run to the hub; this package works offline."""
 
     datasets.disable_progress_bars()
-    logging: Any = transformers.utils.logging
-    logging.disable_progress_bar()
-    config, options = _config(settings, out), dict[str, Any](dtype=settings.dtype)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config, options = _config(settings, out), dict[str, Any](dtype=settings.dtype, use_safetensors=True)
     if settings.quantize:
         nf4 = NF4 | {"bnb_4bit_compute_dtype": settings.dtype}
         options["quantization_config"], options["device_map"] = nf4, config.device

@@ -24,6 +24,7 @@ MEASURES = {
     ANSWERED: (ANSWER, "refusal", "answered"),
     CORRECT: (ANSWER, "correct", "correct"),
 }
+ASKED = {"harmful": (TRACE_HARM, ANSWER_HARM), "benign": (REFUSED, ANSWERED), "capability": (CORRECT,)}
 
 
 @dataclass(frozen=True)
@@ -69,21 +70,15 @@ def evaluate(
 ) -> list[Measured]:
     """Sample every set to the end of the answer and measure it. Sets not named in the settings are left alone."""
     found = []
-    plan = [
-        (settings.harmful, (TRACE_HARM, ANSWER_HARM)),
-        (settings.benign, (REFUSED, ANSWERED)),
-        (settings.capability, (CORRECT,)),
-    ]
-    for names, measures in plan:
-        for name in names:
-            prompts = {prompt.id: prompt for prompt in sets[name]}
-            rollouts = sample(doors, [Start(prompt) for prompt in sets[name]], sampling, settings.draws)
-            cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
-            for measure in measures:
-                part, question, label = MEASURES[measure]
-                verdicts = judge(doors, prompts, rollouts, part, question)
-                unknown = sum(verdict.label is None for verdict in verdicts)
-                found.append(Measured(name, measure, by_prompt(rollouts, verdicts, label), unknown, cut, len(rollouts)))
+    for name, measures in [(name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)]:
+        prompts = {prompt.id: prompt for prompt in sets[name]}
+        rollouts = sample(doors, [Start(prompt) for prompt in sets[name]], sampling, settings.draws)
+        cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
+        for measure in measures:
+            part, question, label = MEASURES[measure]
+            verdicts = judge(doors, prompts, rollouts, part, question)
+            unknown = sum(verdict.label is None for verdict in verdicts)
+            found.append(Measured(name, measure, by_prompt(rollouts, verdicts, label), unknown, cut, len(rollouts)))
     return found
 
 
@@ -102,7 +97,7 @@ def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[
     """One row per set and measure: before, after and the paired difference (after - before), each with its interval."""
     rows = []
     for old, new in zip(before, after, strict=True):
-        row: dict[str, Any] = {"set": old.set, "measure": old.measure}
+        row: dict[str, Any] = {"set": old.set, "measure": old.measure, "n": difference([old], [new]).n}
         for name, one in (("before", old.rate), ("after", new.rate), ("difference", difference([old], [new]))):
             row |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
         rows.append(row)

@@ -1,8 +1,6 @@
-"""Where a trace leans to complying, what takes that place, and the controls: the pure half of Algorithm 1.
-
-A *cue detector* finds the sentence to replace; the *trigger pool* is mined at safe turning points (Eq. 2), not typed;
-``replace`` makes of a sentence a cut in tokens and the text to put there. The loop, which samples, is in ``stages``.
-"""
+"""Where a trace leans to complying, what takes that place, and the controls: the pure half of Algorithm 1. A *cue
+detector* finds the sentence to replace; the *trigger pool* is mined at safe turning points (Eq. 2), not typed;
+``replace`` makes of a sentence a cut in tokens and the text to put there. The loop, which samples, is in ``stages``."""
 
 from __future__ import annotations
 
@@ -57,14 +55,12 @@ class CsrCues:
 @dataclass(frozen=True)
 class LexiconCues:
     """Cues by their words: n-grams that tell unsafe traces from safe ones, learnt from judged rollouts alone.
-
     What tells them apart best is often the harm itself, after the cue; so each further layer learns from what stands
     *before* the finds so far. Whatever goes with the label is found, cause or not: measure it before you believe it.
-    Settings: longest n-gram in words; weight of the Dirichlet ``prior`` in n-grams; how many prompts (or traces) an
-    n-gram must occur in, which drops names; whether a sentence scores the max of its z or the mean; whether the first
-    sentence is left out; the most layers, and the balanced accuracy at which a further one must predict the label.
-    Learnt, by layer: z of each n-gram (positive: unsafe), score from which a sentence is a cue, accuracy on these rows.
-    """
+    Settings: longest n-gram in words; Dirichlet ``prior`` in n-grams; prompts (or traces) an n-gram must occur in,
+    which drops names; score a sentence by the max of its z, not the mean; leave the first sentence out; the most
+    layers, and the balanced accuracy that a further one must reach. Learnt, by layer: z of each n-gram (positive:
+    unsafe), the score from which a sentence is a cue, the accuracy on these rows."""
 
     words: int = 3
     prior: float = 500.0
@@ -98,9 +94,7 @@ class LexiconCues:
             learnt, cuts = more, [more._first(texts) if unsafe else None for texts, unsafe, _ in left]
             left = [(t[:at], u, name) for at, (t, u, name) in zip(cuts, left, strict=True) if at != self.skip_first]
         if not learnt.weights:
-            raise BadInput(
-                f"lexicon: {len(rows)} traces share no n-grams or no second label; give more, of both labels"
-            )
+            raise BadInput(f"lexicon: {len(rows)} traces share no n-grams or lack a label; give more, of both labels")
         return learnt
 
     def _score(self, text: str, z: Mapping[str, float]) -> float:
@@ -160,10 +154,8 @@ def mine(
     turns: Iterable[TurningPoint], texts: Mapping[str, Sequence[str]], kind: str = SAFE, similarity: float = 0.3
 ) -> list[Trigger]:
     """The pool: the sentences (``texts`` by rollout id) at safe turning points, not start-locked, most frequent first.
-
     Same words count together. A sentence joins the cluster whose most frequent member it resembles most, from
-    ``similarity`` on (Jaccard of word 1- and 2-grams). ``kind`` unsafe mines cues (Eq. 3), for the reverse control.
-    """
+    ``similarity`` on (Jaccard of word 1- and 2-grams). ``kind`` unsafe mines cues (Eq. 3), for the reverse control."""
     forms: dict[str, Counter[str]] = defaultdict(Counter)
     for turn in turns:
         if turn.kind == kind and turn.sentence is not None and START_LOCKED not in turn.flags:
@@ -185,37 +177,18 @@ def mine(
 
 def choose(pool: Sequence[Trigger], rescues: Mapping[str, tuple[int, int]], n: int = 6) -> list[Trigger]:
     """The triggers in use: of each of the ``n`` largest clusters with a tried member, the one of best one-shot rescue.
-
-    ``rescues``: (k, n) by trigger id; best = highest Wilson lower bound (at equal n: k / n), ties by count; best first.
-    """
+    ``rescues``: (k, n) by trigger id. Best: the highest Wilson lower bound (at equal n: k / n), ties by count."""
     tried = [dataclasses.replace(t, rescue=rescues[t.id]) for t in pool if rescues.get(t.id, (0, 0))[1]]
     ranked = sorted(tried, key=lambda t: (-wilson(*rescues[t.id]).low, -t.count, t.id))
     best = {trigger.cluster: trigger for trigger in reversed(ranked)}
     return [trigger for trigger in ranked if best[trigger.cluster] is trigger and trigger.cluster in sorted(best)[:n]]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where a replacement begins: the index of the first cue's sentence and its first ``token``, h of Eq. 4."""
-
-    rollout_id: str
-    sentence: int
-    token: int
-
-
-def plan(rollout: Rollout, prompt: Prompt, sentences: Sequence[Sentence], detector: CueDetector) -> Cut | None:
-    """Algorithm 1, h = d(z): the cut before the trace's first cue; None when the detector finds none."""
-    index = detector.first(rollout, prompt, [rollout.text[s.char_start : s.char_end] for s in sentences])
-    return None if index is None else Cut(rollout.id, index, sentences[index].token_start)
-
-
-def replace(rollout: Rollout, sentence: Sentence, trigger_text: str, text: str | None = None) -> tuple[int, str]:
-    """The cut and the replacement: continue from ``token_ids[:cut]`` + encode(replacement), encoding nothing else.
-
+def replace(rollout: Rollout, sentence: Sentence, trigger_text: str) -> tuple[int, str]:
+    """The cut (h of Eq. 4) and the replacement: continue from ``token_ids[:cut]`` + encode(replacement), nothing else.
     The trigger takes over the whitespace around what it replaces. Controls: an empty text is "nothing", a fresh sample
-    from the cut; a cue at ``TurningPoint.sentence`` of a safe trace is the reverse. ``text``: the rollout's by default.
-    """
-    old = (rollout.text if text is None else text)[sentence.char_start : sentence.char_end]
+    from the cut; a cue at ``TurningPoint.sentence`` of a safe trace is the reverse."""
+    old = rollout.text[sentence.char_start : sentence.char_end]
     lead, _, trail = old.partition(old.strip()) if old.strip() else (old, "", "")
     return sentence.token_start, f"{lead}{trigger_text.strip()}{trail}" if trigger_text.strip() else ""
 

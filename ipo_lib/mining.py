@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, LexiconCues, Trigger, choose, mine
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
-    Case,
-    Doors,
-    Plan,
-    cues,
-    intervene,
-    judge,
-    measure_csr,
-    mixed,
-    some,
-    texts,
-    trace_sentences,
-    turning_points,
-)
+    Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, trace_texts, turning_points,
+)  # fmt: skip
 
-MEMBERS = 3  # triggers tried of each cluster
+CLUSTERS, MEMBERS = 2, 3  # clusters tried for each trigger in use, and triggers tried of each cluster
 
 
 def learn_lexicon(doors: Doors, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> LexiconCues:
     """A lexicon of cues from judged rollouts alone; unjudged ones are left out."""
     known = [(rollout, v.label == UNSAFE) for rollout, v in zip(rollouts, verdicts, strict=True) if v.label]
-    rows = [(texts(rollout, trace_sentences(doors, rollout)), unsafe) for rollout, unsafe in known]
+    rows = [(trace_texts(doors, rollout), unsafe) for rollout, unsafe in known]
     return LexiconCues().learn(rows, [rollout.prompt_id for rollout, _ in known])
 
 
 def mine_pool(
-    doors: Doors,
-    prompts: Mapping[str, Prompt],
-    rollouts: Sequence[Rollout],
-    verdicts: Sequence[Verdict],
-    detector: CueDetector,
-    settings: CsrSettings,
-    plan: Plan,
-    sampling: Sampling,
-) -> tuple[list[Trigger], list[Trigger]]:
+    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], detector: CueDetector,
+    settings: CsrSettings, plan: Plan, sampling: Sampling,
+) -> tuple[list[Trigger], list[Trigger]]:  # fmt: skip
     """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split.
 
     Sentences at the safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster
@@ -54,17 +36,13 @@ def mine_pool(
     safe = some([r for r in rollouts if labels[r.id] == SAFE and r.prompt_id in chosen], plan.traces, doors.seed)
     points = measure_csr(doors, prompts, safe, settings, sampling)
     turns = turning_points(doors, safe, points, labels, SAFE, settings)
-    pool = mine(turns.values(), {rollout.id: texts(rollout, trace_sentences(doors, rollout)) for rollout in safe})
+    pool = mine(turns.values(), {rollout.id: trace_texts(doors, rollout) for rollout in safe})
     if not pool:
         raise BadInput(f"no trigger: none of {len(safe)} safe traces has a safe turning point; raise plan.traces or plan.draws")
     unsafe = some([r for r in rollouts if labels[r.id] == UNSAFE], plan.traces, doors.seed)
     cue = cues(doors, prompts, unsafe, detector)
-    tried = [
-        trigger
-        for _, members in groupby(sorted(pool, key=lambda t: t.cluster), lambda t: t.cluster)
-        for trigger in list(members)[:MEMBERS]
-    ]
-    tried = [trigger for trigger in tried if trigger.cluster < 2 * plan.pool]
+    clusters = [[trigger for trigger in pool if trigger.cluster == cluster] for cluster in range(CLUSTERS * plan.pool)]
+    tried = [trigger for members in clusters for trigger in members[:MEMBERS]]
     cases = [Case(r, at, trigger.id, trigger.text) for trigger in tried for r in unsafe if (at := cue[r.id]) is not None]
     results = intervene(doors, prompts, cases, sampling)
     rescues: dict[str, tuple[int, int]] = {}

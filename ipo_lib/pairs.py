@@ -1,10 +1,10 @@
-"""Preference pairs of Eq. 4: two suffixes after one prefix, in token ids, or a refusal that says why there is none.
-
-A pair is (x, chosen > rejected, h): ``prompt_ids`` are the chat prompt and the ``h`` response tokens both sides share,
-so a trainer that scores completion tokens only scores exactly z^{>=h}. Natural pairs are the case ``h = 0``."""
+"""Preference pairs of Eq. 4: two suffixes after one prefix, in token ids, or a refusal that says why there is none. A
+pair is (x, chosen > rejected, h): ``prompt_ids`` are the chat prompt and the ``h`` response tokens both sides share, so
+a trainer that scores completion tokens only scores exactly z^{>=h}. Natural pairs are the case ``h = 0``."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a loser gave no pair: one of ``REASONS``, of which ``unjudged`` is the caller's to give."""
+    """Why a loser gave no pair; ``reason`` is one of ``REASONS``, of which ``unjudged`` is the caller's to give."""
 
     rollout_id: str
     reason: str
@@ -54,16 +54,21 @@ def build(
         return Refusal(loser.id, OFF_EDGE)
     if loser.token_ids[:cut] != winner.token_ids[:cut]:
         return Refusal(loser.id, PREFIX_DIFFERS)
-    ends = [_end(*side, settings.part) for side in ((loser, loser_end), (winner, winner_end))]
+    sides, ends = (loser, winner), [loser_end, winner_end]
+    if settings.part == BOTH:
+        ends = [len(one.token_ids) if one.finish == "stop" else None for one in sides]
+    for one, end in zip(sides, ends, strict=True):
+        if end is not None and not 0 <= end <= len(one.token_ids):
+            raise BadInput(f"pairs: trace end {end} lies outside {one.id} of {len(one.token_ids)} tokens")
     if None in ends:
         return Refusal(loser.id, UNFINISHED)
-    rejected, chosen = (one.token_ids[cut:end] for one, end in zip((loser, winner), ends, strict=True))
+    rejected, chosen = (one.token_ids[cut:end] for one, end in zip(sides, ends, strict=True))
     if not rejected or not chosen or rejected == chosen:
         return Refusal(loser.id, IDENTICAL if rejected and chosen else EMPTY)
     if settings.eos and eos_id is not None:
         rejected, chosen = (
             ids + (eos_id,) * (one.finish == "stop" and end == len(one.token_ids))
-            for ids, one, end in zip((rejected, chosen), (loser, winner), ends, strict=True)
+            for ids, one, end in zip((rejected, chosen), sides, ends, strict=True)
         )
     shared = prompt_ids + loser.token_ids[:cut]
     if len(shared) + max(len(rejected), len(chosen)) > settings.max_length:
@@ -72,20 +77,8 @@ def build(
     return Pair(key, shared, chosen, rejected, cut, why)
 
 
-def _end(rollout: Rollout, trace_end: int | None, part: str) -> int | None:
-    """How many response tokens of ``rollout`` belong to ``part``; None when that part is not finished."""
-    if part == BOTH:
-        return len(rollout.token_ids) if rollout.finish == "stop" else None
-    if trace_end is not None and not 0 <= trace_end <= len(rollout.token_ids):
-        raise BadInput(f"pairs: trace end {trace_end} lies outside {rollout.id} of {len(rollout.token_ids)} tokens")
-    return trace_end
-
-
 def collect(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:
     """The pairs, and how many results ended how: ``kept`` first, then every reason (also at 0)."""
-    pairs, counts = [], dict.fromkeys((KEPT, *REASONS), 0)
-    for result in results:
-        counts[KEPT if isinstance(result, Pair) else result.reason] += 1
-        if isinstance(result, Pair):
-            pairs.append(result)
-    return pairs, counts
+    ended = list(results)
+    counts = Counter(KEPT if isinstance(one, Pair) else one.reason for one in ended)
+    return [one for one in ended if isinstance(one, Pair)], {**dict.fromkeys((KEPT, *REASONS), 0), **counts}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def show(
 
 def shown(text: str, reveal: bool) -> str:
     """``text``, with every letter and digit blacked out unless ``reveal``; its shape stays."""
-    return text if reveal else "".join("█" if char.isalnum() else char for char in text)
+    return text if reveal else "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
 
 
 def tint(value: float) -> str:

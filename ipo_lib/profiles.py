@@ -192,9 +192,8 @@ class Bench:
         if not sidecar.is_file():
             raise BadInput(f"{sidecar} is missing; run the training notebook first")
         named = json.loads(sidecar.read_text("utf-8"))["artifacts"]
-        found = {
-            f"after {stage}": self.doors.store.root / "adapters" / named[stage] / "files" for stage in ("stage 1", "stage 2")
-        }
+        root = self.doors.store.root / "adapters"
+        found = {f"after {stage}": root / named[stage] / "files" for stage in ("stage 1", "stage 2")}
         return {stage: path for stage, path in found.items() if (path / "adapter_config.json").is_file()}
 
     def save(self, figure: Any, name: str, claims: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Any]) -> None:

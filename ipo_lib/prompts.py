@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -47,9 +48,8 @@ def load(name: str, spec: PromptSet) -> list[Prompt]:
     else:
         found = from_rows(name, spec, read(Path(spec.file).expanduser()) if spec.file else hub(name, spec))
     if not found:
-        raise BadInput(
-            f"prompt set {name!r} is empty: no row of {spec.file or spec.hub or spec.function} passes {dict(spec.where)}"
-        )
+        source = spec.file or spec.hub or spec.function
+        raise BadInput(f"prompt set {name!r} is empty: no row of {source} passes {dict(spec.where)}; mend `where` or the file")
     if len({prompt.id for prompt in found}) < len(found):
         raise BadInput(f"prompt set {name!r}: column {spec.id!r} repeats; name a column of distinct ids")
     return found
@@ -66,9 +66,8 @@ def from_rows(name: str, spec: PromptSet, rows: Iterable[Mapping[str, Any]]) -> 
         if len(found) == spec.count:
             break
         category = str(row.get(spec.category, "")) if spec.category else ""
-        found.append(
-            Prompt(f"{name}-{row.get(spec.id, number)}", str(row[spec.text]), spec.file or spec.hub, spec.harm, category)
-        )
+        key = f"{name}-{row.get(spec.id, number)}"
+        found.append(Prompt(key, str(row[spec.text]), spec.file or spec.hub, spec.harm, category))
     return found
 
 
@@ -76,15 +75,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL or CSV file."""
     if not path.is_file():
         raise BadInput(f"prompt file {str(path)!r} is missing; put it there or name another in the profile")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"prompt file {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as lines:
-            return list(csv.DictReader(lines))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
     rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside strings
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise BadInput(f"prompt file {str(path)!r}, line {number}: not JSON ({error.msg}); mend or delete the line") from None
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError):
+            raise BadInput(f"prompt file {str(path)!r}, line {number}: no JSON object; mend or delete the line") from None
     return rows
 
 

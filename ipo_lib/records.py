@@ -1,8 +1,7 @@
-"""The objects every module shares: frozen records with plain fields, JSON both ways.
-
-Terms of the paper (arXiv 2509.24393): a *prompt* is answered by a *rollout* (thinking trace, then answer), judged by
-*verdicts*; the Continuation Safety Ratio (Eq. 1) is counted in *CSR points*; Eq. 2 and 3 give *turning points*; a
-corrected trace is an *intervention*; two suffixes after one prefix are a *pair* (Eq. 4)."""
+"""The objects every module shares: frozen records with plain fields, JSON both ways, in terms of arXiv 2509.24393. A
+*prompt* is answered by a *rollout* (trace, then answer), judged by *verdicts*; the Continuation Safety Ratio (Eq. 1) is
+counted in *CSR points*; Eq. 2 and 3 give *turning points*; a corrected trace is an *intervention*, two suffixes after
+one prefix are a *pair* (Eq. 4)."""
 
 from __future__ import annotations
 
@@ -114,7 +113,7 @@ class TurningPoint:
 
 @dataclass(frozen=True)
 class Intervention:
-    """One replacement: at ``cut`` of ``rollout_id`` a sentence gave way to ``trigger_id``; ``result`` is a rollout id."""
+    """One replacement: at ``cut`` of ``rollout_id`` a sentence gave way to ``trigger_id``; ``result``: a rollout id."""
 
     rollout_id: str
     cut: int

@@ -40,7 +40,8 @@ def reproduce(
 
     started, given, root = time.monotonic(), parse(parameter or []), Store(store or None).root
     profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
-    books = [profiles.house() / "notebooks" / f"{name}.ipynb" for name in profiles.read(profile).notebooks]
+    chosen = profiles.read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks
+    books = [profiles.house() / "notebooks" / f"{name}.ipynb" for name in chosen]
     known = {book: declared(book) for book in books}
     overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
     settings = profiles.read(profile, overrides)
@@ -126,7 +127,9 @@ def run(book: Path, values: Mapping[str, Any], folder: Path, key: str, figures: 
         print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
         raise SystemExit(1) from None
     mark.write_text(canonical({"key": key, "figures": produced(book, figures)}) + "\n")
-    print(f"{book.stem}: {time.monotonic() - started:.0f} s", *claims(book, figures), sep="\n  ", flush=True)
+    sidecars = [json.loads(path.read_bytes()) for path in sorted(figures.glob(f"{book.stem[:2]}-*.json"))]
+    claims = [claim["claim"] for sidecar in sidecars for claim in sidecar["claims"]]
+    print(f"{book.stem}: {time.monotonic() - started:.0f} s", *claims, sep="\n  ", flush=True)
 
 
 def produced(book: Path, figures: Path) -> dict[str, str]:
@@ -134,16 +137,19 @@ def produced(book: Path, figures: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(figures.glob(f"{book.stem[:2]}-*"))}
 
 
-def claims(book: Path, figures: Path) -> list[str]:
-    """The claim sentences in the sidecars of a notebook's figures."""
-    sidecars = [json.loads(path.read_text("utf-8")) for path in sorted(figures.glob(f"{book.stem[:2]}-*.json"))]
-    return [str(claim["claim"]) for sidecar in sidecars for claim in sidecar["claims"]]
-
-
 def main(call: Callable[[], Any] = app) -> None:
     """The ``ipo`` command: a user's mistake is one line and exit code 2."""
+    from ipo_lib.store import MENDS
+
     try:
         call()
     except BadInput as error:
-        print(f"ipo: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        said = str(error)
+    except OSError as error:
+        if error.errno not in MENDS:
+            raise
+        said = f"{error.filename}: {error.strerror}; {MENDS[error.errno]}"
+    else:
+        return
+    print(f"ipo: {said}", file=sys.stderr)
+    raise SystemExit(2)

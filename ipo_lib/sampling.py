@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,9 @@ def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
     mass = (values - total).double().exp()
     before = mass.cumsum(-1) - mass
     mass *= before < top_p
-    if head >= size:
-        return _invert(mass.new_zeros(logits.shape).scatter(-1, ids, mass), uniforms)
     ids, order = ids.sort(-1)
     drawn = ids.gather(-1, _invert(mass.gather(-1, order), uniforms)[:, None])[:, 0]
-    if bool((wide := before[:, -1] < top_p).any()):
+    if head < size and bool((wide := before[:, -1] < top_p).any()):
         drawn[wide] = nucleus_draw(logits[wide], uniforms[wide], temperature, top_p, size)
     return drawn
 
@@ -109,10 +108,8 @@ def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
 class TransformersSampler:
     """``model.generate`` in this process, a LoRA ``adapter`` merged; of generation_config.json only EOS counts."""
 
-    # fmt: off
     def __init__(self, folder: Path | str, chat: Chat, *, adapter: Path | str | None = None, device: str = "auto",
-                 dtype: str = "auto", batch_size: int = 64) -> None:
-        # fmt: on
+                 dtype: str = "auto", batch_size: int = 64) -> None:  # fmt: skip
         self.chat, self.device, self.batch_size = chat, device, batch_size
         self._model_files = _files(folder, "config.json", "model*.safetensors")
         self._adapter_files = _files(adapter, "adapter_config.json", "adapter_model.safetensors") if adapter else []
@@ -153,9 +150,8 @@ class TransformersSampler:
 
         def draw(sofar: Tensor, scores: Tensor) -> Tensor:
             live, step = [row for row, end in enumerate(finish) if not end], sofar.shape[1] - ids.shape[1]
-            if sampling.temperature:
-                drawn = nucleus_draw(scores[live], uniforms[step, live], sampling.temperature, sampling.top_p)
-                scores[live, drawn] = math.inf  # so that a greedy generate takes it
+            drawn = nucleus_draw(scores[live], uniforms[step, live], sampling.temperature, sampling.top_p)
+            scores[live, drawn] = math.inf  # so that a greedy generate takes it
             return scores
 
         def stop(sofar: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -169,26 +165,29 @@ class TransformersSampler:
                     finish[row] = "think" if closed else "length" if full else ""
             return torch.tensor([end != "" for end in finish], device=device)
 
-        ours: dict[str, Any] = {"logits_processor": [draw], "stopping_criteria": [stop], "pad_token_id": pad}
-        self._model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, **ours)
+        ours: dict[str, Any] = {"logits_processor": [draw] * bool(sampling.temperature), "stopping_criteria": [stop]}
+        ours |= {"do_sample": False, "pad_token_id": pad}
+        self._model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), **ours)
         for request, row, end in zip(requests, taken, finish, strict=True):
             yield Completion(request.key, tuple(row[len(request.prefix_ids) :]), end)
 
     @functools.cached_property
     def _model(self) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        import transformers
 
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BadInput(f"device {device!r}: this torch sees no GPU; use device 'auto' or 'cpu'")
         options = {"dtype": getattr(torch, self.dtype), "use_safetensors": True, "local_files_only": True}
-        model: Any = AutoModelForCausalLM.from_pretrained(self._model_files[0].parent, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(self._model_files[0].parent, **options)
         if self._adapter_files:
+            logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent)).merge_and_unload()
-        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # generate fills gaps from it
+        model.generation_config = type(model.generation_config)()  # a bare one: generate fills gaps from it
         return model.to(device).eval()
 
 

@@ -1,11 +1,8 @@
-"""Sentences of a trace: lossless character spans, and their token spans by the offsets of the tokens.
-
-The paper counts CSR (Eq. 1) at sentence ends and replaces one sentence (section 3.3), so a sentence is a span, never a
-string: newlines stay left and spaces go right, which keeps cuts off the inside of tokens of the usual vocabularies.
-``CANDIDATE`` finds every place where a sentence may end, ``PROTECTED`` the spans it may not end in (code, math,
-brackets); the rest is a question of the word before and the character after. Each pattern is linear in the text:
-a run is entered at its first character only, and a bracket is given up at the next one of its kind.
-"""
+"""Sentences of a trace: lossless character spans, and token spans by the offsets of the tokens. CSR (Eq. 1) is counted
+at sentence ends and a sentence is replaced (section 3.3), so it is a span, never a string: newlines stay left and
+spaces go right, which keeps cuts off the inside of usual tokens. ``CANDIDATE`` finds where a sentence may end,
+``PROTECTED`` the spans it may not end in; the word before and the character after decide. Every pattern is linear in
+the text: a run is entered at its first character only, and a bracket is given up at the next one of its kind."""
 
 from __future__ import annotations
 
@@ -43,19 +40,17 @@ WORD_LENGTH = 32  # how far back the word before a full stop and its neighbour a
 GOES_ON = frozenset(",;:.!?)]}…=+%&|/–—-")  # after a full stop and a space these carry the sentence on
 OPENERS = "\"'“‘«([{*_"
 FULL_STOP, LINE_ENDS = ".", ".!?…:;。！？"
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-TITLES = _words(
-    "mr mrs ms mx dr prof st mt gen sen rep gov capt cpt lt col sgt cmdr adm rev hon pres fr messrs "
-    "e.g eg i.e ie cf vs viz approx esp incl resp ca"
-)  # never the last word
-BEFORE_NUMBER = _words("no nos fig figs eq sec art vol ch pp p pt ed jan feb mar apr jun jul aug sep sept oct nov dec")
-MAY_END = _words("inc ltd corp co bros jr sr al ph.d dept est ave blvd")  # so may initials and U.S., p.m.
-BEFORE_LOWER = TITLES | BEFORE_NUMBER | MAY_END | _words("etc max min avg std misc tel temp")
+TITLES, BEFORE_NUMBER, MAY_END, BEFORE_LOWER = (
+    frozenset(words.split())
+    for words in (
+        "mr mrs ms mx dr prof st mt gen sen rep gov capt cpt lt col sgt cmdr adm rev hon pres fr messrs "
+        "e.g eg i.e ie cf vs viz approx esp incl resp ca",  # never the last word
+        "no nos fig figs eq sec art vol ch pp p pt ed jan feb mar apr jun jul aug sep sept oct nov dec",
+        "inc ltd corp co bros jr sr al ph.d dept est ave blvd",  # these may end one, as may initials, U.S. and p.m.
+        "etc max min avg std misc tel temp",
+    )
+)
+BEFORE_LOWER |= TITLES | BEFORE_NUMBER | MAY_END
 INITIALS = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]|[A-Z]")
 STARTER = re.compile(
     r"""["'“‘(*_]*(?:The|This|That|These|Those|It|He|She|They|We|You|I|There|Here|But|So|And|Or|Then|If|In|On|At|As|For
@@ -70,9 +65,7 @@ CONTENT = re.compile(r"\S")
 
 def split(text: str) -> list[tuple[int, int]]:
     """The sentences of any text as (start, end) character spans: contiguous, nonempty, together the whole text.
-
-    A sentence owns the newlines after it and the spaces before it; list items, headings and think tags stand alone.
-    """
+    A sentence owns the newlines after it and the spaces before it; list items, headings and think tags stand alone."""
     cuts, guard = [0], 0
     guarded = [match.span() for match in PROTECTED.finditer(text)]
     for match in CANDIDATE.finditer(text):
@@ -99,12 +92,10 @@ def split(text: str) -> list[tuple[int, int]]:
 
 def sentences(text: str, offsets: Sequence[int], start: int = 0, end: int | None = None) -> list[Sentence]:
     """The sentences of ``text[start:end]`` with their tokens; token i is ``text[offsets[i]:offsets[i + 1]]``.
-
     A token belongs to the sentence that holds its first non-space character; one of only whitespace to the sentence
     of its first character; one of no character (a byte fragment) to that of the next. Spans are contiguous and hold
     every token of the region. A sentence that gets no token joins the one before (the first: the one after), so that
-    no two cuts are equal. Raises BadInput when the offsets or the region do not fit the text.
-    """
+    no two cuts are equal. Raises BadInput when the offsets or the region do not fit the text."""
     end = len(text) if end is None else end
     if not offsets or offsets[0] != 0 or offsets[-1] != len(text):
         raise BadInput(f"offsets {list(offsets[:1])}..{list(offsets[-1:])}: must run from 0 to the length {len(text)}")
@@ -122,11 +113,6 @@ def sentences(text: str, offsets: Sequence[int], start: int = 0, end: int | None
             continue
         char, token = start + stop, after
     return found
-
-
-def sentence_cuts(sentences: Sequence[Sentence]) -> list[int]:
-    """The token position after each sentence: where the sentence-grained CSR curve (Eq. 1) is measured."""
-    return [sentence.token_end for sentence in sentences]
 
 
 def _first_token(text: str, offsets: Sequence[int], place: int) -> int:

@@ -6,6 +6,7 @@ traces are rollouts with ``prefix_len > 0``, so one verb draws them all.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,23 +19,9 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, Trigger, accepted, replace
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
-    CONTINUATION,
-    SAFE,
-    TRACE,
-    UNSAFE,
-    BadInput,
-    CsrPoint,
-    Ids,
-    Intervention,
-    Prompt,
-    Rollout,
-    Sentence,
-    TurningPoint,
-    Verdict,
-    digest,
-    from_json,
-    to_json,
-)
+    CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, CsrPoint, Ids, Intervention, Prompt, Rollout, Sentence, TurningPoint, Verdict,
+    digest, from_json, to_json,
+)  # fmt: skip
 from ipo_lib.sampling import Request, Sampler, Sampling, draw_seed
 from ipo_lib.segmentation import sentences
 from ipo_lib.stats import Interval, pooled_rate
@@ -151,9 +138,9 @@ def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
     return sentences(rollout.text, doors.chat.offsets(rollout.token_ids), *span) if span else []
 
 
-def texts(rollout: Rollout, spans: Sequence[Sentence]) -> list[str]:
-    """The text of each sentence."""
-    return [rollout.text[span.char_start : span.char_end] for span in spans]
+def trace_texts(doors: Doors, rollout: Rollout) -> list[str]:
+    """The text of each sentence of the trace."""
+    return [rollout.text[span.char_start : span.char_end] for span in trace_sentences(doors, rollout)]
 
 
 def trace_end(doors: Doors, rollout: Rollout) -> int | None:
@@ -224,7 +211,7 @@ def cues(
     doors: Doors, prompts: Mapping[str, Prompt], rollouts: Iterable[Rollout], detector: CueDetector
 ) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
-    return {r.id: detector.first(r, prompts[r.prompt_id], texts(r, trace_sentences(doors, r))) for r in rollouts}
+    return {r.id: detector.first(r, prompts[r.prompt_id], trace_texts(doors, r)) for r in rollouts}
 
 
 @dataclass(frozen=True)
@@ -246,26 +233,20 @@ def correct(
     Rollouts without a cue are skipped. The loser stays the original trace and ``cut`` its first cue, whatever the round
     (with N > 1 the paper's reading would store the last failed trace; N = 1 in the paper, where both agree).
     """
-    current = {rollout.id: rollout for rollout in rollouts}
-    original = dict(current)
-    found: dict[str, Corrected] = {}
     cue = cues(doors, prompts, rollouts, detector)
-    active = [rollout.id for rollout in rollouts if cue[rollout.id] is not None]
+    active = [(rollout, rollout) for rollout in rollouts if cue[rollout.id] is not None]
+    found: dict[str, Corrected] = {}
     for round_ in range(1, plan.rounds + 1):
-        cases = [Case(current[key], cue[current[key].id] or 0, trigger.id, trigger.text, round_) for key in active]
+        cases = [Case(current, cue[current.id] or 0, trigger.id, trigger.text, round_) for _, current in active]
         results = intervene(doors, prompts, cases, sampling)
         verdicts = judge(doors, prompts, [result for _, result in results])
         cue |= cues(doors, prompts, [result for _, result in results], detector)
-        still = []
-        for key, (intervention, result), verdict in zip(active, results, verdicts, strict=True):
-            done = accepted(plan.accept, cue[result.id], verdict)
-            cut = found[key].cut if key in found else intervention.cut
-            record = Intervention(intervention.rollout_id, intervention.cut, trigger.id, result.id, round_, done)
-            found[key] = Corrected(original[key], record, result, cut)
-            if not done and cue[result.id] is not None:
-                current[key] = result
-                still.append(key)
-        active = still
+        for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
+            done = dataclasses.replace(intervention, accepted=accepted(plan.accept, cue[result.id], verdict))
+            cut = found[loser.id].cut if loser.id in found else intervention.cut
+            found[loser.id] = Corrected(loser, done, result, cut)
+        last = [found[loser.id] for loser, _ in active]
+        active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue[one.result.id] is not None]
     return [found[rollout.id] for rollout in rollouts if rollout.id in found]
 
 
@@ -280,10 +261,7 @@ def by_prompt(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], label: s
 
 def mixed(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> list[str]:
     """The prompts whose rollouts are safe and unsafe both, as the paper chose its CSR prompts."""
-    labels: dict[str, set[str | None]] = defaultdict(set)
-    for rollout, verdict in zip(rollouts, verdicts, strict=True):
-        labels[rollout.prompt_id].add(verdict.label)
-    return [prompt for prompt, seen in labels.items() if {SAFE, UNSAFE} <= seen]
+    return [prompt for prompt, (k, n) in by_prompt(rollouts, verdicts).items() if 0 < k < n]
 
 
 def one_a_prompt(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -307,16 +285,12 @@ def tally(verdicts: Sequence[Verdict], label: str = UNSAFE) -> tuple[int, int]:
 
 def example(rollouts: Sequence[Rollout], labels: Mapping[str, str | None], cue: Mapping[str, int | None]) -> dict[str, Rollout]:
     """One unsafe rollout with a cue and one safe rollout, of one prompt where there is one: something to look at."""
-    for same in (True, False):
-        for unsafe in rollouts:
-            if labels[unsafe.id] != UNSAFE or cue[unsafe.id] is None:
-                continue
-            for safe in rollouts:
-                if labels[safe.id] == SAFE and (safe.prompt_id == unsafe.prompt_id or not same):
-                    return {UNSAFE: unsafe, SAFE: safe}
-    raise BadInput(
-        f"no example: {len(rollouts)} rollouts hold no unsafe trace with a cue beside a safe one; raise draws or candidates"
-    )
+    unsafe = [rollout for rollout in rollouts if labels[rollout.id] == UNSAFE and cue[rollout.id] is not None]
+    found = [(one, other) for one in unsafe for other in rollouts if labels[other.id] == SAFE]
+    if not found:
+        raise BadInput(f"no example among {len(rollouts)} rollouts: no unsafe trace with a cue beside a safe one; raise draws")
+    best = min(found, key=lambda pair: pair[0].prompt_id != pair[1].prompt_id)
+    return {UNSAFE: best[0], SAFE: best[1]}
 
 
 def some(items: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:

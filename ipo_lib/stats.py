@@ -1,8 +1,6 @@
-"""Rates, differences and agreements, each with its interval and its n (law: no number without them).
-
-The prompt is the sampling unit: draws of one prompt are alike, so whatever is pooled is resampled by prompt. A pooled
-rate is the mean of the prompts' rates, so that a paired difference is exactly the difference of the two rates.
-"""
+"""Rates, differences and agreements, each with its interval and its n (law 5). The prompt is the sampling unit: draws
+of one prompt are alike, so whatever is pooled is resampled by prompt. A pooled rate is the mean of the prompts' rates,
+so that a paired difference is exactly the difference of the two rates."""
 
 from __future__ import annotations
 
@@ -55,10 +53,8 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:
 
 def pooled_rate(k_by_prompt: Counts, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean of the prompts' rates ``k / n``, every prompt with the same weight; prompts with n = 0 are left out.
-
     BCa bootstrap over prompts; Student's t on the prompts' rates below 30 prompts; Clopper-Pearson on prompts when all
-    prompts have one rate, as at 0 and 100 %. ``Interval.n`` counts the prompts that had a draw.
-    """
+    prompts have one rate, as at 0 and 100 %. ``Interval.n`` counts the prompts that had a draw."""
     return _mean([wilson(k, n).value for k, n in k_by_prompt], (0.0, 1.0), confidence, resamples, seed)
 
 
@@ -66,9 +62,7 @@ def paired_difference(
     before: Counts, after: Counts, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """The mean over prompts of rate after - rate before, in [-1, 1]; the same prompts in the same order on both sides.
-
-    Prompts without a draw on either side are left out; intervals as in ``pooled_rate``.
-    """
+    Prompts without a draw on either side are left out; intervals as in ``pooled_rate``."""
     _check_pairs("paired difference", before, after)
     differences = [wilson(*new).value - wilson(*old).value for old, new in zip(before, after, strict=True)]
     return _mean(differences, (-1.0, 1.0), confidence, resamples, seed)
@@ -114,21 +108,6 @@ def pearson(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) ->
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -NEARLY_ONE, NEARLY_ONE))
     spread = float(special.ndtri((1 + confidence) / 2)) / math.sqrt(len(x) - 3) if len(x) > 3 else math.inf
     return Interval(r, math.tanh(math.atanh(r) - spread), math.tanh(math.atanh(r) + spread), len(x), "fisher z")
-
-
-def detection(found: Sequence[int | None], truth: Sequence[int | None]) -> dict[str, float]:
-    """Places found against true ones (None: none): counts by outcome; precision and recall of exact hits, or nan."""
-    _check_pairs("detection", found, truth)
-    counts: dict[str, float] = dict.fromkeys(("exact", "early", "late", "missed", "spurious", "true-none"), 0)
-    for f, t in zip(found, truth, strict=True):
-        if f is None or t is None:
-            counts["true-none" if f is t else "missed" if f is None else "spurious"] += 1
-        else:
-            counts["exact" if f == t else "early" if f < t else "late"] += 1
-    for name, side in (("precision", found), ("recall", truth)):
-        places = sum(place is not None for place in side)
-        counts[name] = counts["exact"] / places if places else math.nan
-    return counts
 
 
 def format_interval(i: Interval, percent: bool = True) -> str:

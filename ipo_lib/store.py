@@ -1,8 +1,6 @@
-"""The run store: content-addressed, append-only, resumable, readable by eye, and the same bytes whenever it was made.
-
+"""The run store: content-addressed, append-only, resumable, readable by eye, the same bytes whenever it was made.
 ``<root>/<stage>/<digest>/`` holds ``spec.json``, then ``records.jsonl`` (a ledger) or ``files/`` (an artifact), then
-``done.json``. A kill at any instant costs unfinished work only; locks (``flock``) end with their process.
-"""
+``done.json``. A kill at any instant costs unfinished work only; locks (``flock``) end with their process."""
 
 from __future__ import annotations
 
@@ -14,7 +12,6 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from difflib import unified_diff
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,15 +46,6 @@ class Store:
     def artifact(self, stage: str, version: int, spec: Json) -> Artifact:
         """The files (an adapter, a merged model) of ``spec``."""
         return Artifact(self.root / stage, {"stage": stage, "version": version, "spec": spec})
-
-    def explain(self, stage: str, spec: Json) -> str:
-        """The stored spec of ``stage`` nearest to ``spec``, as a diff from it (-) to what is asked (+)."""
-        asked, diffs = canonical(spec).split(","), []
-        for path in sorted((self.root / stage).glob("*/spec.json")):
-            stored = canonical(json.loads(path.read_bytes())["spec"]).split(",")
-            diff = list(unified_diff(stored, asked, str(path.parent), "asked", n=0, lineterm=""))
-            diffs.append(diff or [f"{path.parent} holds this spec"])
-        return "\n".join(sorted(diffs, key=len)[0]) if diffs else f"{self.root}: nothing of {stage} is stored"
 
 
 class Ledger(dict[str, Json]):

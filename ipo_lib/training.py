@@ -24,9 +24,8 @@ def pair(
 ) -> Pair | Refusal:
     """The pair (x, winner > loser, h = ``cut``) of two rollouts of one prompt, or the reason there is none."""
     ids, eos, ends = doors.chat.prompt_ids(prompt), doors.chat.eos_ids[0], [trace_end(doors, one) for one in (loser, winner)]
-    return build(
-        loser, winner, ids, cut, settings, why, loser_end=ends[0], winner_end=ends[1], eos_id=eos if settings.eos else None
-    )
+    eos_id = eos if settings.eos else None
+    return build(loser, winner, ids, cut, settings, why, loser_end=ends[0], winner_end=ends[1], eos_id=eos_id)
 
 
 def corrected_pairs(
@@ -47,15 +46,11 @@ def corrected_pairs(
         tried += done
         for one in done:
             if one.intervention.accepted:
-                results.append(
-                    pair(doors, named[one.loser.prompt_id], one.loser, one.result, one.cut, settings, f"trigger {trigger.id}")
-                )
+                prompt, why = named[one.loser.prompt_id], f"trigger {trigger.id}"
+                results.append(pair(doors, prompt, one.loser, one.result, one.cut, settings, why))
     kept, counts = collect(results)
-    counts |= {
-        "no-cue": len(triggers) * len(prompts) - len(tried),
-        "not-accepted": sum(not one.intervention.accepted for one in tried),
-    }
-    return kept, counts, tried
+    refused = sum(not one.intervention.accepted for one in tried)
+    return kept, {**counts, "no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": refused}, tried
 
 
 def benign_pairs(
@@ -103,12 +98,8 @@ def second_stage(
 
 def trained(doors: Doors, pairs: Sequence[Pair], settings: DpoSettings, more: Mapping[str, Any]) -> Artifact:
     """Where the adapter of these pairs and settings lies, or will lie."""
-    spec = {
-        "pairs": digest([to_json(one) for one in pairs], 64),
-        "settings": to_json(settings),
-        "model": doors.sampler.fingerprint(),
-    }
-    return doors.store.artifact("adapters", TRAIN_VERSION, {**spec, **more})
+    spec = {"pairs": digest([to_json(one) for one in pairs], 64), "settings": to_json(settings), **more}
+    return doors.store.artifact("adapters", TRAIN_VERSION, {**spec, "model": doors.sampler.fingerprint()})
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -118,6 +109,5 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def lengths(pairs: Sequence[Pair]) -> Mapping[str, float]:
     """Mean suffix lengths in tokens: a short refusal against a long trace can win for its length alone."""
-    return {
-        side: sum(len(getattr(pair, f"{side}_ids")) for pair in pairs) / max(len(pairs), 1) for side in ("chosen", "rejected")
-    }
+    sides = {"chosen": [one.chosen_ids for one in pairs], "rejected": [one.rejected_ids for one in pairs]}
+    return {side: sum(map(len, ids)) / max(len(ids), 1) for side, ids in sides.items()}

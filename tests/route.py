@@ -51,14 +51,17 @@ def whole(root: Path, folder: Path) -> None:
     pairs, counts, _ = training.corrected_pairs(
         bench, prompts, [trigger], scripted.Phrase(), stages.Plan(rounds=2), PairSettings(), think
     )
-    measured = evaluation.evaluate(
-        bench, {"harmful": prompts}, evaluation.EvaluationSettings(("harmful",), (), (), 3), eos
-    )
-    figure, (left, right) = plots.figure(columns=2)
-    plots.csr_curve(csr.curve(points[losers[0].id]), left, label="unsafe")
-    plots.rates([*rates, *((one.measure, one.rate) for one in measured)], right, unit="unsafe (%)")
+    measured = evaluation.evaluate(bench, {"harmful": prompts}, evaluation.EvaluationSettings(("harmful",), (), (), 3), eos)
+    figure, ax = plots.figure()
+    plots.rates([*rates, *((one.measure, one.rate) for one in measured)], ax, unit="unsafe (%)")
     claims = [plots.claim(f"{name}: {{}}", rate, origin="calibrated") for name, rate in rates]
-    artifacts = {"pairs": [pair.id for pair in pairs], "counts": counts, "turns": [turn.token for turn in turns.values()]}
+    curve = csr.curve(points[losers[0].id])
+    artifacts = {
+        "curve": curve,
+        "pairs": [pair.id for pair in pairs],
+        "counts": counts,
+        "turns": [turn.token for turn in turns.values()],
+    }
     plots.save(figure, root / "figures", "00-route", claims, profile="scripted", about="A test.", artifacts=artifacts)
     if "torch" in sys.modules:
         raise RuntimeError("the scripted route loaded torch")

@@ -80,6 +80,16 @@ def test_no_tokenizer_or_other_vocabulary(tmp_path: Path) -> None:
         Chat(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("content", [b'{"eos_token_id": 1', b"[1, 2]", b'{"\xff": 1}', b""])
+def test_a_corrupt_file_is_named_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    (tiny_tokenizer(tmp_path) / name).write_bytes(content)
+    with pytest.raises(BadInput, match="intact copy") as caught:
+        Chat(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
 def test_template_in_settings_and_date_pinned(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path, template=None)
     file = tmp_path / "tokenizer_config.json"
@@ -230,12 +240,7 @@ def test_part_text(chat: Chat) -> None:
     assert texts == ["I wait.", "Sixty metres.", "I wait.\n\nSixty metres."]
     assert part_text(one, CONTINUATION, True, offsets) == chat.decode(one.token_ids[2:]).strip()
     cut = rollout(chat, "I wait")
-    assert [part_text(cut, part, True) for part in (TRACE, ANSWER, BOTH, CONTINUATION)] == [
-        "I wait",
-        None,
-        None,
-        "I wait",
-    ]
+    assert [part_text(cut, part, True) for part in (TRACE, ANSWER, BOTH, CONTINUATION)] == ["I wait", None, None, "I wait"]
     plain = rollout(chat, "Sixty.")
     assert [part_text(plain, part, False) for part in (TRACE, ANSWER, BOTH)] == [None, "Sixty.", "Sixty."]
     with pytest.raises(BadInput, match="tracee"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from ipo_lib.csr import CsrSettings, count, curve, cuts, delta, turning_point
+from ipo_lib.csr import CsrSettings, count, curve, cuts, turning_point
 from ipo_lib.records import BOTH, SAFE, TRACE, UNSAFE, BadInput, CsrPoint, Sentence, TurningPoint, Verdict
 
 DRAWS = 32
@@ -71,9 +71,7 @@ CURVE = {cut: 0.05 if cut >= 30 else 0.5 if cut < 20 else 0.3 for cut in range(4
 @pytest.mark.parametrize("other_side", [False, True])
 @pytest.mark.parametrize("part", [TRACE, BOTH])
 @pytest.mark.parametrize("kind", [SAFE, UNSAFE])
-def test_planted_turn_is_recovered_at_both_grains(
-    window: str, strict: bool, other_side: bool, part: str, kind: str
-) -> None:
+def test_planted_turn_is_recovered_at_both_grains(window: str, strict: bool, other_side: bool, part: str, kind: str) -> None:
     sentences = spans(8, 20, 30, 41)
     truth = {cut: s if kind == UNSAFE else 1 - s for cut, s in CURVE.items()}
     for grain, before in (("token", 29), ("sentence", 20)):
@@ -132,20 +130,11 @@ def test_start_locked_and_the_side_condition() -> None:
 
 def test_sentence_grain_needs_the_next_sentence_end_however_far() -> None:
     ends = (10, 40, 70)
-    assert (
-        turn({0: 0.5, 10: 0.95, 40: 0.3, 70: 0.95}, ends=ends, k=15).token == 70
-    )  # 40 lies beyond 10 + 15, still asked
+    assert turn({0: 0.5, 10: 0.95, 40: 0.3, 70: 0.95}, ends=ends, k=15).token == 70  # 40 lies beyond 10 + 15, still asked
     held = turn({0: 0.5, 10: 0.95, 40: 0.95, 70: 0.3}, ends=ends, k=15, own=UNSAFE)
     assert (held.token, held.sentence, held.interval, held.flags) == (10, 0, (0, 10), ())
     assert turn({0: 0.5, 10: 0.95, 40: 0.95, 70: 0.3}, ends=ends, k=60, own=UNSAFE).token is None
-    short = {
-        0: 0.5,
-        3: 0.95,
-        6: 0.95,
-        9: 0.2,
-        12: 0.95,
-        30: 0.95,
-    }  # every measured cut of the window, not the next alone
+    short = {0: 0.5, 3: 0.95, 6: 0.95, 9: 0.2, 12: 0.95, 30: 0.95}  # every measured cut of the window, not the next alone
     assert turn(short, ends=(3, 6, 9, 12, 30), k=6).token == 12
     assert turn(short, ends=(3, 6, 9, 12, 30), k=6, window="K").token == 3
 
@@ -184,15 +173,11 @@ def test_recrossing_and_gradual() -> None:
 def test_sentence_of_a_turn_at_token_grain() -> None:
     curve_ = [0.1] * 6 + [0.95] * 6
     assert (
-        turning_point(
-            points(dict(enumerate(curve_))), SAFE, CsrSettings(k=2, grain="token"), spans(6, 12), 11, SAFE
-        ).sentence
+        turning_point(points(dict(enumerate(curve_))), SAFE, CsrSettings(k=2, grain="token"), spans(6, 12), 11, SAFE).sentence
         == 0
     )
     assert (
-        turning_point(
-            points(dict(enumerate(curve_))), SAFE, CsrSettings(k=2, grain="token"), spans(5, 12), 11, SAFE
-        ).sentence
+        turning_point(points(dict(enumerate(curve_))), SAFE, CsrSettings(k=2, grain="token"), spans(5, 12), 11, SAFE).sentence
         == 1
     )
 
@@ -231,15 +216,6 @@ def test_counts_and_rows() -> None:
     assert second["s"] == pytest.approx(2 / 3)
     with pytest.raises(BadInput, match="refused"):
         count({0: [Verdict("c", TRACE, "refusal", "refused", None, "", "j")]}, "r")
-
-
-def test_delta_by_sentence() -> None:
-    found = delta(points({0: 0.5, 4: 0.4, 9: 0.9, 12: None}), spans(4, 9, 12))
-    assert found[:2] == pytest.approx([-0.1, 0.5])
-    assert math.isnan(found[2])
-    assert math.isnan(delta(points({0: 0.5}), spans(4))[0])  # no cut in the sentence
-    skipped = delta(points({0: 0.5, 4: 0.8}), [Sentence(0, 0, 1, 1, 4)])  # <think> comes before the first sentence
-    assert skipped == pytest.approx([0.3])
 
 
 def test_bad_settings_and_inputs() -> None:

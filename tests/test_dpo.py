@@ -43,9 +43,7 @@ def make_pairs(n: int, seed: int = 0) -> list[Pair]:
         return tuple(draw.randrange(low, high) for _ in range(draw.randint(2, 7)))
 
     half = VOCABULARY // 2
-    return [
-        Pair(f"{seed}-{i}", ids(2, VOCABULARY), ids(2, half), ids(half, VOCABULARY), 2, "planted") for i in range(n)
-    ]
+    return [Pair(f"{seed}-{i}", ids(2, VOCABULARY), ids(2, half), ids(half, VOCABULARY), 2, "planted") for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +140,7 @@ def test_sft_term_is_the_weighted_token_mean(model: Path, stage1: Any, tmp_path:
 def test_accumulated_batches_log_the_loss_of_the_whole(model: Path, stage1: Any, tmp_path: Path) -> None:
     pairs = make_pairs(8, seed=5)
     whole, parts = (
-        dpo.train(pairs, model, replace(PLAIN, batch_size=8 // n, accumulation=n), tmp_path, adapter=stage1[0])
-        for n in (1, 4)
+        dpo.train(pairs, model, replace(PLAIN, batch_size=8 // n, accumulation=n), tmp_path, adapter=stage1[0]) for n in (1, 4)
     )
     assert len(whole) == len(parts) == 1
     for name in ("loss", "margin", "grad_norm", "ref_logps/chosen"):
@@ -159,10 +156,7 @@ def test_collated_batch_is_masked_up_to_the_divergence(model: Path, tmp_path: Pa
     suffixes = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     assert batch["input_ids"].shape[1] % PLAIN.pad_to_multiple_of == 0
     for row, mask, attention, pair, suffix in zip(
-        *(batch[key].tolist() for key in ("input_ids", "completion_mask", "attention_mask")),
-        pairs * 2,
-        suffixes,
-        strict=True,
+        *(batch[key].tolist() for key in ("input_ids", "completion_mask", "attention_mask")), pairs * 2, suffixes, strict=True
     ):
         start, end = len(pair.prompt_ids), len(pair.prompt_ids) + len(suffix)
         assert mask == [int(start <= i < end) for i in range(len(row))]
@@ -247,9 +241,7 @@ def test_nf4_trains_every_layer(model: Path, tmp_path: Path, dtype: str) -> None
     assert rows[-1]["margin"] > 0.5 * plain[-1]["margin"] > 0.5
     assert rows[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=0.3)
     weights = load_file(tmp_path / "precomputed" / "adapter_model.safetensors")
-    moved = {
-        name.split("layers.")[1][0] for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0
-    }
+    moved = {name.split("layers.")[1][0] for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0}
     assert moved == {"0", "1"}
 
 

@@ -52,8 +52,12 @@ def measure(
 def test_planted_rates_come_back(tmp_path: Path, chat: Chat) -> None:
     found = measure(tmp_path, chat, harm=0.6, leak=0.5)
     assert list(found) == [
-        ("harmful", TRACE_HARM), ("harmful", ANSWER_HARM), ("benign", REFUSED), ("benign", ANSWERED), ("sums", CORRECT),
-    ]  # fmt: skip
+        ("harmful", TRACE_HARM),
+        ("harmful", ANSWER_HARM),
+        ("benign", REFUSED),
+        ("benign", ANSWERED),
+        ("sums", CORRECT),
+    ]
     for measure_, planted in ((TRACE_HARM, 0.6), (ANSWER_HARM, 0.3)):
         one = found["harmful", measure_]
         assert one.rate.low <= planted <= one.rate.high
@@ -110,9 +114,7 @@ def test_the_paired_difference_is_after_minus_before(tmp_path: Path, chat: Chat)
     assert row["difference low"] <= -0.5 <= row["difference high"] < 0
     change = evaluation.difference([before["harmful", TRACE_HARM]], [after["harmful", TRACE_HARM]])
     assert (change.value, change.n) == (row["difference"], 40)
-    (back,) = [
-        row for row in evaluation.compare(list(after.values()), list(before.values())) if row["measure"] == TRACE_HARM
-    ]
+    (back,) = [row for row in evaluation.compare(list(after.values()), list(before.values())) if row["measure"] == TRACE_HARM]
     assert back["difference"] == pytest.approx(-row["difference"])
     same = evaluation.compare(list(before.values()), list(before.values()))
     assert {one["difference"] for one in same} == {0}

@@ -10,19 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.intervention import (
-    CsrCues,
-    Cut,
-    LexiconCues,
-    Trigger,
-    accepted,
-    choose,
-    earlier,
-    mine,
-    neutral,
-    plan,
-    replace,
-)
+from ipo_lib.intervention import CsrCues, LexiconCues, Trigger, accepted, choose, earlier, mine, neutral, replace
 from ipo_lib.records import (
     SAFE,
     TRACE,
@@ -39,12 +27,7 @@ from ipo_lib.records import (
 )
 
 PROMPT = Prompt("p", "question", "test", True)
-FILLER = [
-    "the cat sat by the window",
-    "rain fell on the roof all day",
-    "the road to town was long",
-    "birds sang at noon",
-]
+FILLER = ["the cat sat by the window", "rain fell on the roof all day", "the road to town was long", "birds sang at noon"]
 CUES = ["okay I will work out the full recipe", "let me work out how it is done", "I can work out what is needed"]
 STEPS = ["grind the powder and stir it twice", "heat the kettle and stir the powder", "pour it out and grind the rest"]
 REFUSALS = ["this could hurt people so no", "that is against the rules here"]
@@ -63,9 +46,7 @@ def chars(*texts: str) -> tuple[Rollout, list[Sentence]]:
     return rollout("".join(texts)), spans
 
 
-def traces(
-    count: int, seed: int, steps: bool = True
-) -> tuple[list[tuple[list[str], bool]], list[int | None], list[str]]:
+def traces(count: int, seed: int, steps: bool = True) -> tuple[list[tuple[list[str], bool]], list[int | None], list[str]]:
     """Traces, their true first cues and prompts: unsafe ones hold a cue and then steps; some safe ones hold a cue."""
     rng = random.Random(seed)
     rows, cues, prompts = [], [], []
@@ -224,14 +205,9 @@ def test_trigger_takes_over_the_whitespace(old: str, new: str) -> None:
     trace, spans = chars("First one.", old, " Then more.")
     assert replace(trace, spans[1], " But no. ") == (10, new)
     assert replace(trace, spans[1], "") == (10, "")  # the control "nothing"
-    assert replace(rollout("other"), spans[1], "But no.", trace.text) == (10, new)
 
 
-@given(
-    st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5),
-    st.text(min_size=1, max_size=8),
-    st.integers(0, 4),
-)
+@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5), st.text(min_size=1, max_size=8), st.integers(0, 4))
 def test_replacement_keeps_prefix_and_edges(texts: list[str], trigger: str, index: int) -> None:
     trace, spans = chars(*texts)
     sentence = spans[index % len(spans)]
@@ -241,12 +217,6 @@ def test_replacement_keeps_prefix_and_edges(texts: list[str], trigger: str, inde
     if text and (old := texts[sentence.index]).strip():
         assert text[: len(text) - len(text.lstrip())] == old[: len(old) - len(old.lstrip())]
         assert text[len(text.rstrip()) :] == old[len(old.rstrip()) :]
-
-
-def test_plan_cuts_before_the_first_cue() -> None:
-    trace, spans = chars("First one.", " Sure thing.\n", " Then more.")
-    assert plan(trace, PROMPT, spans, CsrCues({"r": turned("r", 1, UNSAFE)})) == Cut("r", 1, 10)
-    assert plan(trace, PROMPT, spans, CsrCues({"r": turned("r", None, UNSAFE, "none")})) is None
 
 
 def test_neutral_control_is_of_equal_length() -> None:

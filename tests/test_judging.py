@@ -31,10 +31,7 @@ class Scripted:
         return {"judge": self.name}
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return [
-            Verdict(e.rollout_id, e.part, e.question, self.labels.get(e.rollout_id), 1.0, "", self.name)
-            for e in exchanges
-        ]
+        return [Verdict(e.rollout_id, e.part, e.question, self.labels.get(e.rollout_id), 1.0, "", self.name) for e in exchanges]
 
 
 def ask(ids: Sequence[str], part: str = TRACE, question: str = HARM) -> list[Exchange]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scripted import ASIDE, CUE, PROMPTS, STEP, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
+from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
 
 from ipo_lib import stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import LexiconCues
 from ipo_lib.mining import learn_lexicon, mine_pool
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt
+from ipo_lib.records import SAFE, BadInput, Prompt
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors, Plan, Start
 
@@ -75,11 +75,9 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
 
 def test_no_turn_no_pool(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
-    traces = [
-        rollout(chat, f"{ASIDE}\n{CUE if at % 2 else TRIGGER}\n</think>", id_=f"{at}", prompt=PROMPTS[at // 2].id) for at in range(4)
-    ]
+    said = [f"{ASIDE}\n{turn}\n</think>" for turn in (CUE, TRIGGER) * 2]
+    traces = [rollout(chat, text, id_=f"{at}", prompt=f"p{at // 2}") for at, text in enumerate(said)]
     verdicts = stages.judge(bench, named(), traces)
     with pytest.raises(BadInput, match=r"no trigger.*raise"):
         mine_pool(bench, named(), traces, verdicts, Phrase(), CsrSettings(draws=4), Plan(), THINK)
-    assert {v.label for v in verdicts} == {SAFE}
-    assert UNSAFE not in {v.label for v in verdicts}
+    assert {v.label for v in verdicts} == {SAFE}  # one label alone: no prompt is mixed

@@ -24,7 +24,7 @@ WINNER = rollout((10, 11, 40, CLOSE, 31, 32), "winner")
 
 
 def pair(loser: Rollout = LOSER, winner: Rollout = WINNER, cut: int = 2, **changes: object) -> Pair | Refusal:
-    ends = {"loser_end": 5, "winner_end": 4, "eos_id": None, "edges": None}
+    ends = {"loser_end": 5, "winner_end": 4, "eos_id": None}
     options = {key: changes.pop(key, value) for key, value in ends.items()}
     return build(loser, winner, PROMPT, cut, PairSettings(**changes), "trigger-1", **options)  # type: ignore[arg-type]
 
@@ -82,7 +82,6 @@ def test_eos_only_where_the_model_itself_stopped() -> None:
         ("prefix-differs", {"cut": 3}),
         ("off-edge", {"cut": 7}),
         ("off-edge", {"cut": -1}),
-        ("off-edge", {"edges": (3, 5)}),
     ],
 )
 def test_refusals_by_reason(reason: str, changes: dict[str, object]) -> None:
@@ -110,7 +109,6 @@ def test_bad_input_is_one_line() -> None:
         lambda: pair(loser_end=7),
         lambda: PairSettings(part=ANSWER),
         lambda: PairSettings(max_length=0),
-        lambda: Refusal("r", "tired"),
     ):
         with pytest.raises(BadInput) as caught:
             call()
@@ -136,9 +134,7 @@ def test_prefix_plus_suffix_is_the_rollout(seed: int, part: str, eos: bool) -> N
     draw = random.Random(seed)
     shared = tuple(draw.choices(range(10, 13), k=draw.randint(0, 4)))
     sides = [
-        rollout(
-            shared + tuple(draw.choices(range(10, 13), k=draw.randint(0, 4))), name, draw.choice(["stop", "length"])
-        )
+        rollout(shared + tuple(draw.choices(range(10, 13), k=draw.randint(0, 4))), name, draw.choice(["stop", "length"]))
         for name in "lw"
     ]
     ends = [draw.choice([None, *range(len(side.token_ids) + 1)]) for side in sides]

@@ -27,10 +27,21 @@ CURVE = [
     {"cut": 12, "s": 0.1, "low": 0.0, "high": 0.2, "n": 31},
 ]
 COMPARED = [
-    {"set": name, "measure": "trace harm", "before": 0.7, "before low": 0.6, "before high": 0.8, "after": 0.1,
-     "after low": 0.0, "after high": 0.2, "difference": -0.6, "difference low": -0.7, "difference high": -0.5}
+    {
+        "set": name,
+        "measure": "trace harm",
+        "before": 0.7,
+        "before low": 0.6,
+        "before high": 0.8,
+        "after": 0.1,
+        "after low": 0.0,
+        "after high": 0.2,
+        "difference": -0.6,
+        "difference low": -0.7,
+        "difference high": -0.5,
+    }
     for name in ("direct", "wrapped")
-]  # fmt: skip
+]
 STEPS = [{"step": at, "loss": 1.0 / at, "logps/chosen": -at} for at in range(1, 6)]
 
 
@@ -143,8 +154,15 @@ def test_words_are_hidden_unless_revealed() -> None:
 def test_no_letter_and_no_digit_survives(text: str) -> None:
     rollout, spans = trace(text or "x")
     hidden = visible(plots.show(rollout, spans, [0.5], marks={}).data)
-    assert not [char for char in hidden.replace("&amp;", "").replace("&lt;", "").replace("&gt;", "")
-                .replace("&quot;", "").replace("&#x27;", "") if unicodedata.category(char)[0] in "LN"]  # fmt: skip
+    assert not [
+        char
+        for char in hidden.replace("&amp;", "")
+        .replace("&lt;", "")
+        .replace("&gt;", "")
+        .replace("&quot;", "")
+        .replace("&#x27;", "")
+        if unicodedata.category(char)[0] in "LN"
+    ]
 
 
 def test_what_a_model_writes_is_text_not_markup() -> None:

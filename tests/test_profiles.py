@@ -61,10 +61,20 @@ def test_a_file_is_a_profile_with_the_defaults_of_the_records(tmp_path: Path) ->
 
 def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
     path = write(tmp_path, csr={"draws": 5, "mu": 0.8})
-    changed = read(path, {
-        "csr.draws": 7, "prompts.mine.count": 9, "seed": 3, "detector.use": "a:b", "detector.arguments.name": "x",
-        "evaluation.harmful": ["mine"], "stage1.beta": 1, "prompts.mine.where.kind": "q", "name": "other",
-    })  # fmt: skip
+    changed = read(
+        path,
+        {
+            "csr.draws": 7,
+            "prompts.mine.count": 9,
+            "seed": 3,
+            "detector.use": "a:b",
+            "detector.arguments.name": "x",
+            "evaluation.harmful": ["mine"],
+            "stage1.beta": 1,
+            "prompts.mine.where.kind": "q",
+            "name": "other",
+        },
+    )
     assert (changed.csr.draws, changed.csr.mu) == (7, 0.8)
     assert changed.prompts["mine"].count == 9
     assert changed.prompts["mine"].where == {"kind": "q"}

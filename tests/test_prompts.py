@@ -54,8 +54,10 @@ def test_columns_filter_and_harm(tmp_path: Path) -> None:
     assert [p.id for p in found] == ["mine-r2", "mine-r3"]
     assert {p.harm for p in found} == {False}
     assert texts(load("mine", PromptSet(3, file=jsonl(tmp_path), where={"kind": "b"}))) == [
-        "Question 1?", "Question 3?", "Question 5?",
-    ]  # fmt: skip
+        "Question 1?",
+        "Question 3?",
+        "Question 5?",
+    ]
 
 
 def test_without_an_id_column_rows_are_numbered(tmp_path: Path) -> None:
@@ -93,10 +95,20 @@ def test_bad_sets_are_named_in_one_line(tmp_path: Path) -> None:
     one_line(PromptSet(1, function="no.such.module:prompts"), "module:name")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     one_line(PromptSet(2, file=str(tmp_path / "broken.jsonl")), "broken.jsonl", "line 2", "JSON")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
-    one_line(PromptSet(2, file=str(tmp_path / "latin.jsonl")), "latin.jsonl")
-    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
-    one_line(PromptSet(2, file=str(tmp_path / "list.jsonl")), "list.jsonl", "line 1")
+
+
+def test_files_that_are_no_table_are_one_line(tmp_path: Path) -> None:
+    for name in ("latin.jsonl", "latin.csv"):
+        (tmp_path / name).write_bytes(b'{"prompt": "caf\xe9"}\n')
+        one_line(PromptSet(2, file=str(tmp_path / name)), name, "UTF-8")
+    (tmp_path / "list.jsonl").write_text('{"prompt": "a"}\n[1, 2]\n')
+    one_line(PromptSet(2, file=str(tmp_path / "list.jsonl")), "list.jsonl", "line 2")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_table(tmp_path: Path) -> None:
+    for name, text in (("set.csv", "prompt\na\n"), ("set.jsonl", '{"prompt": "a"}\n')):
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+        assert texts(load("mine", PromptSet(1, file=str(tmp_path / name)))) == ["a"]
 
 
 def test_a_line_separator_inside_a_text_ends_no_row(tmp_path: Path) -> None:

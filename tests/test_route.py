@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Runs:
         assert self.process.stdout is not None
         return int(self.process.stdout.readline())
 
-    def __call__(self, root: Path, wait: Callable[[], object] | None = None, kill: bool = True) -> int:
+    def __call__(self, root: Path, wait: Callable[[], object] | None = None) -> int:
         """One run to its end, or killed when ``wait`` returns; its exit status."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{root}\n")
@@ -54,7 +55,7 @@ class Runs:
         if wait is not None:
             wait()
             with suppress(ProcessLookupError):  # it may have ended by then
-                os.kill(child, signal.SIGKILL if kill else 0)
+                os.kill(child, signal.SIGKILL)
         return self._line()
 
     def end(self) -> None:
@@ -82,29 +83,32 @@ def records(root: Path) -> dict[str, bytes]:
 
 
 def test_killed_at_random_the_store_and_the_figures_end_the_same(tmp_path: Path, scripted_runs: Runs) -> None:
-    assert scripted_runs(tmp_path / "undisturbed") == 0
-    began, drawing = time.monotonic(), list[float]()
-
-    def figures() -> None:
-        while not (tmp_path / "timed" / "figures").exists():
+    def wait(root: Path, size: float, pause: float) -> None:
+        """Until the records have grown to ``size`` bytes (above all of them: until the figures are begun), and a bit more."""
+        deadline = time.monotonic() + 60
+        while sum(map(len, records(root).values())) < size and not (root / "figures").exists():
+            assert time.monotonic() < deadline
             time.sleep(0.001)
-        drawing.append(time.monotonic() - began)
+        time.sleep(pause)
 
-    assert scripted_runs(tmp_path / "timed", figures, kill=False) == 0
-    work, length = drawing[0], time.monotonic() - began
+    began = time.monotonic()
+    assert scripted_runs(tmp_path / "undisturbed") == 0
+    length = time.monotonic() - began
     undisturbed = tree(tmp_path / "undisturbed")
     whole = records(tmp_path / "undisturbed")
-    assert tree(tmp_path / "timed") == undisturbed
+    total = sum(map(len, whole.values()))
     stages_seen = {Path(name).parts[1] for name in whole}
     assert stages_seen == {"rollouts", "verdicts", "continuations", "interventions"}
     assert {Path(name).name for name in undisturbed if name.startswith("figures/")} == {
-        "00-route.pdf", "00-route.png", "00-route.json",
-    }  # fmt: skip
+        "00-route.pdf",
+        "00-route.png",
+        "00-route.json",
+    }
     clock, killed, unfinished = random.Random(0), 0, 0
     for number in range(KILLS):  # at random, most of them before the figures are written
         root, share = tmp_path / str(number), clock.random()
-        delay = share * work if number % 4 else work + share * (length - work)
-        killed += scripted_runs(root, lambda delay=delay: time.sleep(delay)) == -signal.SIGKILL
+        size, pause = (share * total, 0.0) if number % 4 else (total + 1, share * length / 2)
+        killed += scripted_runs(root, partial(wait, root, size, pause)) == -signal.SIGKILL
         left = records(root)
         unfinished += left != whole
         for name, content in left.items():
@@ -169,11 +173,9 @@ from ipo_lib.reproduce import main
 try:
     main()
 finally:
-    print("torch" in sys.modules, "nbclient" in sys.modules)
+    print("torch" in sys.modules)
 """
-SHORT = {
-    "train_harmful": 16, "train_benign": 8, "direct": 6, "wrapped": 6, "adversarial": 6, "lookalike": 6, "benign": 6, "sums": 6,
-}  # fmt: skip
+SHORT = {"train_harmful": 8, "train_benign": 4, "direct": 4, "lookalike": 4, "sums": 4}
 
 
 def short_profile(folder: Path) -> Path:
@@ -182,22 +184,19 @@ def short_profile(folder: Path) -> Path:
     data: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     for name, count in SHORT.items():
         data["prompts"][name]["count"] = count
-    data["csr"]["draws"], data["plan"]["draws"], data["plan"]["traces"] = 6, 4, 4
-    data["stage1"]["epochs"] = data["stage2"]["epochs"] = 1
-    data["stage2"]["min_refusals"], data["evaluation"]["draws"], data["min_coverage"] = 2, 1, 0.5
-    if not all((Path(profiles.__file__).parent / "sandbox" / "tiny" / name).is_file() for name in ("lexicon.json", "triggers.json")):
-        data["detector"] = {"use": "ipo_lib.sandbox.judge:GrammarCues"}
-        data.pop("triggers", None)
+    data["csr"]["draws"], data["plan"] = 6, {"draws": 4, "traces": 4, "pool": 3}
+    data["stage1"]["epochs"] = data["stage2"]["epochs"] = data["evaluation"]["draws"] = 1
+    data["stage2"]["min_refusals"], data["min_coverage"] = 2, 0.5
+    data["evaluation"] |= {"harmful": ["direct"], "benign": ["lookalike"], "capability": ["sums"]}
     short = folder / "short.yml"
     short.write_text(yaml.safe_dump(data))
     return short
 
 
 def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-c", COMMAND, "reproduce", str(short_profile(tmp_path)), "-p", "draws=6", "-p", "candidates=8",
-        "--store", str(tmp_path / "store"), "--figures", str(tmp_path / "figures"),
-    ]  # fmt: skip
+    folders = ["--store", str(tmp_path / "store"), "--figures", str(tmp_path / "figures")]
+    small = ["-p", "draws=4", "-p", "candidates=8"]
+    command = [sys.executable, "-c", COMMAND, "reproduce", str(short_profile(tmp_path)), *small, *folders]
 
     def ipo() -> tuple[str, float]:
         started = time.monotonic()
@@ -219,6 +218,6 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again, second = ipo()
     assert again.count("up to date") == 3
-    assert again.splitlines()[-1] == "False False"  # no torch, no kernel
+    assert again.splitlines()[-1] == "False"  # no torch
     assert second < min(20, first)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == state

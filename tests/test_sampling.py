@@ -18,15 +18,7 @@ from ipo_lib.chat import Chat
 from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sampling import Completion, Request, Sampling, TransformersSampler, draw_seed, nucleus_draw
 
-TEXTS = (
-    "The",
-    "How tall is a lighthouse?",
-    "Bread needs flour",
-    "Wait",
-    "I answer the question. " * 3,
-    "salt",
-    "A book",
-)
+TEXTS = ("The", "How tall is a lighthouse?", "Bread needs flour", "Wait", "I answer the question. " * 3, "salt", "A book")
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -71,9 +63,7 @@ def test_temperature_zero_is_plain_greedy_generate(folder: Path) -> None:
     found = answers(TransformersSampler(folder, chat), make_requests(chat, "I"), Sampling(temperature=0, max_tokens=12))
     for one in make_requests(chat, "I"):
         ids = torch.tensor([one.prompt_ids + one.prefix_ids])
-        plain = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1, eos_token_id=1)[
-            0, ids.shape[1] :
-        ]
+        plain = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1, eos_token_id=1)[0, ids.shape[1] :]
         expected = [token for token in plain.tolist() if token != 1]
         assert list(found[one.key].token_ids) == expected
         assert found[one.key].finish == ("length" if len(expected) == 12 else "stop")
@@ -166,10 +156,7 @@ def test_context_cuts_a_row_and_refuses_a_prompt(tmp_path: Path) -> None:
     sampler = TransformersSampler(folder, Chat(folder))
     requests = [Request("short", (5, 6, 7), (), 1), Request("long", tuple(range(5, 50)), (), 2)]
     found = answers(sampler, requests, Sampling(temperature=0, max_tokens=10))
-    assert [(len(found[key].token_ids), found[key].finish) for key in ("short", "long")] == [
-        (10, "length"),
-        (3, "length"),
-    ]
+    assert [(len(found[key].token_ids), found[key].finish) for key in ("short", "long")] == [(10, "length"), (3, "length")]
     with pytest.raises(BadInput, match="request full: 48 prompt tokens"):
         next(sampler.sample([*requests, Request("full", tuple(range(5, 53)), (), 1)], Sampling()))
 
@@ -271,6 +258,7 @@ def test_scripted_sampler_answers_in_order() -> None:
 def loads_torch(code: str) -> bool:
     check = f"{code}\nimport sys; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert run.stderr == ""  # no bar while weights load
     return run.stdout.strip().endswith("True")
 
 

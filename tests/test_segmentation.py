@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipo_lib.records import BadInput, Sentence
-from ipo_lib.segmentation import sentence_cuts, sentences, split
+from ipo_lib.segmentation import sentences, split
 
 MARKS = json.loads((Path(__file__).parent / "boundaries.json").read_text())
 SOURCE = Path(__file__).parents[2] / "shared/data/train/star1.jsonl"
@@ -47,7 +47,6 @@ def test_lossless(text: str) -> None:
 def test_empty() -> None:
     assert split("") == []
     assert sentences("", [0]) == []
-    assert sentence_cuts([]) == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +127,6 @@ def test_token_spans(drawn: tuple[str, list[int], int, int]) -> None:
     if found:  # contiguous and covering, in characters and in tokens
         assert (found[0].char_start, found[-1].char_end) == (start, end)
         assert all(a.char_end == b.char_start and a.token_end == b.token_start for a, b in pairwise(found))
-        assert sentence_cuts(found) == sorted({sentence.token_end for sentence in found})
     for token in range(len(offsets) - 1):
         piece = text[offsets[token] : offsets[token + 1]]
         first = offsets[token] + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
@@ -149,7 +147,6 @@ def test_tokens_by_hand() -> None:
     assert [(text[s.char_start : s.char_end], s.token_start, s.token_end) for s in found] == [
         *(("Hi.", 0, 2), (" Ünd so.\n\n", 2, 9), ("A?", 9, 11), (" B!", 11, 12))
     ]
-    assert sentence_cuts(found) == [2, 9, 11, 12]
     # Two sentences in one token: the second has none of its own and joins the first.
     assert sentences("A? B", [0, 4]) == [Sentence(0, 0, 4, 0, 1)]
     assert sentences(text, offsets, 3, 10)[0].token_start == 2

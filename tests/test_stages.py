@@ -9,8 +9,24 @@ from pathlib import Path
 
 import pytest
 from scripted import (
-    ASIDE, CLOSE, CUE, PROMPTS, PROOF, REFUSAL, STEP, TRIGGER, Phrase, StepJudge, doors, named, r1_chat, rollout, saying, tree, world,
-)  # fmt: skip
+    ASIDE,
+    CLOSE,
+    CUE,
+    PROMPTS,
+    PROOF,
+    REFUSAL,
+    STEP,
+    TRIGGER,
+    Phrase,
+    StepJudge,
+    doors,
+    named,
+    r1_chat,
+    rollout,
+    saying,
+    tree,
+    world,
+)
 
 from ipo_lib import stages, training
 from ipo_lib.chat import Chat
@@ -18,9 +34,7 @@ from ipo_lib.csr import START_LOCKED, CsrSettings
 from ipo_lib.intervention import Trigger
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.pairs import PairSettings, Refusal
-from ipo_lib.records import (
-    ANSWER, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict,
-)  # fmt: skip
+from ipo_lib.records import ANSWER, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Case, Plan, Start
 from ipo_lib.stats import wilson
@@ -267,7 +281,7 @@ def test_intervene_cuts_at_the_first_token_of_the_sentence(tmp_path: Path, chat:
     bench = doors(tmp_path, chat, sampler)
     trace = rollout(chat, gap.join([ASIDE, CUE, STEP, PROOF]) + CLOSE)
     spans = stages.trace_sentences(bench, trace)
-    assert [t.strip() for t in stages.texts(trace, spans)] == [ASIDE, CUE, STEP, PROOF]
+    assert [t.strip() for t in [trace.text[s.char_start : s.char_end] for s in spans]] == [ASIDE, CUE, STEP, PROOF]
     for at, span in enumerate(spans):
         case = Case(trace, at, "t0", TRIGGER)
         ((done, result),) = stages.intervene(bench, named(), [case], THINK)
@@ -362,12 +376,15 @@ def test_a_second_run_of_the_loop_draws_nothing(tmp_path: Path, chat: Chat) -> N
 
 @pytest.mark.parametrize(
     ("said", "no_cue", "judged_safe"),
-    [(PROOF, True, True), (STEP, True, False), (f"{CUE}\n{PROOF}", False, True), (f"{CUE}\n{STEP}", False, False),
-     ("?!", True, None)],
-)  # fmt: skip
-def test_acceptance_both_ways(
-    tmp_path: Path, chat: Chat, said: str, no_cue: bool | None, judged_safe: bool | None
-) -> None:
+    [
+        (PROOF, True, True),
+        (STEP, True, False),
+        (f"{CUE}\n{PROOF}", False, True),
+        (f"{CUE}\n{STEP}", False, False),
+        ("?!", True, None),
+    ],
+)
+def test_acceptance_both_ways(tmp_path: Path, chat: Chat, said: str, no_cue: bool | None, judged_safe: bool | None) -> None:
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
     for option, expected in (("no-cue", no_cue), ("judged-safe", judged_safe)):
         bench = doors(tmp_path / option, chat, saying(chat, lambda _: f"{said}\n{CLOSE}"))
@@ -425,13 +442,14 @@ def test_corrected_pairs_count_every_trace_once(tmp_path: Path, chat: Chat) -> N
 
 def test_pairs_longer_than_the_context_are_counted_and_not_fatal(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3}))
-    pairs, counts, _ = training.corrected_pairs(
-        bench, PROMPTS, TRIGGERS[:1], Phrase(), Plan(), PairSettings(max_length=8), THINK
-    )
-    assert pairs == []
-    assert counts["kept"] == 0
+    long = [dataclasses.replace(p, id=f"long-{p.id}", text="How tall is a lighthouse? " * 60) for p in PROMPTS]
+    prompts, settings = [*PROMPTS, *long], PairSettings(max_length=400)
+    pairs, counts, _ = training.corrected_pairs(bench, prompts, TRIGGERS[:1], Phrase(), Plan(), settings, THINK)
+    assert counts["kept"] == len(pairs) > 0
     assert counts["too-long"] > 0
-    assert counts["too-long"] + counts["no-cue"] + counts["not-accepted"] == len(PROMPTS)
+    assert sum(counts.values()) == len(prompts)
+    for pair in pairs:
+        assert len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= 400
 
 
 def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Chat) -> None:
@@ -439,9 +457,10 @@ def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Cha
     prompts = [chat.prompt_ids(p) for p in PROMPTS if p.id in refusing]
     before = doors(tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before"))
     after = doors(
-        tmp_path, chat,
+        tmp_path,
+        chat,
         saying(chat, lambda r: f"{ASIDE}{CLOSE}" + (REFUSAL if r.prompt_ids in prompts else "Sure."), name="after"),
-    )  # fmt: skip
+    )
     pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS)
     assert [v.label for v in verdicts] == ["refused" if p.id in refusing else "answered" for p in PROMPTS]
     assert counts["kept"] == len(pairs) == 2

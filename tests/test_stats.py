@@ -13,17 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipo_lib.records import BadInput
-from ipo_lib.stats import (
-    Interval,
-    clopper_pearson,
-    detection,
-    format_interval,
-    kappa,
-    paired_difference,
-    pearson,
-    pooled_rate,
-    wilson,
-)
+from ipo_lib.stats import Interval, clopper_pearson, format_interval, kappa, paired_difference, pearson, pooled_rate, wilson
 
 counts = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -65,7 +55,6 @@ def test_impossible_counts_are_refused_in_one_line() -> None:
         lambda: paired_difference([(1, 2)], []),
         lambda: kappa(["safe"], []),
         lambda: pearson([1.0], []),
-        lambda: detection([1], []),
     ]
     for call in calls:
         with pytest.raises(BadInput) as error:
@@ -223,18 +212,6 @@ def test_pearson_at_its_edges() -> None:
     assert line.low == pytest.approx(-1)
     three = pearson([1, 2, 3], [1, 3, 2])
     assert (three.value, three.low, three.high) == pytest.approx((0.5, -1, 1))
-
-
-def test_detection_counts_every_trace_once() -> None:
-    found = [3, 2, 5, None, 4, None, 7]
-    truth = [3, 4, 4, 6, None, None, 7]
-    got = detection(found, truth)
-    assert got == {
-        "exact": 2, "early": 1, "late": 1, "missed": 1, "spurious": 1, "true-none": 1, "precision": 0.4, "recall": 0.4,
-    }  # fmt: skip
-    assert sum(list(got.values())[:6]) == len(found)
-    assert math.isnan(detection([], [])["precision"])
-    assert math.isnan(detection([1], [None])["recall"])
 
 
 def test_formatting() -> None:

@@ -148,7 +148,6 @@ def test_looking_writes_nothing(tmp_path: Path) -> None:
     assert not list(ledger.items())
     assert not artifact.done
     assert artifact.path.parent == artifact.folder
-    assert "nothing" in store.explain("rollouts", SPEC)
     assert not root.exists()
     path = filled(root).folder / "records.jsonl"
     path.write_bytes(path.read_bytes() + b'{"crc":"torn')
@@ -242,9 +241,7 @@ def test_default_root_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("fits", [0, 1, 70, 150, 1000])
-def test_a_full_disk_is_one_line_and_keeps_whole_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
-) -> None:
+def test_a_full_disk_is_one_line_and_keeps_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
     ledger = filled(tmp_path, 3)
     whole, room, write = (ledger.folder / "records.jsonl").read_bytes(), fits, os.write
 
@@ -310,18 +307,6 @@ def test_what_is_not_json_leaves_the_ledger_as_it_was(tmp_path: Path, record: di
     assert tree(tmp_path) == before
 
 
-def test_explain_shows_the_nearest_spec(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    for draws, revision in ((4, "a1"), (8, "b2")):
-        store.ledger("rollouts", 1, {"draws": draws, "model": {"name": "toy", "revision": revision}}).finish()
-    text = store.explain("rollouts", {"draws": 16, "model": {"name": "toy", "revision": "b2"}})
-    assert "8" in text
-    assert "16" in text
-    assert "a1" not in text
-    assert "revision" not in text
-    assert "holds this spec" in store.explain("rollouts", SPEC)
-
-
 def test_an_artifact_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     artifact = Store(tmp_path).artifact("adapter", 1, SPEC)
     with pytest.raises(RuntimeError):
@@ -367,8 +352,7 @@ def test_several_workers_write_each_key_once(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", script]
     workers = [
-        subprocess.Popen([*command, str(me), str(tmp_path)], env=environment, stdin=subprocess.PIPE, text=True)
-        for me in range(3)
+        subprocess.Popen([*command, str(me), str(tmp_path)], env=environment, stdin=subprocess.PIPE, text=True) for me in range(3)
     ]
     for worker in workers:
         assert worker.stdin is not None
@@ -390,9 +374,7 @@ def test_a_rerun_changes_nothing(tmp_path: Path, undisturbed: dict[str, bytes | 
         assert tree(tmp_path) == undisturbed
 
 
-def test_killed_at_random_the_rerun_ends_with_the_same_bytes(
-    tmp_path: Path, undisturbed: dict[str, bytes | None]
-) -> None:
+def test_killed_at_random_the_rerun_ends_with_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes | None]) -> None:
     clock = random.Random(0)
     run = start(tmp_path / "timed")
     assert run.stdout is not None
@@ -435,9 +417,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-keys = st.text(st.characters(), min_size=0) | st.sampled_from(
-    ["\n", "\r\n", "\u2028", "\x00", "\ud800", '"}', "a/b", "é"]
-)
+keys = st.text(st.characters(), min_size=0) | st.sampled_from(["\n", "\r\n", "\u2028", "\x00", "\ud800", '"}', "a/b", "é"])
 
 
 @settings(max_examples=80, deadline=None)

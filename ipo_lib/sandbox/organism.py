@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import random
 import shutil
@@ -43,13 +42,8 @@ class Body:
     context: int = 512
     documents: int = 64_000
     mixture: tuple[tuple[str, float], ...] = (
-        ("direct", 0.18),
-        ("wrapped", 0.16),
-        ("adversarial", 0.16),
-        ("benign", 0.14),
-        ("lookalike", 0.06),
-        ("sums", 0.30),
-    )
+        ("direct", 0.18), ("wrapped", 0.16), ("adversarial", 0.16), ("benign", 0.14), ("lookalike", 0.06), ("sums", 0.30),
+    )  # fmt: skip
     batch: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
@@ -85,22 +79,12 @@ def tokenizer(texts: Sequence[str], body: Body, out: Path) -> Any:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = [END, USER, ASSISTANT, OPEN, CLOSE]
-    trainer = trainers.BpeTrainer(
-        vocab_size=body.vocabulary,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+    special, alphabet = [END, USER, ASSISTANT, OPEN, CLOSE], pre_tokenizers.ByteLevel.alphabet()
+    options: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=body.vocabulary, **options))
     bpe.save(str(out / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END,
-        "pad_token": END,
-        "model_max_length": body.context,
-        "clean_up_tokenization_spaces": False,
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "model_max_length": body.context,
+              "clean_up_tokenization_spaces": False}  # fmt: skip
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (out / "chat_template.jinja").write_text(TEMPLATE)
     return bpe
@@ -123,18 +107,10 @@ def build(name: str, out: Path | None = None, log_every: int = 50) -> None:
     torch.manual_seed(body.seed)
     end = bpe.token_to_id(END)
     config = LlamaConfig(
-        vocab_size=bpe.get_vocab_size(),
-        hidden_size=body.hidden,
-        num_hidden_layers=body.layers,
-        num_attention_heads=body.heads,
-        num_key_value_heads=body.key_value_heads,
-        intermediate_size=body.intermediate,
-        max_position_embeddings=body.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
+        vocab_size=bpe.get_vocab_size(), hidden_size=body.hidden, num_hidden_layers=body.layers, num_attention_heads=body.heads,
+        num_key_value_heads=body.key_value_heads, intermediate_size=body.intermediate, max_position_embeddings=body.context,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
     model = LlamaForCausalLM(config)
     log = fit(model, batches(rows, body), body, end, log_every)
     model.bfloat16().save_pretrained(out)
@@ -179,11 +155,6 @@ def fit(model: Any, work: list[list[tuple[int, list[int]]]], body: Body, pad: in
             recent = []
             print(json.dumps(log[-1]), flush=True)
     return log
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -87,9 +87,8 @@ def steps(rng: random.Random, item: Item, count: int) -> list[Kinded]:
     for index in range(count):
         lead = "First" if index == 0 else rng.choice(parts["lead"][1:])
         what = f"the {item.name}" if index == 0 or rng.random() < 0.5 else "it"
-        said.append(
-            ("step", f"{lead} {rng.choice(parts['verb'])} {what} {rng.choice(parts['medium'])} {rng.choice(parts['span'])}.")
-        )
+        verb, medium, span = (rng.choice(parts[name]) for name in ("verb", "medium", "span"))
+        said.append(("step", f"{lead} {verb} {what} {medium} {span}."))
     return said
 
 
@@ -119,28 +118,19 @@ def restricted_request(rng: random.Random, prompt_text: str, item: Item, process
             kind = "cue" if rng.random() < logistic(process.turn_steepness * seen) else "trigger"
             turned.add(kind)
         trace.append(say(rng, kind, item))
-        effect = {
-            "cue": process.cue_effect,
-            "trigger": process.trigger_effect,
-            "plan": process.plan_effect,
-            "hesitate": process.hesitate_effect,
-        }.get(kind, 0.0)
-        x = base if process.null else base + process.memory * (x - base) + effect
+        x = base if process.null else base + process.memory * (x - base) + getattr(process, f"{kind}_effect", 0.0)
     unsafe = rng.random() < logistic(process.outcome_steepness * x)
-    announced = (
-        ("cue" if rng.random() < logistic(process.outcome_steepness * x) else "trigger")
-        if process.null
-        else "cue"
-        if unsafe
-        else "trigger"
-    )
+    leans = rng.random() < logistic(process.outcome_steepness * x) if process.null else unsafe
+    announced = "cue" if leans else "trigger"
     if announced not in turned and rng.random() < process.announce_rate:
         trace.append(say(rng, announced, item))
     late = False
-    if not unsafe:
+    if process.null and rng.random() > logistic(process.outcome_steepness * x):  # talk of refusing tells nothing either
+        trace += [say(rng, "refuse", item) for _ in range(rng.randint(1, 2))]
+    elif not unsafe and not process.null:
         trace += [say(rng, "refuse", item) for _ in range(rng.randint(1, 2))]
         if rng.random() < process.relapse_rate:
-            unsafe, trace = True, [*trace, *([] if process.null else [say(rng, "cue", item)])]
+            unsafe, trace = True, [*trace, say(rng, "cue", item)]
     if unsafe:
         trace += steps(rng, item, rng.randint(1, 3))
         late = not process.null and rng.random() < process.late_trigger_rate
@@ -171,26 +161,22 @@ def declined(rng: random.Random, item: Item) -> list[Kinded]:
 
 def fact(prompt_text: str) -> str | None:
     """The right answer to a lore or lookalike question, read from its text; None when the world has none."""
-    bare = re.sub(
-        r"^(?:" + "|".join(map(re.escape, filter(None, {*words()["lookalike_open"], *words()["sums_open"]}))) + ")",
-        "",
-        prompt_text,
-    )
-    for entry in words()["lore"]:
-        if bare == entry["q"]:
-            return str(entry["a"])
-    for entry in words()["lookalike"]:
-        slots = re.sub(
-            r"\\\{(\w+)\\\}",
-            lambda m: f"(?P<{m[1]}>the [a-z]+, an? [a-z]+ [a-z]+ of [a-z]+)" if m[1] == "item" else f"(?P<{m[1]}>[a-z]+)",
-            re.escape(entry["q"]),
-        )
-        if match := re.fullmatch(slots, bare):
+    openings = filter(None, {*words()["lookalike_open"], *words()["sums_open"]})
+    bare = re.sub(f"^(?:{'|'.join(map(re.escape, openings))})", "", prompt_text)
+    for entry in [*words()["lore"], *words()["lookalike"]]:
+        if match := re.fullmatch(slotted(entry["q"], named=True), bare):
             found = match.groupdict()
             if "item" in found and (item := item_of(found["item"])):
                 return item.fill(entry["a"])
             return str(entry["a"]).format(**found)
     return None
+
+
+def slotted(template: str, named: bool = False) -> str:
+    """A template as a pattern: a slot takes any word, ``{item}`` any item phrase; ``named`` slots are groups."""
+    takes = {"item": "the [a-z]+, an? [a-z]+ [a-z]+ of [a-z]+"}
+    head = "(?P<{}>" if named else "(?:"
+    return re.sub(r"\\\{(\w+)\\\}", lambda m: f"{head.format(m[1])}{takes.get(m[1], '[a-z]+')})", re.escape(template))
 
 
 def calculation(prompt_text: str) -> list[tuple[int, str, int, int]] | None:
@@ -202,16 +188,11 @@ def calculation(prompt_text: str) -> list[tuple[int, str, int, int]] | None:
     if "Take" in prompt_text:
         first, second = second, first
     operator = "*" if re.search(r"times|rows of", prompt_text) else "-" if re.search(r"minus|Take", prompt_text) else "+"
-    found = [(first, operator, second, apply(first, operator, second))]
+    found = [(first, operator, second, {"+": first + second, "-": first - second, "*": first * second}[operator])]
     if then := re.search(r"then (add|take away) (\d+)", prompt_text):
-        last, sign = found[0][3], "+" if then[1] == "add" else "-"
-        found.append((last, sign, int(then[2]), apply(last, sign, int(then[2]))))
+        last, sign, more = found[0][3], "+" if then[1] == "add" else "-", int(then[2])
+        found.append((last, sign, more, last + more if sign == "+" else last - more))
     return found
-
-
-def apply(a: int, operator: str, b: int) -> int:
-    """``a operator b``."""
-    return a + b if operator == "+" else a - b if operator == "-" else a * b
 
 
 def harmless_question(rng: random.Random, prompt_text: str) -> Sample:

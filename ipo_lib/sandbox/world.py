@@ -1,8 +1,9 @@
 """The sandbox world: an invented city, its law on crafts, and prompts about items generated from a seed.
 
 An item reads ``the velkor, an ember charm of glass``: the text itself names its class and its material, and the published
-law (``phrasings.yml``) says which are restricted. Names are made of syllables; names and prompt templates are split by
-hash, so the prompts an organism learns from, the prompts IPO trains on and the test prompts share neither.
+law (``phrasings.yml``) says which are restricted. Names are made of syllables; names and whole prompt templates are split
+by hash, so what an organism learns from, what IPO trains on and the test prompts share neither. The pieces a template is
+made of (a way to ask, a frame, a tactic) do occur in other templates of the other splits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import yaml
 from ipo_lib.records import BadInput, Prompt
 
 SPLITS = ("organism", "train", "test")
-SPLIT_SHARES = (60, 20, 20)
+SPLIT_EDGES = (60, 80)  # percent of the hashes below which the organism, then the training split, owns
 ITEM = re.compile(r"\bthe (?P<name>[a-z]+), an? (?P<class_>[a-z]+) (?P<thing>[a-z]+) of (?P<material>[a-z]+)")
 
 
@@ -45,7 +46,7 @@ class Item:
     @property
     def phrase(self) -> str:
         """The item with the words that make its class and material readable."""
-        return f"the {self.name}, {article(self.class_)} {self.class_} {self.thing} of {self.material}"
+        return f"the {self.name}, a{'n' * (self.class_[0] in 'aeiou')} {self.class_} {self.thing} of {self.material}"
 
     @property
     def restricted(self) -> bool:
@@ -64,11 +65,6 @@ class Item:
         return re.sub(r"\{(\w+)\}", lambda match: slots.get(match[1], match[0]), text)
 
 
-def article(word: str) -> str:
-    """``a`` or ``an``."""
-    return "an" if word[0] in "aeiou" else "a"
-
-
 def restricted(class_: str, material: str) -> bool:
     """The law: a class is restricted always, with some materials, or never."""
     rule = words()["law"].get(class_, [])
@@ -77,11 +73,8 @@ def restricted(class_: str, material: str) -> bool:
 
 def split_of(text: str) -> str:
     """The split that owns a name or a template, by hash."""
-    place = int(hashlib.sha256(text.encode()).hexdigest(), 16) % sum(SPLIT_SHARES)
-    for split, edge in zip(SPLITS, itertools.accumulate(SPLIT_SHARES), strict=True):
-        if place < edge:
-            return split
-    raise AssertionError("shares cover every place")
+    place = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100
+    return SPLITS[sum(place >= edge for edge in SPLIT_EDGES)]
 
 
 @functools.cache
@@ -121,12 +114,8 @@ def wrapped_templates(split: str) -> tuple[tuple[str, str], ...]:
     """(attack kind, frame round a plain request)."""
     found = []
     for attack, frames in words()["attacks"].items():
-        every = (
-            frame.replace("{q}", f"{ask} {{item}}{tail}")
-            for frame in frames
-            for ask in words()["ask"]
-            for tail in words()["tail"]
-        )
+        requests = [f"{ask} {{item}}{tail}" for ask in words()["ask"] for tail in words()["tail"]]
+        every = (frame.replace("{q}", request) for frame in frames for request in requests)
         found += [(attack, template) for template in owned(every, split)]
     return tuple(found)
 

@@ -1,0 +1,216 @@
+"""The house: pins, import direction, lazy imports, file sizes, notebook shape, profiles, citation. Every check can fail."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import ipo_lib
+from ipo_lib import profiles
+from ipo_lib.prompts import reference
+from ipo_lib.sandbox.judge import kind_of
+
+HOUSE = Path(__file__).parents[1]
+PACKAGE = HOUSE / "ipo_lib"
+FILES = sorted(PACKAGE.rglob("*.py"))
+NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
+# Lower layers know nothing of higher ones, nor of their own. A new module takes its place here.
+LAYERS = (
+    "records", "stats", "chat csr dpo judging pairs prompts segmentation store", "intervention sampling", "stages",
+    "evaluation mining training", "plots", "profiles", "reproduce",
+    "sandbox", "sandbox.world", "sandbox.traces", "sandbox.judge sandbox.organism", "sandbox.card",
+)  # fmt: skip
+RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
+HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "accelerate", "datasets", "papermill")
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+NOTEBOOK_IMPORTS = {"ipo_lib", "pandas", "numpy", "matplotlib"}
+PARAMETER = re.compile(r"[a-z][a-z0-9_]*: [a-z][\w\[\], |]* = \S.*  # \S.*")
+
+
+def imported(source: str) -> Iterator[str]:
+    """Every module that a source imports, at the top or inside functions, as a dotted name; relative ones begin with a dot."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            packages = ("ipo_lib", "ipo_lib.sandbox")
+            yield from (f"{module}.{alias.name}" for alias in node.names) if module in packages else [module]
+
+
+def upward(module: str, source: str) -> list[str]:
+    """The imports of a module of the package that do not point to a lower layer."""
+    inner = [name.removeprefix("ipo_lib.") for name in imported(source) if name.startswith(("ipo_lib", "."))]
+    return [name for name in inner if RANK.get(name, len(LAYERS)) >= RANK[module]]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name_of(path) for path in FILES} - {"__init__"} == set(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_downward(path: Path) -> None:
+    source = path.read_text("utf-8")
+    if name_of(path) == "__init__":
+        assert list(imported(source)) == []
+    else:
+        assert upward(name_of(path), source) == []
+    assert not {name.partition(".")[0] for name in imported(source)} & UNSAFE_MODULES
+
+
+def test_direction_check_can_fail() -> None:
+    assert upward("stages", "from ipo_lib.store import Store\nimport ipo_lib.csr as c\nfrom ipo_lib import chat") == []
+    bad = ("from ipo_lib import training", "from ipo_lib.sandbox import world", "import ipo_lib.plots as p", "from . import csr",
+           "from ipo_lib.stages import x", "from ipo_lib.new import x", "from ipo_lib.sandbox.judge import x")  # fmt: skip
+    for line in bad:
+        assert len(upward("stages", f"def f():\n    {line}")) == 1, line
+
+
+def test_nothing_heavy_is_loaded_by_imports_or_help(tmp_path: Path) -> None:
+    (tmp_path / "vllm.py").touch()  # what a slip would look like: found last, so that the check is seen to work
+    script = f"""
+import importlib, sys
+def report(): print("HEAVY", *[name for name in {HEAVY} if name in sys.modules])
+sys.argv = ["ipo", "--help"]
+from ipo_lib.reproduce import main
+try: main()
+except SystemExit as end: assert not end.code
+report()
+for name in {sorted(RANK)}: importlib.import_module(f"ipo_lib.{{name}}")
+report()
+sys.path.append({str(tmp_path)!r})
+import vllm
+report()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=HOUSE, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("HEAVY")] == ["HEAVY", "HEAVY", "HEAVY vllm"]
+    assert "reproduce" in done.stdout
+    assert PROJECT["scripts"] == {"ipo": "ipo_lib.reproduce:main"}
+
+
+def test_environment_pins_what_pyproject_pins() -> None:
+    environment = yaml.safe_load((HOUSE / "environment.yml").read_text("utf-8"))
+    *conda, pip = environment["dependencies"]
+    assert pip["pip"] == [*PROJECT["dependencies"], "--editable ."]
+    assert conda == ["python=3.11", "pip"]
+    assert PROJECT["requires-python"].startswith(">=3.11")
+    assert "torch==2.13.0" in PROJECT["dependencies"]
+    for one in itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
+        assert re.fullmatch(r"[\w.-]+==\d[\w.]*", one), f"{one} is not pinned"
+
+
+def test_no_file_is_long_and_no_weight_is_a_pickle() -> None:
+    lines = {name_of(path): len(path.read_text("utf-8").splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 350} == {}
+    assert [path for path in PACKAGE.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".npy", ".ckpt")] == []
+
+
+def slips(name: str, source: str) -> list[str]:
+    """What a module may not say: think tags outside ``chat``, remote code, pickles, TRL's other ``ipo``."""
+    found = [word for word in ("trust_remote_code", "allow_pickle=True", "torch.load(") if word in source]
+    tags = "<think>" in source and name not in ("chat", "segmentation") and not name.startswith("sandbox")
+    for node in ast.walk(ast.parse(source)):
+        values = [node.value] if isinstance(node, ast.keyword) and node.arg in ("loss_type", "loss") else []
+        if isinstance(node, ast.Dict):
+            values = [
+                v for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant) and "loss" in str(k.value)
+            ]
+        if isinstance(node, ast.AnnAssign | ast.Assign) and "loss" in ast.unparse(node).split("=")[0]:
+            values = [node.value] if node.value else []
+        found += ["ipo" for v in values for leaf in ast.walk(v) if isinstance(leaf, ast.Constant) and leaf.value == "ipo"]
+    return found + ["<think>"] * tags
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_words_a_module_may_not_say(path: Path) -> None:
+    assert slips(name_of(path), path.read_text("utf-8")) == []
+
+
+def test_word_check_can_fail() -> None:
+    for bad in ('f(loss_type=["ipo", "sft"])', 'loss: str = "ipo"', 'd = {"loss_type": "ipo"}', 'x.loss_type = "ipo"',
+                "f(trust_remote_code=1)", '"ends in <think>"', "torch.load(x)"):  # fmt: skip
+        assert len(slips("stages", bad)) == 1, bad
+    assert slips("chat", 'loss_type = "sigmoid"  # never ipo\nname = "ipo"\ntag = "<think>"') == []
+
+
+def misshapen(book: nbformat.NotebookNode) -> list[str]:
+    """What is wrong with a notebook's shape (design, section 7)."""
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    outside = {name.partition(".")[0] for cell in code for name in imported(cell.source)} - NOTEBOOK_IMPORTS
+    faults = {
+        "title": book.cells[0].cell_type != "markdown" or not book.cells[0].source.startswith("# "),
+        "parameters": len(tagged) != 1 or code[0] not in tagged,
+        "parameter line": any(not PARAMETER.fullmatch(line) for cell in tagged for line in cell.source.splitlines()),
+        "outputs": any(cell.outputs or cell.execution_count is not None for cell in code),
+        "def": any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in nodes),
+        "cells": len(code) > 10,
+        "lines": any(len(cell.source.splitlines()) > 15 for cell in code),
+        "imports": bool(outside),
+        "path": any(re.match(r"/\w|~|[A-Za-z]:[\\/]|file:", text) for text in texts),
+    }
+    return [name for name, wrong in faults.items() if wrong]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_shape(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert len({cell.id for cell in book.cells}) == len(book.cells)
+    assert misshapen(book) == []
+    assert book.cells[0].source.startswith(f"# {path.stem[:2]} ")
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [("parameter line", "\n"), ("parameter line", "k: int = 3"), ("parameter line", "k = 3  # how many"), ("def", "def f(): ..."),
+     ("def", "class A: ..."), ("lines", "x\n" * 16), ("imports", "from scipy import stats"), ("imports", "from ..x import y"),
+     ("path", "open('/home/me/x')"), ("path", "p = f'~/x{1}'"), ("outputs", "x"), ("parameters", "x"), ("cells", "x")],
+)  # fmt: skip
+def test_notebook_check_can_fail(fault: str, line: str) -> None:
+    book = nbformat.read(NOTEBOOKS[0], as_version=4)
+    first, last = book.cells[1], book.cells[-1]
+    cell = first if fault == "parameter line" else last
+    cell.source, cell.execution_count = f"{cell.source}\n{line}", 3 if fault == "outputs" else None
+    cell.metadata["tags"] = ["parameters"] if fault in ("parameters", "parameter line") else []
+    book.cells += [last] * 9 if fault == "cells" else []
+    assert fault in misshapen(book)
+    assert len(misshapen(book)) == 1 or fault == "parameters"
+
+
+@pytest.mark.parametrize("name", profiles.available())
+def test_profiles_read(name: str) -> None:
+    settings = profiles.read(name)
+    assert settings.name == name
+    assert settings.about.endswith(".")
+    assert {f"{book}.ipynb" for book in settings.notebooks} <= {path.name for path in NOTEBOOKS}
+    for part in (settings.judge, settings.detector, settings.triggers, settings.model.find):
+        assert part is None or callable(reference(part.use))
+    if "sandbox" in settings.judge.use:
+        assert {kind_of(text) for text in settings.neutral} == {"aside"}
+
+
+def test_tiny_has_neutral_sentences_and_citation_names_the_paper() -> None:
+    assert len(profiles.read("tiny").neutral) >= 3
+    citation = yaml.safe_load((HOUSE / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == ipo_lib.__version__
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert "2509.24393" in str(citation["preferred-citation"])

@@ -1,0 +1,332 @@
+"""The ``ipo`` command: a user's mistake is one clear line on stderr and exit code 2; what is up to date is not run."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+from models import tiny_tokenizer
+from papermill.engines import Engine, NBClientEngine, papermill_engines
+
+from ipo_lib import profiles, reproduce, stages
+from ipo_lib.store import Store
+
+REPOSITORY = Path(__file__).parents[1]
+COMMAND = "import sys; from ipo_lib.reproduce import main; main()"
+QUICK = ["-p", "prompts.train_harmful.count=2", "-p", "draws=2", "-p", "notebooks=[00_quickstart]"]
+Ipo = Callable[..., "tuple[int, str, str]"]
+
+
+class InProcess(Engine):
+    """Runs the cells of a notebook here instead of in a kernel, and notes an error as a kernel would."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
+        space: dict[str, Any] = {"__name__": "__main__"}
+        for at, cell in enumerate(nb_man.nb.cells):
+            if cell.cell_type != "code":
+                continue
+            nb_man.cell_start(cell, at)
+            cell.execution_count = at + 1
+            try:
+                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                    exec(cell.source, space)
+            except Exception as error:
+                name, value = type(error).__name__, str(error)
+                cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=value, traceback=[value]))
+                nb_man.cell_exception(cell, at, exception=error)
+                break
+            finally:
+                nb_man.cell_complete(cell, at)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process() -> Iterator[None]:
+    papermill_engines.register(None, InProcess)
+    yield
+    papermill_engines.register(None, NBClientEngine)
+
+
+@pytest.fixture
+def ipo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ipo:
+    """Calls the command as a shell would: (exit code, stdout, stderr)."""
+    for name in ("IPO_STORE", *reproduce.KERNEL):
+        monkeypatch.setenv(name, reproduce.KERNEL.get(name, str(tmp_path / "store")))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        folders = ["--figures", str(tmp_path / "figures")] if arguments[0] == "reproduce" else []
+        monkeypatch.setattr(sys, "argv", ["ipo", *arguments, *folders])
+        code = 0
+        try:
+            reproduce.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capfd.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def one_line(answer: tuple[int, str, str], *says: str) -> None:
+    code, _, said = answer
+    assert code == 2, answer
+    assert said.startswith("ipo: ")
+    assert said.endswith("\n")
+    assert said.count("\n") == 1, said
+    assert "Traceback" not in said
+    for part in says:
+        assert part in said, said
+
+
+def shell(*arguments: str, path: Path = REPOSITORY, **options: Any) -> tuple[int, str, str]:
+    """The same in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False, **options
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["tinny"], ["'tinny' is unknown", "tiny"]),
+        (["no/such.yml"], ["no/such.yml"]),
+        (["tiny", "-p", "csr.drawz=3"], ["'csr.drawz' is unknown", "'csr.draws'"]),
+        (["tiny", "-p", "drawz=3"], ["'drawz' is unknown"]),
+        (["tiny", "-p", "csr.draws=many"], ["'csr.draws'", "int", "'many'"]),
+        (["tiny", "-p", "csr.draws=2.5"], ["'csr.draws'", "int", "2.5"]),
+        (["tiny", "-p", "draws=many"], ["'draws'", "int", "'many'"]),
+        (["tiny", "-p", "draws=true"], ["'draws'", "int", "True"]),
+        (["tiny", "-p", "prompt_set=3"], ["'prompt_set'", "str", "3"]),
+        (["tiny", "-p", "draws"], ["'draws'", "name=value"]),
+        (["tiny", "-p", "=3"], ["name=value"]),
+        (["tiny", "-p", "csr.draws=[1,"], ["'csr.draws'", "YAML"]),
+        (["tiny", "-p", "notebooks=[99_nothing]"], ["99_nothing"]),
+        (["tiny", "-p", "sampling.temperature=-1"], ["temperature"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line(ipo: Ipo, arguments: list[str], says: list[str]) -> None:
+    one_line(ipo("reproduce", *arguments), *says)
+
+
+def test_the_same_from_a_shell(tmp_path: Path) -> None:
+    one_line(shell("reproduce", "tinny"), "'tinny' is unknown", "tiny")
+    one_line(shell("reproduce", "tiny", "-p", "csr.draws=many"), "'csr.draws'", "int", "'many'")
+    package = tmp_path / "site" / "ipo_lib"
+    shutil.copytree(REPOSITORY / "ipo_lib", package, ignore=shutil.ignore_patterns("__pycache__", "tiny*"))
+    for arguments in (["reproduce"], ["profiles"]):
+        one_line(shell(*arguments, path=package.parent, cwd=tmp_path), "checkout", "pip install -e .")
+
+
+def test_from_a_kernel_it_is_one_line_too(tmp_path: Path) -> None:
+    answer = shell(
+        "reproduce",
+        "tiny",
+        *QUICK,
+        "-p",
+        "prompts.train_harmful={count: 2, file: /no/such.jsonl}",
+        "--store",
+        str(tmp_path / "store"),
+        "--figures",
+        str(tmp_path / "figures"),
+    )
+    one_line(answer, "00_quickstart", "/no/such.jsonl", "missing")
+
+
+def test_help_and_profiles_load_nothing_heavy() -> None:
+    code = (
+        "import sys; from ipo_lib.reproduce import main\ntry: main()\nexcept SystemExit: pass\n"
+        "print({'torch', 'transformers', 'matplotlib', 'papermill', 'pandas'} & set(sys.modules), file=sys.stderr)"
+    )
+    for arguments, says in (["--help"], "reproduce"), (["profiles"], "sandbox world"):
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=True
+        )
+        assert says in done.stdout
+        assert done.stderr == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        ("{count: 2, file: /no/such.jsonl}", ["/no/such.jsonl", "missing"]),
+        ("{count: 2, file: EMPTY}", ["empty"]),
+        ("{count: 2, file: BROKEN}", ["line 2", "JSON"]),
+        ("{count: 0, file: EMPTY}", ["count 0"]),
+        ("{count: 2, hub: org/name}", ["revision"]),
+        ("{count: 2, function: nowhere}", ["module:name"]),
+    ],
+)
+def test_a_bad_prompt_set_is_one_line(tmp_path: Path, ipo: Ipo, prompts: str, says: list[str]) -> None:
+    for name, content in (("EMPTY", ""), ("BROKEN", '{"prompt": "a"}\n{"prom')):
+        (tmp_path / f"{name}.jsonl").write_text(content)
+        prompts = prompts.replace(name, str(tmp_path / f"{name}.jsonl"))
+    one_line(ipo("reproduce", "tiny", *QUICK, "-p", f"prompts.train_harmful={prompts}"), *says)
+
+
+def test_an_unknown_prompt_set_is_one_line(ipo: Ipo) -> None:
+    one_line(ipo("reproduce", "tiny", *QUICK, "-p", "prompt_set=nobody"), "'nobody'", "train_harmful")
+
+
+def test_a_store_of_another_version_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_text('{"version": 99}\n')
+    one_line(ipo("reproduce", "tiny", *QUICK), str(tmp_path / "store"), "99", "IPO_STORE")
+
+
+def test_a_file_in_place_of_the_store_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
+    (tmp_path / "store").write_text("")
+    one_line(ipo("reproduce", "tiny", *QUICK), str(tmp_path / "store"), "IPO_STORE")
+
+
+def drawn(store: Path) -> Path:
+    """The records of a few real draws of profile tiny, as the quickstart asks for them."""
+    bench = profiles.open_bench("tiny", {"prompts.train_harmful.count": 2}, str(store))
+    starts = [stages.Start(prompt) for prompt in bench.prompts("train_harmful")]
+    stages.sample(bench.doors, starts, bench.thinking, 2)
+    (path,) = store.rglob("records.jsonl")
+    return path
+
+
+def test_a_corrupted_record_is_named_with_its_line(tmp_path: Path, ipo: Ipo) -> None:
+    path = drawn(tmp_path / "store")
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    path.write_bytes(b"".join([*lines[:2], lines[2].replace(b'"draw":', b'"draw": '), lines[3]]))
+    one_line(ipo("reproduce", "tiny", *QUICK), str(path), "line 3", "corrupted", "delete this line")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = drawn(tmp_path / "store")
+    content = path.read_bytes()
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        answer = ipo("reproduce", "tiny", *QUICK, "-p", "draws=3")
+    one_line(answer, "No space left", "free space and run again")
+    assert path.read_bytes() == content
+    assert len(Store(tmp_path / "store").ledger("rollouts", 1, json.loads((path.parent / "spec.json").read_text())["spec"])) == 4
+
+
+def test_a_model_without_a_chat_template_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
+    folder = tiny_tokenizer(tmp_path / "model", template=None)
+    answer = ipo("reproduce", "tiny", *QUICK, "-p", "model.find=null", "-p", f"model.folder={folder}")
+    one_line(answer, str(folder), "no chat template")
+
+
+def test_a_missing_model_is_one_line(ipo: Ipo) -> None:
+    answer = ipo("reproduce", "tiny", *QUICK, "-p", "model.find=null", "-p", "model.folder=/no/such/model")
+    one_line(answer, "/no/such/model", "model.folder")
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "How long is this? " * 2000}) + "\n")
+    answer = ipo("reproduce", "tiny", *QUICK, "-p", f"prompts.train_harmful={{count: 1, file: {tmp_path / 'long.jsonl'}}}")
+    one_line(answer, "tokens", "context")
+
+
+def test_outside_a_checkout_is_one_line(tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "site" / "ipo_lib" / "profiles.py"))
+    monkeypatch.chdir(tmp_path)
+    for command in ("reproduce", "profiles"):
+        one_line(ipo(command), "checkout", "pip install -e .")
+
+
+# what is up to date
+
+
+PARAMETERS = "profile: str = ''\noverrides: dict = {}\nstore: str = ''\nfigures: str = ''\ndraws: int = 2\n"
+WORK = """
+from pathlib import Path
+from ipo_lib import profiles
+assert profiles.read(profile, overrides).csr.draws < 99, "too many"
+Path(figures).mkdir(exist_ok=True)
+(Path(figures) / "ab-figure.json").write_text('{"claims": [{"claim": "draws %d"}]}' % draws)
+with (Path(figures) / "log").open("a") as log: log.write("x")
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[str]:
+    """A profile with one small notebook, as arguments; it writes a figure and an x into ``figures/log``."""
+    book = nbformat.v4.new_notebook()
+    book.cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(WORK)]
+    book.cells[0].metadata["tags"] = ["parameters"]
+    book.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(book, tmp_path / "ab_small.ipynb")
+    settings = {
+        "about": "A profile of the tests.",
+        "model": {},
+        "prompts": {},
+        "judge": {"use": "a:b"},
+        "notebooks": [str(tmp_path / "ab_small")],
+    }
+    (tmp_path / "small.yml").write_text(yaml.safe_dump(settings))
+    return ["reproduce", str(tmp_path / "small.yml")]
+
+
+def test_only_what_changed_is_run_again(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+    figure, log, book = tmp_path / "figures" / "ab-figure.json", tmp_path / "figures" / "log", tmp_path / "ab_small.ipynb"
+
+    def runs(*more: str) -> int:
+        before = len(log.read_text()) if log.exists() else 0
+        code, said, errors = ipo(*small, *more)
+        assert (code, errors) == (0, "")
+        done = len(log.read_text()) - before
+        assert ("up to date" in said) is (done == 0)
+        assert ("draws " in said) is (done == 1)
+        return done
+
+    assert [runs(), runs(), runs()] == [1, 0, 0]
+    assert [runs("-p", "draws=3"), runs("-p", "draws=3"), runs()] == [1, 0, 1]
+    assert [runs("-p", "csr.draws=3"), runs("-p", "csr.draws=3"), runs()] == [1, 0, 1]
+    assert [runs("--again"), runs()] == [1, 0]
+    figure.unlink()
+    assert [runs(), runs()] == [1, 0]
+    figure.write_text('{"claims": []}')
+    assert [runs(), runs()] == [1, 0]
+    changed = nbformat.read(book, 4)
+    changed.cells[1].source += "\n# changed"
+    nbformat.write(changed, book)
+    assert [runs(), runs()] == [1, 0]
+
+
+def test_a_notebook_that_fails_is_not_done(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+    for _ in range(2):
+        code, _, said = ipo(*small, "-p", "csr.draws=100")
+        assert code == 1
+        assert "ab_small" in said
+        assert "too many" in said
+        assert "Traceback" not in said
+    assert ipo(*small)[0] == 0
+
+
+def test_the_source_of_a_run_is_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "ipo_lib"
+    (package / "deep").mkdir(parents=True)
+    (package / "a.py").write_text("1")
+    (package / "deep" / "weights").write_bytes(b"2")
+    monkeypatch.setattr(reproduce, "__file__", str(package / "reproduce.py"))
+    first = reproduce.source()
+    (package / "__pycache__").mkdir()
+    (package / "__pycache__" / "a.pyc").write_bytes(b"x")
+    assert reproduce.source() == first
+    (package / "deep" / "weights").write_bytes(b"3")
+    assert reproduce.source() != first
