@@ -27,27 +27,26 @@ _BYTE |= {chr(byte): byte for byte in _SHOWN}
 
 
 class Chat:
-    """How one model folder is spoken to: its chat template, ``prefill`` after the generation prompt, a ``system`` turn.
-    ``opened``: a prompt ends inside an open ``<think>``. BadInput when the folder is corrupt, has no byte-level
-    tokenizer, chat template or EOS, or when something given is lost or doubled."""
+    """How a model folder is spoken to: template, ``prefill``, ``system`` turn; ``opened``: prompts end in an open ``<think>``.
+    BadInput: the folder is corrupt, lacks a byte-level tokenizer, template or EOS, or loses or doubles what is given."""
 
     def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None) -> None:
         self.folder, self.prefill, self.system = Path(folder), prefill, system
-        self._tokenizer, self._tokens = _parsed(self.folder / "tokenizer.json", Tokenizer.from_str), dict[int, bytes]()
+        self._tokenizer, self._tokens = parsed(self.folder / "tokenizer.json", Tokenizer.from_str), dict[int, bytes]()
         _require(self._tokenizer, f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         exact = "ByteLevel" in str(self._tokenizer.decoder)
         _require(exact, f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model")
-        settings = _parsed(self.folder / "tokenizer_config.json")
+        settings = parsed(self.folder / "tokenizer_config.json")
         named = {key: one for key, one in settings.items() if key.endswith("_token") and isinstance(one, (str, dict))}
         self._special = {key: one if isinstance(one, str) else one["content"] for key, one in named.items()}
-        found = [_parsed(self.folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
-        found.append(self._tokenizer.token_to_id(self._special.get("eos_token", "")))
-        ends = {one for value in found for one in (value if isinstance(value, list) else [value]) if one is not None}
-        self.eos_ids: Ids = tuple(sorted(ends))  # chat models often end a turn with another token than a document
+        found = [parsed(self.folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        own = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
+        ends = {one for value in (own, *found) for one in (value if isinstance(value, list) else [value]) if one is not None}
+        self.eos_ids: Ids = tuple(sorted(ends, key=lambda one: (one != own, one)))  # the end of a turn first, a document's after
         _require(ends, f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json")
-        template = _parsed(self.folder / "chat_template.jinja", str) or settings.get("chat_template") or ""
+        template = parsed(self.folder / "chat_template.jinja", str) or settings.get("chat_template") or ""
         templates = template if isinstance(template, list) else [{"name": "default", "template": template}]
         self._template = next((str(one["template"]) for one in templates if one["name"] == "default"), "")
         _require(self._template, f"{folder}: no chat template; add chat_template.jinja or use an instruct model")
@@ -65,7 +64,7 @@ class Chat:
         files = {"tokenizer": (self.folder / "tokenizer.json").read_bytes(), "template": self._template.encode()}
         hashes = {name: sha256(content).hexdigest() for name, content in files.items()}
         given = {"prefill": self.prefill, "system": self.system, "date": TEMPLATE_DATE.isoformat()}
-        return {**hashes, **given, "special": self._special, "eos": list(self.eos_ids)}
+        return {**hashes, **given, "special": self._special, "eos": sorted(self.eos_ids)}
 
     def prompt_ids(self, prompt: Prompt) -> Ids:
         """User turn, generation prompt and prefill, encoded in one piece; no BOS but the one the template renders."""
@@ -116,7 +115,8 @@ def _require(given: object, message: str) -> None:
         raise BadInput(message)
 
 
-def _parsed(file: Path, parse: Callable[[str], Any] = lambda text: {**json.loads(text)}) -> Any:
+def parsed(file: Path, parse: Callable[[str], Any] = lambda text: {**json.loads(text)}) -> Any:
+    """A file of a model folder, ``{}`` when it is not there; BadInput when it is corrupt."""
     try:
         return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except Exception as error:  # tokenizers raises nothing narrower

@@ -23,11 +23,10 @@ Sentences = Sequence[Sentence]
 
 @dataclass(frozen=True)
 class CsrSettings:
-    """The settings of Eq. 1-3; what the paper leaves open is a parameter. ``draws``: continuations a cut.
-    ``mu``, ``eta``: S >= mu is safe, S <= eta unsafe (``strict``: > and <).
-    ``k``, ``window``: the rule must hold for j in [i, i + k] (``K+1`` tokens) or [i, i + k - 1] (``K`` tokens).
-    ``other_side``: the cut before the turn must not meet the threshold, so the start itself is never a turn.
-    ``part``: what the judge sees: the trace (prefix and continuation), trace and answer, or the continuation alone.
+    """The settings of Eq. 1-3; what the paper leaves open is a parameter. ``draws``: continuations a cut. ``mu``, ``eta``: S >=
+    mu is safe, S <= eta unsafe (``strict``: > and <). ``k``, ``window``: the rule must hold for j in [i, i + k] (``K+1`` tokens)
+    or [i, i + k - 1] (``K`` tokens). ``other_side``: the cut before the turn must not meet the threshold, so the start itself is
+    never a turn. ``part``: what the judge sees: the trace (prefix and continuation), trace and answer, or the continuation alone.
     ``grain``, ``stride``: every ``stride``-th token, or every ``stride``-th sentence end, is measured."""
 
     draws: int = 32
@@ -42,8 +41,7 @@ class CsrSettings:
     stride: int = 1
 
     def __post_init__(self) -> None:
-        choices = {"window": ("K", "K+1"), "part": (TRACE, BOTH, CONTINUATION), "grain": (TOKEN, SENTENCE)}
-        for name, known in choices.items():
+        for name, known in {"window": ("K", "K+1"), "part": (TRACE, BOTH, CONTINUATION), "grain": (TOKEN, SENTENCE)}.items():
             if getattr(self, name) not in known:
                 raise BadInput(f"CSR: {name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}")
         if min(self.draws, self.k, self.stride) < 1 or not 0 <= self.eta < self.mu <= 1:
@@ -74,15 +72,13 @@ def count(verdicts_by_cut: Mapping[int, Sequence[Verdict]], rollout_id: str) -> 
     return points
 
 
-def turning_point(
-    points: Points, kind: str, settings: CsrSettings, sentences: Sentences, length: int, own_label: str | None
-) -> TurningPoint:
-    """Eq. 2 (``kind`` safe) or Eq. 3 (unsafe): the first measured cut from which S meets the threshold and holds.
-    ``sentence`` ends at, or contains, the token just before the turn. ``interval`` = (last judged cut before, turn].
-    Flags: ``start-locked`` (the rule holds at cut 0: token 0, no sentence, no interval), ``none`` (no turn; with
-    ``start-locked`` when the side condition alone ruled out the start), ``unknown`` (a cut not judged, or a trace of
-    unknown label, may hide an earlier turn: neither ever counts as holding), ``end`` (the window passes the end),
-    ``recrossing`` (an earlier cut met it), ``gradual`` (S moved most in an earlier step, not at the turn)."""
+def turning_point(points: Points, kind: str, settings: CsrSettings, sentences: Sentences, length: int,
+                  own_label: str | None) -> TurningPoint:  # fmt: skip
+    """Eq. 2 (``kind`` safe) or Eq. 3 (unsafe): the first measured cut from which S meets the threshold and holds. ``sentence``
+    ends at, or contains, the token just before the turn. ``interval`` = (last judged cut before, turn]. Flags: ``start-locked``
+    (the rule holds at cut 0: token 0, no sentence, no interval), ``none`` (no turn; with ``start-locked`` if only the side
+    condition ruled it out), ``unknown`` (a cut not judged, or a trace of no label, may hide an earlier turn), ``end`` (the window
+    passes the end), ``recrossing`` (an earlier cut met it), ``gradual`` (S moved most in an earlier step, not at the turn)."""
     if not points:
         raise BadInput("turning point: no CSR point; measure the rollout at csr.cuts(...) first")
     rollout_id = points[0].rollout_id
@@ -90,8 +86,7 @@ def turning_point(
     points = [point for _, point in sorted((start | {point.cut: point for point in points}).items())]
     end = {SAFE: settings.meets(1.0, kind), UNSAFE: settings.meets(0.0, kind)}.get(own_label or "")
     met = [settings.meets(point.s, kind) if point.n else None for point in points]
-    unknown, locked = False, False
-    reach = settings.k if settings.window == "K+1" else settings.k - 1
+    unknown, locked, reach = False, False, settings.k if settings.window == "K+1" else settings.k - 1
     for at, point in enumerate(points):
         stop = bisect_right(points, point.cut + reach, key=lambda p: p.cut)
         stop = max(stop, at + 2) if reach or settings.grain == SENTENCE else stop  # sparse cuts: at least the next one
@@ -108,8 +103,7 @@ def turning_point(
             holder = next((s.index for s in sentences if s.token_start < point.cut <= s.token_end), None)
             return TurningPoint(rollout_id, kind, point.cut, holder, (before, point.cut), flags)
         unknown |= False not in held
-    flags = (*[START_LOCKED] * locked, NONE, *[UNKNOWN] * unknown)
-    return TurningPoint(rollout_id, kind, None, None, None, flags)
+    return TurningPoint(rollout_id, kind, None, None, None, (*[START_LOCKED] * locked, NONE, *[UNKNOWN] * unknown))
 
 
 def _history(points: Points, met: Sequence[bool | None], kind: str) -> Iterator[str]:

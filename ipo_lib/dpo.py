@@ -80,8 +80,7 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     ``out`` receives the adapter, the rows (log-probabilities are suffix sums in nats, averaged over the step's pairs)
     and ``training.json``, which also counts the pairs left out for ``max_length``. With ``adapter`` training goes on
     from its weights, rank and targets. BadInput: no pair left, no model or adapter there, a loss that is not finite."""
-    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
-    fitting = [pair for pair, length in zip(pairs, lengths, strict=True) if length <= settings.max_length]
+    fitting = [p for p in pairs if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= settings.max_length]
     if not fitting:
         raise BadInput(f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs")
     for folder, file in ((model, "config.json"), (adapter, ADAPTER)):
@@ -97,7 +96,15 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
         batch = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
         summary: dict[str, Any] = {"base": Path(model).name, "continued": bool(adapter), "effective_batch": batch}
         summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "settings": asdict(settings)}
-        _save(trainer, Path(out), rows, summary)
+        lora, target = trainer.accelerator.unwrap_model(trainer.model), Path(out)
+        config, modules = lora.peft_config["default"], lora.peft_config["default"].target_modules
+        config.base_model_name_or_path = summary["base"]  # the name: a path would tie the adapter to this machine
+        config.target_modules = modules if isinstance(modules, str) else sorted(modules)  # a set's order varies
+        # The adapter and its records: no checkpoint, optimizer, pickled arguments or generated model card.
+        lora.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
+        (target / "README.md").unlink(missing_ok=True)
+        (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
+        (target / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return rows
 
 
@@ -109,23 +116,25 @@ def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pa
     return [[side[i] for i in sorted(draw.sample(range(len(side)), size))] for side, size in sides]
 
 
-def stage2(
-    harmful: Pairs, refusals: Pairs, model: Folder, settings: Stage2Settings, out: Folder, *, adapter: Folder
-) -> tuple[Rows, str]:
-    """Stage 2 (paper.md 1.13) from stage 1's ``adapter``: the rows, and a sentence on what was done or why not.
-    ``refusals`` are benign pairs: chosen = the organism's answer, rejected = the stage-1 model's refusal."""
-    if len(refusals) < settings.min_refusals:
-        return [], f"stage 2 skipped: {len(refusals)} benign refusals, at least {settings.min_refusals} needed"
-    kept, benign = mix(harmful, refusals, settings)
-    rows = train([*kept, *benign], model, settings, out, adapter=adapter)
-    return rows, f"stage 2 trained {len(rows)} steps on {len(kept)} harmful and {len(benign)} benign pairs"
-
-
-def _config(settings: DpoSettings, out: Folder) -> Any:
-    """TRL's configuration; every default of TRL 1.16 that bites (checkpointing, bf16, logging, reports) is explicit."""
+def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None) -> Any:
+    """TRL's DPO trainer on ids; its LoRA is fresh or at the weights of ``adapter``, and in float32."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
+    import datasets
+    import transformers
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
     from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-    return DPOConfig(
+    class IdsTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # law 1: the rows are ids already; TRL would tokenize text again
+
+        def _send_telemetry(self) -> None:
+            """TRL reports every run to the hub; this package works offline."""
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    config = DPOConfig(  # every default of TRL 1.16 that bites (checkpointing, bf16, logging, reports) is explicit
         output_dir=str(out), report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
         # CHOICES leaves TRL's "ipo" out: that is Identity Preference Optimization, a squared loss, not this method.
         loss_type=[settings.loss, "sft"], loss_weights=[1.0, settings.sft_weight],
@@ -138,29 +147,9 @@ def _config(settings: DpoSettings, out: Folder) -> Any:
         logging_nan_inf_filter=False,  # the default shows the last finite loss in place of a nan
         **{name: getattr(settings, name) for name in SAME},
     )  # fmt: skip
-
-
-def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None) -> Any:
-    """TRL's DPO trainer on ids; its LoRA is fresh or at the weights of ``adapter``, and in float32."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
-    import datasets
-    import transformers
-    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    class IdsTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # law 1: the rows are ids already; TRL would tokenize text again
-
-        def _send_telemetry(self) -> None:
-            """TRL reports every run to the hub; this package works offline."""
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    config, options = _config(settings, out), dict[str, Any](dtype=settings.dtype, use_safetensors=True)
+    options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
     if settings.quantize:
-        nf4 = NF4 | {"bnb_4bit_compute_dtype": settings.dtype}
-        options["quantization_config"], options["device_map"] = nf4, config.device
+        options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": settings.dtype}, "device_map": config.device}
     # In eval mode bitsandbytes repacks NF4 weights at the first CPU forward (the precomputed reference), and from then
     # on no gradient passes them: train() is not a formality.
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options).train()
@@ -171,7 +160,7 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     trainer: Any = IdsTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.remove_callback(transformers.PrinterCallback)
-    for parameter in (one for one in trainer.model.parameters() if one.requires_grad):
+    for parameter in filter(lambda one: one.requires_grad, trainer.model.parameters()):
         parameter.data = parameter.data.float()  # TRL rounds a QLoRA adapter to bf16, where small steps vanish
     # Handed a PeftModel, TRL freezes a copy of it as the reference. So LoRA starts fresh (the reference is LoRA off:
     # the organism, in stage 2 too), and stage 1's weights are put in afterwards.
@@ -184,23 +173,10 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
 
 def _rows(history: Rows, beta: float) -> Rows:
     """TRL's log as metrics rows, with the reference's log-probabilities (logp - reward / beta) beside the policy's."""
-    rows = []
+    rows, sides = [], ("chosen", "rejected")
     for entry in (entry for entry in history if "loss" in entry):
         if not math.isfinite(entry["loss"]):
             raise BadInput(f"dpo: the loss is {entry['loss']} at step {entry['step']}; lower learning_rate")
-        sides = ("chosen", "rejected")
         reference = {f"ref_logps/{side}": entry[f"logps/{side}"] - entry[f"rewards/{side}"] / beta for side in sides}
         rows.append({name: entry[name] for name in LOGGED} | {"margin": entry["rewards/margins"]} | reference)
     return rows
-
-
-def _save(trainer: Any, out: Path, rows: Rows, summary: dict[str, Any]) -> None:
-    """The adapter and its records: no checkpoint, optimizer, pickled arguments or generated model card."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    config, targets = model.peft_config["default"], model.peft_config["default"].target_modules
-    config.base_model_name_or_path = summary["base"]  # the name: a path would tie the adapter to this machine
-    config.target_modules = targets if isinstance(targets, str) else sorted(targets)  # a set's order varies
-    model.save_pretrained(out, selected_adapters=["default"], save_embedding_layers=False)
-    (out / "README.md").unlink(missing_ok=True)
-    (out / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
-    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")

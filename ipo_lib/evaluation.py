@@ -1,8 +1,5 @@
-"""Harmful rates by part, over-refusal and capability on each prompt set; before and after on the same prompts.
-
-Every rate comes with its interval over prompts, its coverage (share judged) and its bounds (None all safe / all unsafe);
-truncated traces are a column of their own, never a default label.
-"""
+"""Harmful rates by part, over-refusal and capability on each prompt set, before and after. Every rate has its interval over
+prompts, its coverage (share judged) and its bounds (None all safe / all unsafe); truncated traces are a column of their own."""
 
 from __future__ import annotations
 
@@ -18,12 +15,9 @@ from ipo_lib.stats import Interval, paired_difference, pooled_rate
 
 TRACE_HARM, ANSWER_HARM, REFUSED, ANSWERED, CORRECT = "trace harm", "answer harm", "refused", "answered", "correct"
 MEASURES = {
-    TRACE_HARM: (TRACE, "harm", UNSAFE),
-    ANSWER_HARM: (ANSWER, "harm", UNSAFE),
-    REFUSED: (ANSWER, "refusal", "refused"),
-    ANSWERED: (ANSWER, "refusal", "answered"),
-    CORRECT: (ANSWER, "correct", "correct"),
-}
+    TRACE_HARM: (TRACE, "harm", UNSAFE), ANSWER_HARM: (ANSWER, "harm", UNSAFE), CORRECT: (ANSWER, "correct", "correct"),
+    REFUSED: (ANSWER, "refusal", "refused"), ANSWERED: (ANSWER, "refusal", "answered"),
+}  # fmt: skip
 ASKED = {"harmful": (TRACE_HARM, ANSWER_HARM), "benign": (REFUSED, ANSWERED), "capability": (CORRECT,)}
 
 
@@ -65,9 +59,7 @@ class Measured:
         return (k / self.total, (k + self.unknown) / self.total) if self.total else (0.0, 1.0)
 
 
-def evaluate(
-    doors: Doors, sets: Mapping[str, Sequence[Prompt]], settings: EvaluationSettings, sampling: Sampling
-) -> list[Measured]:
+def evaluate(doors: Doors, sets: Mapping[str, list[Prompt]], settings: EvaluationSettings, sampling: Sampling) -> list[Measured]:
     """Sample every set to the end of the answer and measure it. Sets not named in the settings are left alone."""
     found = []
     for name, measures in [(name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)]:
@@ -95,12 +87,12 @@ def table(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[str, Any]]:
     """One row per set and measure: before, after and the paired difference (after - before), each with its interval."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for old, new in zip(before, after, strict=True):
-        row: dict[str, Any] = {"set": old.set, "measure": old.measure, "n": difference([old], [new]).n}
-        for name, one in (("before", old.rate), ("after", new.rate), ("difference", difference([old], [new]))):
-            row |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
-        rows.append(row)
+        change = difference([old], [new])
+        rows.append({"set": old.set, "measure": old.measure, "n": change.n})
+        for name, one in (("before", old.rate), ("after", new.rate), ("difference", change)):
+            rows[-1] |= {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
     return rows
 
 

@@ -46,21 +46,19 @@ class CsrCues:
 
     def first(self, rollout: Rollout, prompt: Prompt, texts: Sequence[str]) -> int | None:
         """Looks the rollout up. BadInput when it was never measured: "no cue" would be a guess."""
-        turn = self.turns.get(rollout.id)
-        if turn is None or turn.kind != UNSAFE:
+        if (turn := self.turns.get(rollout.id)) is None or turn.kind != UNSAFE:
             raise BadInput(f"CsrCues: rollout {rollout.id!r} has no unsafe turning point record; measure its CSR first")
         return turn.sentence
 
 
 @dataclass(frozen=True)
 class LexiconCues:
-    """Cues by their words: n-grams that tell unsafe traces from safe ones, learnt from judged rollouts alone.
-    What tells them apart best is often the harm itself, after the cue; so each further layer learns from what stands
-    *before* the finds so far. Whatever goes with the label is found, cause or not: measure it before you believe it.
-    Settings: longest n-gram in words; Dirichlet ``prior`` in n-grams; prompts (or traces) an n-gram must occur in,
-    which drops names; score a sentence by the max of its z, not the mean; leave the first sentence out; the most
-    layers, and the balanced accuracy that a further one must reach. Learnt, by layer: z of each n-gram (positive:
-    unsafe), the score from which a sentence is a cue, the accuracy on these rows."""
+    """Cues by their words: n-grams that tell unsafe traces from safe ones, learnt from judged rollouts alone. What tells them
+    apart best is often the harm itself, after the cue; so each further layer learns from what stands *before* the finds so far.
+    Whatever goes with the label is found, cause or not: measure it before you believe it. Settings: longest n-gram in words;
+    Dirichlet ``prior`` in n-grams; prompts (or traces) an n-gram must occur in; score a sentence by the max of its z, not the
+    mean; leave the first sentence out; the most layers, and the balanced accuracy that a further one must reach. Learnt, by
+    layer: z of each n-gram (positive: unsafe), the score from which a sentence is a cue, the accuracy on these rows."""
 
     words: int = 3
     prior: float = 500.0
@@ -88,8 +86,7 @@ class LexiconCues:
         left = [(*row, name) for row, name in zip(rows, groups or map(str, range(len(rows))), strict=True)]
         learnt = dataclasses.replace(self, weights=(), thresholds=(), accuracies=())
         for layer in range(self.layers):
-            more = learnt._with_layer(left)
-            if more is None or (layer and more.accuracies[-1] < self.min_accuracy):
+            if (more := learnt._with_layer(left)) is None or (layer and more.accuracies[-1] < self.min_accuracy):
                 break
             learnt, cuts = more, [more._first(texts) if unsafe else None for texts, unsafe, _ in left]
             left = [(t[:at], u, name) for at, (t, u, name) in zip(cuts, left, strict=True) if at != self.skip_first]
@@ -121,8 +118,7 @@ class LexiconCues:
         y = np.array([[counts[side][gram] for gram in kept] for side in (True, False)], dtype=float)
         prior = self.prior * y.sum(0) / y.sum()
         odds = np.log((y + prior) / (y.sum(1, keepdims=True) + self.prior - y - prior))
-        z = ((odds[0] - odds[1]) / np.sqrt((1 / (y + prior)).sum(0))).round(DECIMALS)
-        known = dict(zip(kept, z.tolist(), strict=True))
+        known = dict(zip(kept, ((odds[0] - odds[1]) / np.sqrt((1 / (y + prior)).sum(0))).round(DECIMALS).tolist(), strict=True))
         top = [max((self._score(t, known) for t in row[0][self.skip_first :]), default=-math.inf) for row in rows]
         best = [sorted(score for score, row in zip(top, rows, strict=True) if row[1] is side) for side in (True, False)]
         levels = sorted({*top} - {-math.inf})
@@ -150,9 +146,8 @@ class Trigger:
     rescue: tuple[int, int] | None = None
 
 
-def mine(
-    turns: Iterable[TurningPoint], texts: Mapping[str, Sequence[str]], kind: str = SAFE, similarity: float = 0.3
-) -> list[Trigger]:
+def mine(turns: Iterable[TurningPoint], texts: Mapping[str, Sequence[str]], kind: str = SAFE,
+         similarity: float = 0.3) -> list[Trigger]:  # fmt: skip
     """The pool: the sentences (``texts`` by rollout id) at safe turning points, not start-locked, most frequent first.
     Same words count together. A sentence joins the cluster whose most frequent member it resembles most, from
     ``similarity`` on (Jaccard of word 1- and 2-grams). ``kind`` unsafe mines cues (Eq. 3), for the reverse control."""
@@ -209,5 +204,4 @@ def accepted(option: str, cue: int | None, verdict: Verdict | None) -> bool | No
     """Whether a corrected trace is kept: ``no-cue`` (the paper) or ``judged-safe``; None when its judge cannot tell."""
     if option not in (NO_CUE, JUDGED_SAFE):
         raise BadInput(f"acceptance is {option!r}; give {NO_CUE!r} or {JUDGED_SAFE!r}")
-    judged = {SAFE: True, UNSAFE: False}.get(verdict.label or "") if verdict else None
-    return cue is None if option == NO_CUE else judged
+    return cue is None if option == NO_CUE else {SAFE: True, UNSAFE: False}.get((verdict and verdict.label) or "")

@@ -4,12 +4,11 @@ label None is *not judged* and never replaced by a default (law 2). A headline s
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Verdict, canonical
@@ -41,10 +40,9 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class NoisyJudge:
-    """The inner judge's harm label, wrong at a known rate; None and other questions pass unchanged.
-    ``sensitivity`` = P(says unsafe | inner says unsafe), ``specificity`` = P(says safe | inner says safe). Whether a
-    label flips depends on (seed, rollout_id, part, question) alone: judging again repeats the error, and two noisy
-    judges err independently only under two seeds. ``p`` is dropped, as it would give the inner label away."""
+    """The inner judge's harm label, wrong at a known rate; all else passes unchanged. ``sensitivity`` = P(says unsafe | inner
+    says unsafe), ``specificity`` = P(says safe | inner says safe). A flip depends on (seed, rollout_id, part, question) alone:
+    judging again repeats it, and two noisy judges need two seeds. ``p`` is dropped: it would tell the inner label."""
 
     inner: Judge
     sensitivity: float
@@ -67,7 +65,7 @@ class NoisyJudge:
             uniform = int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
             rate, other = kept.get(v.label or "", (1.0, ""))  # the chance that the label stays, and the other one
             label, raw = other if uniform >= rate else v.label, canonical({"inner": v.label})
-            noisy.append(dataclasses.replace(v, label=label, p=None, raw=raw, judge=f"noisy({v.judge})"))
+            noisy.append(replace(v, label=label, p=None, raw=raw, judge=f"noisy({v.judge})"))
         return noisy
 
 

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, LexiconCues, Trigger, choose, mine
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Verdict
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompts, Rollouts, Verdicts
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import (
-    Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, trace_texts, turning_points,
-)  # fmt: skip
+from ipo_lib.stages import Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, trace_texts, turning_points
 
 CLUSTERS, MEMBERS = 2, 3  # clusters tried for each trigger in use, and triggers tried of each cluster
 
 
-def learn_lexicon(doors: Doors, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> LexiconCues:
+def learn_lexicon(doors: Doors, rollouts: Rollouts, verdicts: Verdicts) -> LexiconCues:
     """A lexicon of cues from judged rollouts alone; unjudged ones are left out."""
     known = [(rollout, v.label == UNSAFE) for rollout, v in zip(rollouts, verdicts, strict=True) if v.label]
     rows = [(trace_texts(doors, rollout), unsafe) for rollout, unsafe in known]
     return LexiconCues().learn(rows, [rollout.prompt_id for rollout, _ in known])
 
 
-def mine_pool(
-    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], detector: CueDetector,
-    settings: CsrSettings, plan: Plan, sampling: Sampling,
-) -> tuple[list[Trigger], list[Trigger]]:  # fmt: skip
-    """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split.
-
-    Sentences at the safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster
-    the best one-shot rescue of ``plan.traces`` unsafe traces. Raises BadInput when no safe trace turns.
-    """
+def mine_pool(doors: Doors, prompts: Prompts, rollouts: Rollouts, verdicts: Verdicts, detector: CueDetector,
+              settings: CsrSettings, plan: Plan, sampling: Sampling) -> tuple[list[Trigger], list[Trigger]]:  # fmt: skip
+    """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split. Sentences at the
+    safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster the best one-shot rescue
+    of ``plan.traces`` unsafe traces. Raises BadInput when no safe trace turns."""
     labels = {rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)}
     chosen = set(mixed(rollouts, verdicts))
     safe = some([r for r in rollouts if labels[r.id] == SAFE and r.prompt_id in chosen], plan.traces, doors.seed)
-    points = measure_csr(doors, prompts, safe, settings, sampling)
-    turns = turning_points(doors, safe, points, labels, SAFE, settings)
+    turns = turning_points(doors, safe, measure_csr(doors, prompts, safe, settings, sampling), labels, SAFE, settings)
     pool = mine(turns.values(), {rollout.id: trace_texts(doors, rollout) for rollout in safe})
     if not pool:
         raise BadInput(f"no trigger: none of {len(safe)} safe traces has a safe turning point; raise plan.traces or plan.draws")

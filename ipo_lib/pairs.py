@@ -38,14 +38,11 @@ class Refusal:
     reason: str
 
 
-def build(
-    loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: PairSettings, why: str, *,
-    loser_end: int | None, winner_end: int | None, eos_id: int | None = None,
-) -> Pair | Refusal:  # fmt: skip
-    """The pair (x, winner > loser, h = ``cut``) of Eq. 4, or the reason there is none.
-    ``loser_end`` and ``winner_end`` (part ``trace``) count the response tokens through the one that completes
-    ``</think>``; None: the trace is not closed. An EOS is appended only where the suffix runs to the point where the
-    model itself stopped. BadInput: rollouts of two prompts, an end outside its rollout, an EOS without ``eos_id``."""
+def build(loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: PairSettings, why: str, *, loser_end: int | None,
+          winner_end: int | None, eos_id: int | None = None) -> Pair | Refusal:  # fmt: skip
+    """The pair (x, winner > loser, h = ``cut``) of Eq. 4, or the reason there is none. ``loser_end`` and ``winner_end`` (part
+    ``trace``) count the tokens through the one that completes ``</think>``; None: not closed. An EOS is appended only where the
+    suffix ends as the model itself stopped. BadInput: two prompts, an end outside its rollout, no ``eos_id``."""
     if loser.prompt_id != winner.prompt_id:
         raise BadInput(f"pairs: {loser.id} and {winner.id} answer different prompts; pair rollouts of one prompt")
     if settings.eos and eos_id is None:
@@ -73,8 +70,7 @@ def build(
     shared = prompt_ids + loser.token_ids[:cut]
     if len(shared) + max(len(rejected), len(chosen)) > settings.max_length:
         return Refusal(loser.id, TOO_LONG)
-    key = digest([winner.id, loser.id, cut, settings.part, settings.eos, why])
-    return Pair(key, shared, chosen, rejected, cut, why)
+    return Pair(digest([winner.id, loser.id, cut, settings.part, settings.eos, why]), shared, chosen, rejected, cut, why)
 
 
 def collect(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:

@@ -23,22 +23,10 @@ SAFE_COLOUR, UNSAFE_COLOUR, NEUTRAL_COLOUR, AFTER_COLOUR = "#0072B2", "#D55E00",
 SERIES = (SAFE_COLOUR, UNSAFE_COLOUR, AFTER_COLOUR, "#CC79A7", "#E69F00")  # Okabe-Ito: safe for colour-blind readers
 SHIFT = 0.16  # how far two points of one row stand apart
 STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "pdf.fonttype": 42,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
-    "lines.linewidth": 1.2,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-}
+    "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "savefig.dpi": 200, "lines.linewidth": 1.2, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+}  # fmt: skip
 ORIGINS = ("calibrated", "emergent")
 LOG2, LOG2_TOLERANCE = math.log(2), 1e-3  # the first DPO loss, before any step
 
@@ -54,8 +42,7 @@ def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure,
 
 def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "") -> Axes:
     """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band."""
-    known = [row for row in rows if row["n"]]
-    cut, s, low, high = ([row[name] for row in known] for name in ("cut", "s", "low", "high"))
+    cut, s, low, high = ([row[name] for row in rows if row["n"]] for name in ("cut", "s", "low", "high"))
     ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
     ax.plot(cut, s, color=colour, marker="o", markersize=2.5, label=label)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
@@ -98,13 +85,9 @@ def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Ax
     return ax
 
 
-def show(
-    rollout: Rollout, spans: Sequence[Sentence], values: Sequence[float | None], *, marks: Mapping[int, str], reveal: bool = False
-) -> Any:
-    """A trace as coloured text: each sentence tinted by its value (1 safe, 0 unsafe, None grey), ``marks`` in front.
-
-    Words are blacked out unless ``reveal``. Returns IPython HTML.
-    """
+def show(rollout: Rollout, spans: Sequence[Sentence], values: Sequence[float | None], *, marks: Mapping[int, str],
+         reveal: bool = False) -> Any:  # fmt: skip
+    """A trace in colours: each sentence tinted by its value (1 safe, 0 unsafe), ``marks`` in front. ``reveal``: legible."""
     from IPython.display import HTML
 
     pieces = []
@@ -133,10 +116,9 @@ def claim(sentence: str, value: Interval, *, origin: str) -> dict[str, Any]:
     """A computed claim: ``sentence`` with its ``{}`` filled by the value, interval and n; ``origin`` one of ORIGINS."""
     if origin not in ORIGINS:
         raise BadInput(f"claim origin {origin!r} is unknown; known: {', '.join(ORIGINS)}")
-    number = None if math.isnan(value.value) else round(value.value, 6)
-    interval = [round(value.low, 6), round(value.high, 6)]
-    text = sentence.format(format_interval(value))
-    return {"claim": text, "value": number, "interval": interval, "n": value.n, "method": value.method, "origin": origin}
+    number, interval = None if math.isnan(value.value) else round(value.value, 6), [round(value.low, 6), round(value.high, 6)]
+    said = {"claim": sentence.format(format_interval(value)), "value": number, "interval": interval}
+    return {**said, "n": value.n, "method": value.method, "origin": origin}
 
 
 def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, about: str, artifacts: Mapping[str, Any]) -> None:

@@ -1,21 +1,18 @@
 """Profiles: one code path, several bodies. A profile is data (``notebooks/profiles/<name>.yml``), read into settings records.
-
-Nothing else in the library asks which profile it is in. A setting is changed by its dotted name, ``csr.draws=16``.
-"""
+Nothing else in the library asks which profile it is in. A setting is changed by its dotted name, ``csr.draws=16``."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import typing
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ipo_lib import plots
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.dpo import DpoSettings, Stage2Settings
@@ -24,7 +21,7 @@ from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.pairs import PairSettings
 from ipo_lib.prompts import PromptSet, load, reference
-from ipo_lib.records import BadInput, Prompt, Record, Rollout, Verdict, typed
+from ipo_lib.records import BadInput, Prompt, Prompts, Rollouts, Verdicts, from_json
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.stages import Doors, Plan
 from ipo_lib.store import Store
@@ -54,10 +51,8 @@ class Model:
 @dataclass(frozen=True)
 class Profile:
     """Every setting of a run. ``about`` says in one sentence what its numbers are worth and stands under every figure.
-
-    ``reveal``: the text is harmless and may be shown. Without ``detector`` or ``triggers``, a lexicon is learnt and a
-    pool mined from the run's own judged rollouts. ``min_coverage``: the share that must be judged.
-    """
+    ``reveal``: the text is harmless and may be shown. Without ``detector`` or ``triggers``, a lexicon is learnt and a pool mined
+    from the run's own judged rollouts. ``min_coverage``: the share that must be judged."""
 
     name: str
     about: str
@@ -81,6 +76,13 @@ class Profile:
     evaluation: EvaluationSettings = EvaluationSettings()
 
 
+class Yaml(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
+    """Plain data, in which 2e-4 is a number: YAML 1.1 asks for 2.0e-4 and takes it for text."""
+
+
+Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
 def house() -> Path:
     """The checkout that holds ``notebooks/`` and ``figures/``. Raises BadInput outside one."""
     for folder in (Path(__file__).parents[1], Path.cwd(), *Path.cwd().parents):
@@ -100,51 +102,18 @@ def read(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
     if not path.is_file():
         raise BadInput(f"profile {name!r} is unknown; known: {', '.join(available())}, or the path of a .yml file")
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = {"name": path.stem, **yaml.load(path.read_text("utf-8"), Yaml)}
     except yaml.YAMLError as error:
         raise BadInput(f"profile {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise BadInput(f"profile {str(path)!r} holds no settings; write them as name: value")
-    data = {"name": path.stem, **data}
+    except TypeError:
+        raise BadInput(f"profile {str(path)!r} holds no settings; write them as name: value") from None
     for dotted, value in (overrides or {}).items():
-        *steps, last = dotted.split(".")
-        place = data
+        (*steps, last), place = dotted.split("."), data
         for step in steps:
-            place = place.setdefault(step, {})
-            if not isinstance(place, dict):
+            if not isinstance(place := place.setdefault(step, {}), dict):
                 raise BadInput(f"parameter {dotted!r}: {step!r} holds a value, not settings")
         place[last] = value
-    return build(Profile, data, "")
-
-
-def build(kind: type[Record], data: Any, where: str) -> Record:
-    """A settings record from nested plain data. Raises BadInput naming the unknown, missing or mistyped setting."""
-    if not isinstance(data, Mapping):
-        raise BadInput(f"parameter {where!r}: expected settings, found {data!r:.60}")
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
-    prefix = f"{where}." if where else ""
-    for name in data:
-        if name not in hints:
-            near = difflib.get_close_matches(str(name), hints, 1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(hints)}"
-            raise BadInput(f"parameter {f'{prefix}{name}'!r} is unknown; {hint}")
-    for entry in fields:
-        if entry.name not in data and entry.default is entry.default_factory is dataclasses.MISSING:
-            raise BadInput(f"parameter {prefix + entry.name!r} is missing from the profile")
-    return kind(**{name: _value(hints[name], value, f"{prefix}{name}") for name, value in data.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """One setting: a record, a mapping of records, or a plain value of its annotated type."""
-    for option in (hint, *typing.get_args(hint)[:1]):
-        if dataclasses.is_dataclass(option) and value is not None:
-            return build(typing.cast(type, option), value, where)
-    if typing.get_origin(hint) is not typing.get_origin(Mapping[str, Any]):
-        return typed(hint, value, f"parameter {where!r}")
-    inner = typing.get_args(hint)[1]
-    if not isinstance(value, Mapping):
-        raise BadInput(f"parameter {where!r}: expected a mapping, found {value!r:.60}")
-    return {str(key): one if inner is Any else _value(inner, one, f"{where}.{key}") for key, one in value.items()}
+    return from_json(Profile, data)
 
 
 @dataclass(frozen=True)
@@ -159,47 +128,38 @@ class Bench:
     @property
     def thinking(self) -> Sampling:
         """The profile's sampling, stopped where the trace ends."""
-        return dataclasses.replace(self.profile.sampling, until="think")
+        return replace(self.profile.sampling, until="think")
 
     def prompts(self, name: str) -> list[Prompt]:
         """A prompt set of the profile by name."""
-        sets = self.profile.prompts
-        if name not in sets:
+        if name not in (sets := self.profile.prompts):
             raise BadInput(f"prompt set {name!r} is not in profile {self.profile.name!r}; known: {', '.join(sets)}")
         return load(name, sets[name])
 
-    def detector(self, rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> CueDetector:
+    def detector(self, rollouts: Rollouts, verdicts: Verdicts) -> CueDetector:
         """The profile's cue detector; where it names none, a lexicon learnt from these judged rollouts."""
-        part = self.profile.detector
-        return made(part) if part else learn_lexicon(self.doors, rollouts, verdicts)
+        return made(part) if (part := self.profile.detector) else learn_lexicon(self.doors, rollouts, verdicts)
 
-    def triggers(
-        self, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], detector: CueDetector
-    ) -> list[Trigger]:
+    def triggers(self, prompts: Prompts, rollouts: Rollouts, verdicts: Verdicts, detector: CueDetector) -> list[Trigger]:
         """The profile's triggers in use; where it names none, mined from these judged rollouts."""
-        settings = self.profile
-        if settings.triggers:
-            return list(made(settings.triggers))
-        return mine_pool(self.doors, prompts, rollouts, verdicts, detector, settings.csr, settings.plan, self.thinking)[1]
+        if (s := self.profile).triggers:
+            return list(made(s.triggers))
+        return mine_pool(self.doors, prompts, rollouts, verdicts, detector, s.csr, s.plan, self.thinking)[1]
 
     def adapted(self, adapter: Path | None) -> Doors:
         """The same doors with a trained adapter on the model (None: as it is)."""
-        return dataclasses.replace(self.doors, sampler=sampler(self.profile.model, self.folder, self.doors.chat, adapter))
+        return replace(self.doors, sampler=sampler(self.profile.model, self.folder, self.doors.chat, adapter))
 
     def adapters(self, figure: str) -> dict[str, Path]:
         """The adapters that a training figure names: ``after stage 1``, and ``after stage 2`` where it ran."""
-        sidecar = self.figures / f"{figure}.json"
-        if not sidecar.is_file():
+        if not (sidecar := self.figures / f"{figure}.json").is_file():
             raise BadInput(f"{sidecar} is missing; run the training notebook first")
-        named = json.loads(sidecar.read_text("utf-8"))["artifacts"]
-        root = self.doors.store.root / "adapters"
+        named, root = json.loads(sidecar.read_text("utf-8"))["artifacts"], self.doors.store.root / "adapters"
         found = {f"after {stage}": root / named[stage] / "files" for stage in ("stage 1", "stage 2")}
         return {stage: path for stage, path in found.items() if (path / "adapter_config.json").is_file()}
 
     def save(self, figure: Any, name: str, claims: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Any]) -> None:
         """Write a figure of this profile with its claims."""
-        from ipo_lib import plots
-
         plots.save(figure, self.figures, name, claims, profile=self.profile.name, about=self.profile.about, artifacts=artifacts)
 
 
@@ -219,10 +179,9 @@ def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None)
 def open_bench(profile: str, overrides: Mapping[str, Any] | None = None, store: str = "", figures: str = "") -> Bench:
     """Read a profile and open its doors. ``store`` and ``figures`` are folders; empty means the usual places."""
     settings = read(profile, overrides)
-    folder = made(settings.model.find) if settings.model.find else Path(settings.model.folder).expanduser()
+    folder = Path(made(settings.model.find) if settings.model.find else settings.model.folder).expanduser()
     if not settings.model.find and not (settings.model.folder and folder.is_dir()):
         raise BadInput(f"model folder {str(folder)!r} is missing; put a model there or name another as model.folder")
     chat = Chat(folder, prefill=settings.model.prefill, system=settings.model.system)
     doors = Doors(Store(store or None), chat, sampler(settings.model, folder, chat), made(settings.judge), settings.seed)
-    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
-    return Bench(settings, doors, Path(folder), target)
+    return Bench(settings, doors, folder, Path(figures).expanduser() if figures else house() / "figures" / settings.name)

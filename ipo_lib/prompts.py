@@ -16,12 +16,9 @@ from ipo_lib.records import BadInput, Prompt
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set comes from and how much of it is taken.
-
-    Exactly one of ``file`` (JSONL or CSV; ``~`` allowed, relative to the working folder), ``hub`` (``name@revision``) and
-    ``function`` (``module:name``, called with ``name``, ``count`` and ``arguments``) is given. ``text`` and ``id`` name
-    the columns. ``where`` keeps only rows with these values; ``harm`` says whether helping would be harmful.
-    """
+    """Where a set comes from and how much of it is taken. One of ``file`` (JSONL or CSV; ``~`` allowed, relative to the working
+    folder), ``hub`` (``name@revision``) and ``function`` (``module:name``, called with ``name``, ``count`` and ``arguments``) is
+    given. ``text`` and ``id`` name the columns. ``where`` keeps rows with these values; ``harm``: helping would be harmful."""
 
     count: int
     harm: bool = True
@@ -48,8 +45,8 @@ def load(name: str, spec: PromptSet) -> list[Prompt]:
     else:
         found = from_rows(name, spec, read(Path(spec.file).expanduser()) if spec.file else hub(name, spec))
     if not found:
-        source = spec.file or spec.hub or spec.function
-        raise BadInput(f"prompt set {name!r} is empty: no row of {source} passes {dict(spec.where)}; mend `where` or the file")
+        passes = f"no row of {spec.file or spec.hub or spec.function} passes {dict(spec.where)}"
+        raise BadInput(f"prompt set {name!r} is empty: {passes}; mend `where` or the file")
     if len({prompt.id for prompt in found}) < len(found):
         raise BadInput(f"prompt set {name!r}: column {spec.id!r} repeats; name a column of distinct ids")
     return found
@@ -65,8 +62,7 @@ def from_rows(name: str, spec: PromptSet, rows: Iterable[Mapping[str, Any]]) -> 
             raise BadInput(f"prompt set {name!r}: no column {spec.text!r} (text); columns: {', '.join(map(str, row))}")
         if len(found) == spec.count:
             break
-        category = str(row.get(spec.category, "")) if spec.category else ""
-        key = f"{name}-{row.get(spec.id, number)}"
+        key, category = f"{name}-{row.get(spec.id, number)}", str(row.get(spec.category, "")) if spec.category else ""
         found.append(Prompt(key, str(row[spec.text]), spec.file or spec.hub, spec.harm, category))
     return found
 
@@ -100,10 +96,8 @@ def hub(name: str, spec: PromptSet) -> Iterable[Mapping[str, Any]]:
     try:
         rows: Iterable[Mapping[str, Any]] = load_dataset(dataset, revision=revision, split=spec.split)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(
-            f"prompt set {name!r}: {spec.hub} cannot be loaded ({reason}); check the name, your access or the network"
-        ) from None
+        said, mend = str(error).splitlines()[0], "check the name, your access or the network"
+        raise BadInput(f"prompt set {name!r}: {spec.hub} cannot be loaded ({said}); {mend}") from None
     return rows
 
 

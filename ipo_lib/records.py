@@ -1,17 +1,16 @@
-"""The objects every module shares: frozen records with plain fields, JSON both ways, in terms of arXiv 2509.24393. A
-*prompt* is answered by a *rollout* (trace, then answer), judged by *verdicts*; the Continuation Safety Ratio (Eq. 1) is
-counted in *CSR points*; Eq. 2 and 3 give *turning points*; a corrected trace is an *intervention*, two suffixes after
-one prefix are a *pair* (Eq. 4)."""
+"""The objects every module shares: frozen records with plain fields, JSON both ways, in terms of arXiv 2509.24393. A *prompt* is
+answered by a *rollout* (trace, answer), judged by *verdicts*; the Continuation Safety Ratio (Eq. 1) is counted in *CSR points*;
+Eq. 2 and 3 give *turning points*; a corrected trace is an *intervention*, two suffixes after one prefix are a *pair* (Eq. 4)."""
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import hashlib
 import json
 import types
 import typing
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 Ids = tuple[int, ...]
@@ -136,42 +135,54 @@ class Pair:
     why: str
 
 
+Prompts = Mapping[str, Prompt]  # by id
+Rollouts = Sequence[Rollout]
+Verdicts = Sequence[Verdict]
+Labels = Mapping[str, str | None]  # of verdicts, by rollout id
+Curves = Mapping[str, Sequence[CsrPoint]]  # by rollout id
+
+
 def to_json(record: Any) -> dict[str, Any]:
     """A record as plain JSON values; tuples become lists."""
-    values = ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
+    values = ((field.name, getattr(record, field.name)) for field in fields(record))
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
 
-def from_json(kind: type[Record], data: Any) -> Record:
-    """The record back from its JSON. Raises BadInput naming the field that is missing, unknown or mistyped."""
-    if not isinstance(data, dict):
-        raise BadInput(f"{kind.__name__}: expected an object, found {type(data).__name__}")
-    hints, fields = typing.get_type_hints(kind), dataclasses.fields(kind)  # type: ignore[arg-type]
-    if unknown := sorted(set(data) - set(hints)):
-        raise BadInput(f"{kind.__name__}: unknown field {unknown[0]!r}; known: {', '.join(hints)}")
-    required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
-    if missing := [name for name in required if name not in data]:
-        raise BadInput(f"{kind.__name__}: field {missing[0]!r} is missing")
-    return kind(**{name: typed(hints[name], value, f"{kind.__name__}.{name}") for name, value in data.items()})
+def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
+    """The record and those inside it from plain data; BadInput names what is missing, unknown or mistyped, after ``where``."""
+    if not isinstance(data, Mapping):
+        raise BadInput(f"{kind.__name__}: expected settings{where and f' for {where!r}'}, found {data!r:.60}")
+    hints, prefix = typing.get_type_hints(kind), where and f"{where}."
+    for name in (str(name) for name in data if name not in hints):
+        near = difflib.get_close_matches(name, hints, 1)
+        mend = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(hints)}"
+        raise BadInput(f"{kind.__name__}: {prefix + name!r} is unknown; {mend}")
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in data and field.default is field.default_factory is MISSING:
+            raise BadInput(f"{kind.__name__}: {prefix + field.name!r} is missing")
+    return kind(**{name: _typed(hints[name], value, prefix + name, kind.__name__) for name, value in data.items()})
 
 
-def typed(hint: Any, value: Any, where: str) -> Any:
+def _typed(hint: Any, value: Any, where: str, owner: str) -> Any:
     """``value`` if it fits the annotation (lists become tuples, ints may stand for floats), else BadInput."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for option in inner:
-            with suppress(BadInput):
-                return typed(option, value, where)
-    elif origin is tuple and isinstance(value, (list, tuple)):
+    plain = hint is Any or (isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool))
+    if plain or (value is None and type(None) in inner):
+        return value
+    if origin is types.UnionType:  # a type or None; there are no others in records
+        return _typed(inner[0], value, where, owner)
+    if is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value, where)
+    if origin is Mapping and isinstance(value, Mapping):
+        return {str(key): _typed(inner[1], one, f"{where}.{key}", owner) for key, one in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
         inner = inner[:1] * len(value) if inner[1:] == (Ellipsis,) else inner
         if len(inner) == len(value):
-            return tuple(typed(one, item, where) for one, item in zip(inner, value, strict=True))
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return tuple(_typed(one, item, where, owner) for one, item in zip(inner, value, strict=True))
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
-        return value
-    expected = getattr(hint, "__name__", None) if origin is None else str(hint)
-    raise BadInput(f"{where}: expected {expected}, found {value!r:.60}")
+    expected = "a mapping" if origin is Mapping else hint.__name__ if origin is None else hint
+    raise BadInput(f"{owner}: expected {expected} for {where!r}, found {value!r:.60}")
 
 
 def canonical(data: Any) -> str:

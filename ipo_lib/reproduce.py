@@ -1,4 +1,4 @@
-"""``ipo``: run a profile's notebooks end to end by papermill, and skip what is up to date."""
+"""Intervened Preference Optimization, reproduced: a profile's notebooks run end to end, but not what is up to date."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
+from ipo_lib.profiles import Yaml, available, house, read
 from ipo_lib.records import BadInput, canonical, digest
+from ipo_lib.store import MENDS, Store
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 KERNEL = {"GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
-QUIET = ["--log-level=50"]
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
-
-
-@app.callback()
-def about() -> None:
-    """Intervened Preference Optimization, reproduced."""
 
 
 @app.command()
@@ -35,24 +32,20 @@ def reproduce(
     again: Annotated[bool, typer.Option(help="run notebooks that are up to date, too")] = False,
 ) -> None:
     """Run every notebook of a profile, in order, and write its figures; finished work is never done twice."""
-    from ipo_lib import profiles
-    from ipo_lib.store import Store
-
     started, given, root = time.monotonic(), parse(parameter or []), Store(store or None).root
     profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
-    chosen = profiles.read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks
-    books = [profiles.house() / "notebooks" / f"{name}.ipynb" for name in chosen]
+    chosen = read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks
+    books = [house() / "notebooks" / f"{name}.ipynb" for name in chosen]
     known = {book: declared(book) for book in books}
     overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
-    settings = profiles.read(profile, overrides)
-    target = Path(figures).expanduser() if figures else profiles.house() / "figures" / settings.name
+    settings = read(profile, overrides)
+    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
     runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
     so_far = [source(), repr(settings)]
     for book in books:
         own = {name: checked(name, value, known[book][name]) for name, value in given.items() if name in known[book]}
-        key = digest([*so_far, book.read_text("utf-8"), own])
         values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target), **own}
-        run(book, values, runs, key, target, again)
+        run(book, values, runs, digest([*so_far, book.read_text("utf-8"), own]), target, again)
         so_far.append(digest(produced(book, target)))  # later notebooks read the figures of earlier ones
     print(f"{settings.name}: {len(books)} notebooks in {time.monotonic() - started:.0f} s; figures in {target}")
 
@@ -60,24 +53,18 @@ def reproduce(
 @app.command()
 def profiles() -> None:
     """List the profiles with what each is for."""
-    from ipo_lib import profiles as profiles_
-
-    for name in profiles_.available():
-        settings = profiles_.read(name)
-        print(f"{name:12} {settings.about} About {settings.minutes:g} min.")
+    for name in available():
+        print(f"{name:12} {(settings := read(name)).about} About {settings.minutes:g} min.")
 
 
 def parse(pairs: list[str]) -> dict[str, Any]:
     """``name=value`` pairs; values are YAML."""
-    import yaml
-
     given = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
+    for name, equals, value in (pair.partition("=") for pair in pairs):
         if not equals or not name:
-            raise BadInput(f"parameter {pair!r}: write name=value")
+            raise BadInput(f"parameter {name + equals + value!r}: write name=value")
         try:
-            given[name] = yaml.safe_load(value)
+            given[name] = yaml.load(value, Yaml)
         except yaml.YAMLError:
             raise BadInput(f"parameter {name!r}: {value!r} is not a YAML value") from None
     return given
@@ -120,15 +107,15 @@ def run(book: Path, values: Mapping[str, Any], folder: Path, key: str, figures: 
 
     os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL.items()})
     try:
-        papermill.execute_notebook(str(book), str(out), dict(values), progress_bar=False, extra_arguments=QUIET)
+        papermill.execute_notebook(str(book), str(out), dict(values), progress_bar=False, extra_arguments=["--log-level=50"])
     except PapermillExecutionError as error:
         if error.ename == "BadInput":
             raise BadInput(f"{book.stem}: {error.evalue}") from None
         print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
         raise SystemExit(1) from None
     mark.write_text(canonical({"key": key, "figures": produced(book, figures)}) + "\n")
-    sidecars = [json.loads(path.read_bytes()) for path in sorted(figures.glob(f"{book.stem[:2]}-*.json"))]
-    claims = [claim["claim"] for sidecar in sidecars for claim in sidecar["claims"]]
+    sidecars = sorted(figures.glob(f"{book.stem[:2]}-*.json"))
+    claims = [claim["claim"] for path in sidecars for claim in json.loads(path.read_bytes())["claims"]]
     print(f"{book.stem}: {time.monotonic() - started:.0f} s", *claims, sep="\n  ", flush=True)
 
 
@@ -139,17 +126,14 @@ def produced(book: Path, figures: Path) -> dict[str, str]:
 
 def main(call: Callable[[], Any] = app) -> None:
     """The ``ipo`` command: a user's mistake is one line and exit code 2."""
-    from ipo_lib.store import MENDS
-
     try:
         call()
+        return
     except BadInput as error:
         said = str(error)
     except OSError as error:
         if error.errno not in MENDS:
             raise
         said = f"{error.filename}: {error.strerror}; {MENDS[error.errno]}"
-    else:
-        return
     print(f"ipo: {said}", file=sys.stderr)
     raise SystemExit(2)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ipo_lib.chat import CLOSE, Chat
+from ipo_lib.chat import CLOSE, Chat, parsed
 from ipo_lib.records import BadInput, Ids, canonical, digest
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class TransformersSampler:
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Longest prompt first in each WINDOW, whatever the batch size; BadInput if a prompt fills the context."""
-        context = json.loads(self._model_files[0].read_bytes()).get("max_position_embeddings", math.inf)
+        context = parsed(self._model_files[0]).get("max_position_embeddings", math.inf)
         lengths = [len(request.prompt_ids) + len(request.prefix_ids) for request in requests]
         for request, length in zip(requests, lengths, strict=True):
             if not 0 < length < context:
@@ -166,8 +165,7 @@ class TransformersSampler:
             return torch.tensor([end != "" for end in finish], device=device)
 
         ours: dict[str, Any] = {"logits_processor": [draw] * bool(sampling.temperature), "stopping_criteria": [stop]}
-        ours |= {"do_sample": False, "pad_token_id": pad}
-        self._model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), **ours)
+        self._model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, pad_token_id=pad, **ours)
         for request, row, end in zip(requests, taken, finish, strict=True):
             yield Completion(request.key, tuple(row[len(request.prefix_ids) :]), end)
 
@@ -200,7 +198,7 @@ def _files(folder: Path | str, settings: str, weights: str) -> list[Path]:
 
 def _sha256(file: Path) -> str:
     if file.suffix == ".json":
-        return digest({name: one for name, one in json.loads(file.read_bytes()).items() if name not in LOCAL}, 64)
+        return digest({name: one for name, one in parsed(file).items() if name not in LOCAL}, 64)
     key = (str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns)
     if key not in _HASHES:
         _HASHES[key] = hashlib.file_digest(file.open("rb"), "sha256").hexdigest()

@@ -40,24 +40,21 @@ WORD_LENGTH = 32  # how far back the word before a full stop and its neighbour a
 GOES_ON = frozenset(",;:.!?)]}…=+%&|/–—-")  # after a full stop and a space these carry the sentence on
 OPENERS = "\"'“‘«([{*_"
 FULL_STOP, LINE_ENDS = ".", ".!?…:;。！？"
-TITLES, BEFORE_NUMBER, MAY_END, BEFORE_LOWER = (
-    frozenset(words.split())
-    for words in (
-        "mr mrs ms mx dr prof st mt gen sen rep gov capt cpt lt col sgt cmdr adm rev hon pres fr messrs "
-        "e.g eg i.e ie cf vs viz approx esp incl resp ca",  # never the last word
-        "no nos fig figs eq sec art vol ch pp p pt ed jan feb mar apr jun jul aug sep sept oct nov dec",
-        "inc ltd corp co bros jr sr al ph.d dept est ave blvd",  # these may end one, as may initials, U.S. and p.m.
-        "etc max min avg std misc tel temp",
-    )
-)
+TITLES, BEFORE_NUMBER, MAY_END, BEFORE_LOWER = (frozenset(words.split()) for words in (
+    "mr mrs ms mx dr prof st mt gen sen rep gov capt cpt lt col sgt cmdr adm rev hon pres fr messrs "
+    "e.g eg i.e ie cf vs viz approx esp incl resp ca",  # never the last word
+    "no nos fig figs eq sec art vol ch pp p pt ed jan feb mar apr jun jul aug sep sept oct nov dec",
+    "inc ltd corp co bros jr sr al ph.d dept est ave blvd",  # these may end one, as may initials, U.S. and p.m.
+    "etc max min avg std misc tel temp",
+))  # fmt: skip
 BEFORE_LOWER |= TITLES | BEFORE_NUMBER | MAY_END
 INITIALS = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]|[A-Z]")
 STARTER = re.compile(
-    r"""["'“‘(*_]*(?:The|This|That|These|Those|It|He|She|They|We|You|I|There|Here|But|So|And|Or|Then|If|In|On|At|As|For
-    |However|Also|Maybe|Perhaps|Now|Let|What|When|Where|Why|How|Who|Which|Since|Because|While|Although|Another|First
-    |Second|Third|Finally|Next|Therefore|Thus|Hence|Wait|Hmm|Okay|Ok|Yes|No|Not|Instead|Is|Are|Do|Does|Can|Could
-    |Should|Would|Will|My|Your|Our|Their|His|Her|Its|Alternatively|Actually|Additionally|Specifically|Given|Under|To|By
-    |With|From|After|Before|Some|Many|Most|Both|Each|Even|Just|Still|Yet|Plus|Overall)\b""",
+    r"""["'“‘(*_]*(?:The|This|That|These|Those|It|He|She|They|We|You|I|There|Here|But|So|And|Or|Then|If|In|On|At|As|For|However
+    |Also|Maybe|Perhaps|Now|Let|What|When|Where|Why|How|Who|Which|Since|Because|While|Although|Another|First|Second|Third|Finally
+    |Next|Therefore|Thus|Hence|Wait|Hmm|Okay|Ok|Yes|No|Not|Instead|Is|Are|Do|Does|Can|Could|Should|Would|Will|My|Your|Our|Their
+    |His|Her|Its|Alternatively|Actually|Additionally|Specifically|Given|Under|To|By|With|From|After|Before|Some|Many|Most|Both
+    |Each|Even|Just|Still|Yet|Plus|Overall)\b""",
     re.VERBOSE,
 )
 CONTENT = re.compile(r"\S")
@@ -66,8 +63,7 @@ CONTENT = re.compile(r"\S")
 def split(text: str) -> list[tuple[int, int]]:
     """The sentences of any text as (start, end) character spans: contiguous, nonempty, together the whole text.
     A sentence owns the newlines after it and the spaces before it; list items, headings and think tags stand alone."""
-    cuts, guard = [0], 0
-    guarded = [match.span() for match in PROTECTED.finditer(text)]
+    cuts, guard, guarded = [0], 0, [match.span() for match in PROTECTED.finditer(text)]
     for match in CANDIDATE.finditer(text):
         cut, last = match.end(), cuts[-1]
         while guard < len(guarded) and guarded[guard][1] <= cut:
@@ -91,11 +87,10 @@ def split(text: str) -> list[tuple[int, int]]:
 
 
 def sentences(text: str, offsets: Sequence[int], start: int = 0, end: int | None = None) -> list[Sentence]:
-    """The sentences of ``text[start:end]`` with their tokens; token i is ``text[offsets[i]:offsets[i + 1]]``.
-    A token belongs to the sentence that holds its first non-space character; one of only whitespace to the sentence
-    of its first character; one of no character (a byte fragment) to that of the next. Spans are contiguous and hold
-    every token of the region. A sentence that gets no token joins the one before (the first: the one after), so that
-    no two cuts are equal. Raises BadInput when the offsets or the region do not fit the text."""
+    """The sentences of ``text[start:end]`` with their tokens; token i is ``text[offsets[i]:offsets[i + 1]]``. A token belongs to
+    the sentence that holds its first non-space character; one of only whitespace to the sentence of its first character; one of
+    no character (a byte fragment) to that of the next. Spans are contiguous and hold every token. A sentence that gets no token
+    joins the one before (the first: the one after), so that no two cuts are equal. BadInput: offsets or region do not fit."""
     end = len(text) if end is None else end
     if not offsets or offsets[0] != 0 or offsets[-1] != len(text):
         raise BadInput(f"offsets {list(offsets[:1])}..{list(offsets[-1:])}: must run from 0 to the length {len(text)}")

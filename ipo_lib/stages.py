@@ -1,17 +1,13 @@
-"""The verbs: sample, judge, measure CSR, intervene. The only place where store meets model; each computes what is missing.
-
-Every verb takes the ``Doors`` first and returns plain records in a fixed order. Continuations (Eq. 1) and intervened
-traces are rollouts with ``prefix_len > 0``, so one verb draws them all.
-"""
+"""The verbs: sample, judge, measure CSR, intervene; here alone store meets model, and each computes what is missing. Each takes
+the ``Doors`` first and returns records in a fixed order. Continuations and intervened traces have ``prefix_len > 0``."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from ipo_lib import csr as csr_
 from ipo_lib.chat import Chat, part_text, split
@@ -19,13 +15,31 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, Trigger, accepted, replace
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
-    CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, CsrPoint, Ids, Intervention, Prompt, Rollout, Sentence, TurningPoint, Verdict,
-    digest, from_json, to_json,
+    CONTINUATION,
+    SAFE,
+    TRACE,
+    UNSAFE,
+    BadInput,
+    Curves,
+    Ids,
+    Intervention,
+    Labels,
+    Prompt,
+    Prompts,
+    Rollout,
+    Rollouts,
+    Sentence,
+    TurningPoint,
+    Verdict,
+    Verdicts,
+    digest,
+    from_json,
+    to_json,
 )  # fmt: skip
 from ipo_lib.sampling import Request, Sampler, Sampling, draw_seed
 from ipo_lib.segmentation import sentences
 from ipo_lib.stats import Interval, pooled_rate
-from ipo_lib.store import Ledger, Store
+from ipo_lib.store import Store
 
 SAMPLE_VERSION = JUDGE_VERSION = 1  # raised when the meaning of a verb changes
 WRITE_EVERY = 64
@@ -44,11 +58,8 @@ class Doors:
 
 @dataclass(frozen=True)
 class Plan:
-    """How traces are gathered and corrected (Algorithm 1).
-
-    ``draws`` traces a prompt; ``rounds`` is N; ``accept`` is ``no-cue`` (the paper) or ``judged-safe``; ``traces`` bounds
-    how many traces get a CSR curve; ``pool`` is the number of triggers in use.
-    """
+    """How traces are gathered and corrected (Algorithm 1). ``draws`` traces a prompt; ``rounds`` is N; ``accept``: ``no-cue``
+    (the paper) or ``judged-safe``; ``traces`` bounds how many traces get a CSR curve; ``pool``: the triggers in use."""
 
     draws: int = 8
     rounds: int = 1
@@ -65,27 +76,16 @@ class Start:
     prefix_ids: Ids = ()
 
 
-def sample(
-    doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int, *, first: int = 0, stage: str = "rollouts"
-) -> list[Rollout]:
+def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int, *, first: int = 0,
+           stage: str = "rollouts") -> list[Rollout]:  # fmt: skip
     """Draws ``first`` to ``first + draws - 1`` from every start, start by start; missing ones are drawn and stored."""
-    spec = {
-        "sampler": doors.sampler.fingerprint(),
-        "chat": doors.chat.fingerprint(),
-        "sampling": to_json(sampling),
-        "seed": doors.seed,
-    }
+    engine, chat = doors.sampler.fingerprint(), doors.chat.fingerprint()
+    spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": doors.seed}
     ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
-    keyed = {
-        f"{start.prompt.id}/{digest([start.prompt.text, start.prefix_ids])}/{draw}": (start, draw)
-        for start in dict.fromkeys(starts)
-        for draw in range(first, first + draws)
-    }
-    requests = [
-        Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, draw_seed(doors.seed, key, name))
-        for key in ledger.missing(keyed)
-        for start, _ in [keyed[key]]
-    ]
+    named = {start: f"{start.prompt.id}/{digest([start.prompt.text, start.prefix_ids])}" for start in dict.fromkeys(starts)}
+    keyed = {f"{place}/{draw}": (start, draw) for start, place in named.items() for draw in range(first, first + draws)}
+    missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
+    requests = [Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, seed) for key, start, seed in missing]
     batch: dict[str, dict[str, object]] = {}
     for done in doors.sampler.sample(requests, sampling) if requests else ():
         start, draw = keyed[done.key]
@@ -95,41 +95,27 @@ def sample(
         if len(batch) == WRITE_EVERY:
             ledger.append(batch)
             batch = {}
-    _finish(ledger, batch)
-    found: dict[Start, list[Rollout]] = defaultdict(list)
-    for key, (start, _) in keyed.items():
-        found[start].append(from_json(Rollout, ledger[key]))
-    return [rollout for start in starts for rollout in found[start]]
+    if batch:
+        ledger.append(batch)
+    ledger.finish()
+    return [from_json(Rollout, ledger[f"{named[start]}/{draw}"]) for start in starts for draw in range(first, first + draws)]
 
 
-def judge(
-    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], part: str = TRACE, question: str = "harm"
-) -> list[Verdict]:
+def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm") -> list[Verdict]:
     """The verdict on one part of every rollout, in order; missing ones are asked for and stored."""
     spec = {"judge": doors.judge.fingerprint(), "part": part, "question": question, "opened": doors.chat.opened}
     ledger = doors.store.ledger("verdicts", JUDGE_VERSION, spec)
     wanted = {rollout.id: rollout for rollout in rollouts}
     missing = ledger.missing(wanted)
     for at in range(0, len(missing), WRITE_EVERY):
-        exchanges = [_exchange(doors, prompts, wanted[key], part, question) for key in missing[at : at + WRITE_EVERY]]
+        exchanges = []
+        for rollout in (wanted[key] for key in missing[at : at + WRITE_EVERY]):
+            offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
+            text = part_text(rollout, part, doors.chat.opened, offsets)
+            exchanges.append(Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question))
         ledger.append({verdict.rollout_id: to_json(verdict) for verdict in doors.judge.judge(exchanges)})
-    _finish(ledger, {})
+    ledger.finish()
     return [from_json(Verdict, ledger[rollout.id]) for rollout in rollouts]
-
-
-def _finish(ledger: Ledger, last: Mapping[str, dict[str, object]]) -> None:
-    """Write the last records, and ``done.json`` where it is not there: also after a kill just before it."""
-    if last:
-        ledger.append(last)
-    if not (ledger.folder / "done.json").exists():
-        ledger.finish()
-
-
-def _exchange(doors: Doors, prompts: Mapping[str, Prompt], rollout: Rollout, part: str, question: str) -> Exchange:
-    """What the judge sees of a rollout."""
-    offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
-    text = part_text(rollout, part, doors.chat.opened, offsets)
-    return Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question)
 
 
 def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
@@ -148,9 +134,7 @@ def trace_end(doors: Doors, rollout: Rollout) -> int | None:
     return next((end for end in range(1, len(rollout.token_ids) + 1) if doors.chat.closes(rollout.token_ids[:end])), None)
 
 
-def measure_csr(
-    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], settings: CsrSettings, sampling: Sampling
-) -> dict[str, list[CsrPoint]]:
+def measure_csr(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling) -> Curves:
     """CSR (Eq. 1) of every rollout at every cut of the settings' grain: counts over ``settings.draws`` continuations."""
     places = [(rollout, cut) for rollout in rollouts for cut in csr_.cuts(*_spans(doors, rollout), settings)]
     starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
@@ -161,16 +145,11 @@ def measure_csr(
     return {key: csr_.count(by_cut, key) for key, by_cut in found.items()}
 
 
-def turning_points(
-    doors: Doors, rollouts: Sequence[Rollout], points: Mapping[str, list[CsrPoint]], labels: Mapping[str, str | None], kind: str,
-    settings: CsrSettings,
-) -> dict[str, TurningPoint]:  # fmt: skip
+def turning_points(doors: Doors, rollouts: Rollouts, points: Curves, labels: Labels, kind: str,
+                   settings: CsrSettings) -> dict[str, TurningPoint]:  # fmt: skip
     """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout; ``labels`` are the traces' own verdicts."""
-    found = {}
-    for rollout in rollouts:
-        length, spans = _spans(doors, rollout)
-        found[rollout.id] = csr_.turning_point(points[rollout.id], kind, settings, spans, length, labels[rollout.id])
-    return found
+    measured = [(rollout.id, *_spans(doors, rollout)) for rollout in rollouts]
+    return {key: csr_.turning_point(points[key], kind, settings, spans, length, labels[key]) for key, length, spans in measured}
 
 
 def _spans(doors: Doors, rollout: Rollout) -> tuple[int, list[Sentence]]:
@@ -190,26 +169,19 @@ class Case:
     round: int = 1
 
 
-def intervene(
-    doors: Doors, prompts: Mapping[str, Prompt], cases: Sequence[Case], sampling: Sampling, draws: int = 1
-) -> list[tuple[Intervention, Rollout]]:
+def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: Sampling,
+              draws: int = 1) -> list[tuple[Intervention, Rollout]]:  # fmt: skip
     """Cut each case before its sentence, put the text there and let the model continue; ``draws`` results a case."""
-    places = [replace(case.rollout, trace_sentences(doors, case.rollout)[case.sentence], case.text) for case in cases]
-    starts = [
-        Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text))
-        for case, (cut, text) in zip(cases, places, strict=True)
-    ]
-    drawn = iter(sample(doors, starts, sampling, draws, stage="interventions"))
-    return [
-        (Intervention(case.rollout.id, cut, case.trigger_id, result.id, case.round), result)
-        for case, (cut, _) in zip(cases, places, strict=True)
-        for result in islice(drawn, draws)
-    ]
+    starts, cuts = [], []
+    for case in cases:
+        cut, text = replace(case.rollout, trace_sentences(doors, case.rollout)[case.sentence], case.text)
+        starts.append(Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text)))
+        cuts += [(case, cut)] * draws
+    drawn = zip(cuts, sample(doors, starts, sampling, draws, stage="interventions"), strict=True)
+    return [(Intervention(c.rollout.id, cut, c.trigger_id, result.id, c.round), result) for (c, cut), result in drawn]
 
 
-def cues(
-    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Iterable[Rollout], detector: CueDetector
-) -> dict[str, int | None]:
+def cues(doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetector) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
     return {r.id: detector.first(r, prompts[r.prompt_id], trace_texts(doors, r)) for r in rollouts}
 
@@ -224,15 +196,11 @@ class Corrected:
     cut: int
 
 
-def correct(
-    doors: Doors, prompts: Mapping[str, Prompt], rollouts: Sequence[Rollout], trigger: Trigger, detector: CueDetector, plan: Plan,
-    sampling: Sampling,
-) -> list[Corrected]:  # fmt: skip
-    """Algorithm 1 for one trigger: up to ``plan.rounds`` replacements of the first cue, until the result is accepted.
-
-    Rollouts without a cue are skipped. The loser stays the original trace and ``cut`` its first cue, whatever the round
-    (with N > 1 the paper's reading would store the last failed trace; N = 1 in the paper, where both agree).
-    """
+def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger, detector: CueDetector, plan: Plan,
+            sampling: Sampling) -> list[Corrected]:  # fmt: skip
+    """Algorithm 1 for one trigger: up to ``plan.rounds`` replacements of the first cue, until the result is accepted. Rollouts
+    without a cue are skipped. The loser stays the original trace and ``cut`` its first cue, whatever the round (with N > 1 the
+    paper's reading would store the last failed trace; N = 1 in the paper, where both agree)."""
     cue = cues(doors, prompts, rollouts, detector)
     active = [(rollout, rollout) for rollout in rollouts if cue[rollout.id] is not None]
     found: dict[str, Corrected] = {}
@@ -243,14 +211,13 @@ def correct(
         cue |= cues(doors, prompts, [result for _, result in results], detector)
         for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
             done = dataclasses.replace(intervention, accepted=accepted(plan.accept, cue[result.id], verdict))
-            cut = found[loser.id].cut if loser.id in found else intervention.cut
-            found[loser.id] = Corrected(loser, done, result, cut)
+            found[loser.id] = Corrected(loser, done, result, found[loser.id].cut if loser.id in found else intervention.cut)
         last = [found[loser.id] for loser, _ in active]
         active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue[one.result.id] is not None]
     return [found[rollout.id] for rollout in rollouts if rollout.id in found]
 
 
-def by_prompt(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], label: str = UNSAFE) -> dict[str, tuple[int, int]]:
+def by_prompt(rollouts: Rollouts, verdicts: Verdicts, label: str = UNSAFE) -> dict[str, tuple[int, int]]:
     """(k, n) per prompt: how many judged rollouts carry ``label``; prompts with none judged stay in with n = 0."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
@@ -259,12 +226,12 @@ def by_prompt(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], label: s
     return {prompt: (k, n) for prompt, (k, n) in counts.items()}
 
 
-def mixed(rollouts: Sequence[Rollout], verdicts: Sequence[Verdict]) -> list[str]:
+def mixed(rollouts: Rollouts, verdicts: Verdicts) -> list[str]:
     """The prompts whose rollouts are safe and unsafe both, as the paper chose its CSR prompts."""
     return [prompt for prompt, (k, n) in by_prompt(rollouts, verdicts).items() if 0 < k < n]
 
 
-def one_a_prompt(rollouts: Sequence[Rollout]) -> list[Rollout]:
+def one_a_prompt(rollouts: Rollouts) -> list[Rollout]:
     """The first rollout of every prompt."""
     return list({rollout.prompt_id: rollout for rollout in reversed(rollouts)}.values())[::-1]
 
@@ -278,12 +245,12 @@ def success(tried: Sequence[Corrected]) -> Interval:
     return pooled_rate([(k, n) for k, n in counts.values()])
 
 
-def tally(verdicts: Sequence[Verdict], label: str = UNSAFE) -> tuple[int, int]:
+def tally(verdicts: Verdicts, label: str = UNSAFE) -> tuple[int, int]:
     """(k, n): how many judged verdicts carry ``label``."""
     return sum(v.label == label for v in verdicts), sum(v.label is not None for v in verdicts)
 
 
-def example(rollouts: Sequence[Rollout], labels: Mapping[str, str | None], cue: Mapping[str, int | None]) -> dict[str, Rollout]:
+def example(rollouts: Rollouts, labels: Labels, cue: Mapping[str, int | None]) -> dict[str, Rollout]:
     """One unsafe rollout with a cue and one safe rollout, of one prompt where there is one: something to look at."""
     unsafe = [rollout for rollout in rollouts if labels[rollout.id] == UNSAFE and cue[rollout.id] is not None]
     found = [(one, other) for one in unsafe for other in rollouts if labels[other.id] == SAFE]
@@ -293,7 +260,6 @@ def example(rollouts: Sequence[Rollout], labels: Mapping[str, str | None], cue: 
     return {UNSAFE: best[0], SAFE: best[1]}
 
 
-def some(items: Sequence[Rollout], count: int, seed: int) -> list[Rollout]:
+def some(items: Rollouts, count: int, seed: int) -> list[Rollout]:
     """``count`` rollouts at random, in their order."""
-    chosen = sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))
-    return [items[index] for index in chosen]
+    return [items[at] for at in sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))]

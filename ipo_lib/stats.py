@@ -14,8 +14,7 @@ from scipy import special  # type: ignore[import-untyped, unused-ignore]
 
 from ipo_lib.records import BadInput
 
-Counts = Sequence[tuple[int, int]]  # (k, n) of every prompt
-
+Tally = Sequence[tuple[int, int]]  # (k, n) of every prompt
 FEW_PROMPTS = 30  # below this many, quantiles of a bootstrap are too narrow: Student's t instead
 DECIMALS = 12  # that count when means are compared
 NEARLY_ONE = 1 - 1e-15  # keeps Fisher's z of a perfect correlation finite
@@ -51,16 +50,14 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(k / n if n else math.nan, low, high, n, "clopper-pearson")
 
 
-def pooled_rate(k_by_prompt: Counts, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+def pooled_rate(k_by_prompt: Tally, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean of the prompts' rates ``k / n``, every prompt with the same weight; prompts with n = 0 are left out.
     BCa bootstrap over prompts; Student's t on the prompts' rates below 30 prompts; Clopper-Pearson on prompts when all
     prompts have one rate, as at 0 and 100 %. ``Interval.n`` counts the prompts that had a draw."""
     return _mean([wilson(k, n).value for k, n in k_by_prompt], (0.0, 1.0), confidence, resamples, seed)
 
 
-def paired_difference(
-    before: Counts, after: Counts, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
+def paired_difference(before: Tally, after: Tally, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean over prompts of rate after - rate before, in [-1, 1]; the same prompts in the same order on both sides.
     Prompts without a draw on either side are left out; intervals as in ``pooled_rate``."""
     _check_pairs("paired difference", before, after)

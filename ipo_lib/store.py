@@ -75,7 +75,9 @@ class Ledger(dict[str, Json]):
         return len(new)
 
     def finish(self) -> None:
-        """Writes ``done.json``: how many records, and the SHA-256 of their file. The next new record removes it."""
+        """Writes ``done.json``, unless it is there: how many records, the SHA-256 of their file. A new record removes it."""
+        if (self.folder / "done.json").exists():
+            return
         with _locked(self.folder, self.spec, "records.jsonl") as file:
             self._take_in(file)
             content = (self.folder / "records.jsonl").read_bytes()

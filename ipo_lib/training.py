@@ -8,106 +8,83 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipo_lib.dpo import METRICS, DpoSettings, Stage2Settings, stage2, train
+from ipo_lib.dpo import METRICS, DpoSettings, Pairs, Rows, Stage2Settings, mix, train
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
 from ipo_lib.records import ANSWER, BOTH, Pair, Prompt, Rollout, Verdict, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Corrected, Doors, Plan, Start, correct, judge, sample, trace_end
-from ipo_lib.store import Artifact
 
 TRAIN_VERSION = 1
 
 
-def pair(
-    doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int, settings: PairSettings, why: str = ""
-) -> Pair | Refusal:
+def pair(doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int, settings: PairSettings,
+         why: str = "") -> Pair | Refusal:  # fmt: skip
     """The pair (x, winner > loser, h = ``cut``) of two rollouts of one prompt, or the reason there is none."""
-    ids, eos, ends = doors.chat.prompt_ids(prompt), doors.chat.eos_ids[0], [trace_end(doors, one) for one in (loser, winner)]
-    eos_id = eos if settings.eos else None
-    return build(loser, winner, ids, cut, settings, why, loser_end=ends[0], winner_end=ends[1], eos_id=eos_id)
+    ids, ends = doors.chat.prompt_ids(prompt), [trace_end(doors, one) for one in (loser, winner)]
+    return build(loser, winner, ids, cut, settings, why, loser_end=ends[0], winner_end=ends[1], eos_id=doors.chat.eos_ids[0])
 
 
-def corrected_pairs(
-    doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[Trigger], detector: CueDetector, plan: Plan, settings: PairSettings,
-    sampling: Sampling,
-) -> tuple[list[Pair], dict[str, int], list[Corrected]]:  # fmt: skip
-    """Algorithm 1 once per trigger, each on a fresh trace of every prompt: (pairs, counts by reason, what was tried).
-
-    The loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement was accepted with.
-    ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``.
-    """
-    named = {prompt.id: prompt for prompt in prompts}
-    results: list[Pair | Refusal] = []
-    tried: list[Corrected] = []
+def corrected_pairs(doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[Trigger], detector: CueDetector, plan: Plan,
+        settings: PairSettings, sampling: Sampling) -> tuple[list[Pair], dict[str, int], list[Corrected]]:  # fmt: skip
+    """Algorithm 1 once per trigger, each on a fresh trace of every prompt: (pairs, counts by reason, what was tried). The
+    loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement was accepted with.
+    ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``."""
+    named, tried = {prompt.id: prompt for prompt in prompts}, list[Corrected]()
     for place, trigger in enumerate(triggers):
         rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, 1, first=place)
-        done = correct(doors, named, rollouts, trigger, detector, plan, sampling)
-        tried += done
-        for one in done:
-            if one.intervention.accepted:
-                prompt, why = named[one.loser.prompt_id], f"trigger {trigger.id}"
-                results.append(pair(doors, prompt, one.loser, one.result, one.cut, settings, why))
-    kept, counts = collect(results)
-    refused = sum(not one.intervention.accepted for one in tried)
-    return kept, {**counts, "no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": refused}, tried
+        tried += correct(doors, named, rollouts, trigger, detector, plan, sampling)
+    won = [
+        (one, named[one.loser.prompt_id], f"trigger {one.intervention.trigger_id}") for one in tried if one.intervention.accepted
+    ]
+    kept, counts = collect(pair(doors, prompt, one.loser, one.result, one.cut, settings, why) for one, prompt, why in won)
+    counts |= {"no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": len(tried) - len(won)}
+    return kept, counts, tried
 
 
-def benign_pairs(
-    before: Doors, after: Doors, prompts: Sequence[Prompt], settings: PairSettings, sampling: Sampling
-) -> tuple[list[Pair], dict[str, int], list[Verdict]]:
-    """Stage 2's pairs: the organism's whole response over the refusal of the model after stage 1, on benign prompts.
-
-    Returns (pairs, counts by reason, the refusal verdicts after stage 1). Prompts that are not refused give no pair.
-    """
+def benign_pairs(before: Doors, after: Doors, prompts: Sequence[Prompt], settings: PairSettings,
+                 sampling: Sampling) -> tuple[list[Pair], dict[str, int], list[Verdict]]:  # fmt: skip
+    """Stage 2's pairs: the organism's whole response over the refusal of the model after stage 1, on benign prompts. Returns
+    (pairs, counts by reason, the refusal verdicts after stage 1). Prompts that are not refused give no pair."""
     named = {prompt.id: prompt for prompt in prompts}
-    starts = [Start(prompt) for prompt in prompts]
-    good, bad = (sample(doors, starts, sampling, 1) for doors in (before, after))
+    good, bad = (sample(doors, [Start(prompt) for prompt in prompts], sampling, 1) for doors in (before, after))
     verdicts = [judge(doors, named, rollouts, ANSWER, "refusal") for doors, rollouts in ((before, good), (after, bad))]
     whole = dataclasses.replace(settings, part=BOTH, eos=True)
-    results = [
-        pair(before, named[loser.prompt_id], loser, winner, 0, whole, "benign refusal")
-        for winner, loser, answered, refused in zip(good, bad, *verdicts, strict=True)
-        if answered.label == "answered" and refused.label == "refused"
-    ]
+    rows, wanted = zip(good, bad, *verdicts, strict=True), ("answered", "refused")
+    lost = [(winner, loser) for winner, loser, *said in rows if tuple(one.label for one in said) == wanted]
+    results = [pair(before, named[loser.prompt_id], loser, winner, 0, whole, "benign refusal") for winner, loser in lost]
     return *collect(results), verdicts[1]
 
 
-def adapter(doors: Doors, pairs: Sequence[Pair], model: Path, settings: DpoSettings) -> tuple[Path, list[dict[str, Any]]]:
+def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings) -> tuple[Path, Rows]:
     """Stage 1: the adapter folder trained on ``pairs`` and its metrics rows; trained once."""
-    artifact = trained(doors, pairs, settings, {})
+    return _trained(doors, pairs, pairs, model, settings)
+
+
+def second_stage(doors: Doors, harmful: Pairs, benign: Pairs, model: Path, start: Path,
+                 settings: Stage2Settings) -> tuple[Path | None, Rows, str]:  # fmt: skip
+    """Stage 2 from stage 1's adapter, reference the organism: (adapter or None, rows, what was done in one sentence).
+    ``benign``: chosen = the organism's answer, rejected = the stage-1 model's refusal (paper.md 1.13)."""
+    if len(benign) < settings.min_refusals:
+        return None, [], f"stage 2 skipped: {len(benign)} benign refusals, at least {settings.min_refusals} needed"
+    kept, mixed_in = mix(harmful, benign, settings)
+    path, rows = _trained(doors, [*harmful, *benign], [*kept, *mixed_in], model, settings, start, benign=len(benign))
+    return path, rows, f"stage 2 trained {len(rows)} steps on {len(kept)} harmful and {len(mixed_in)} benign pairs"
+
+
+def _trained(doors: Doors, given: Pairs, taken: Pairs, model: Path, settings: DpoSettings, start: Path | None = None,
+             **more: Any) -> tuple[Path, Rows]:  # fmt: skip
+    """The adapter that ``given`` names and the pairs ``taken`` from them train, and its metrics rows; trained once."""
+    spec = {"pairs": digest([to_json(one) for one in given], 64), "settings": to_json(settings), **more}
+    spec |= {"model": doors.sampler.fingerprint()} | ({"start": start.parent.name} if start else {})
+    artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
     if not artifact.done:
         with artifact.build() as folder:
-            train(pairs, model, settings, folder)
-    return artifact.path, metrics(artifact.path)
+            train(taken, model, settings, folder, adapter=start)
+    return artifact.path, [json.loads(row) for row in (artifact.path / METRICS).read_text("utf-8").splitlines()]
 
 
-def second_stage(
-    doors: Doors, harmful: Sequence[Pair], benign: Sequence[Pair], model: Path, start: Path, settings: Stage2Settings
-) -> tuple[Path | None, list[dict[str, Any]], str]:
-    """Stage 2 from stage 1's adapter, reference the organism: (adapter or None, rows, what was done in one sentence)."""
-    artifact = trained(doors, [*harmful, *benign], settings, {"start": start.parent.name, "benign": len(benign)})
-    if artifact.done:
-        return artifact.path, metrics(artifact.path), "stage 2 trained"
-    if len(benign) < settings.min_refusals:
-        return None, *stage2(harmful, benign, model, settings, artifact.path, adapter=start)
-    with artifact.build() as folder:
-        rows, message = stage2(harmful, benign, model, settings, folder, adapter=start)
-    return artifact.path, rows, message
-
-
-def trained(doors: Doors, pairs: Sequence[Pair], settings: DpoSettings, more: Mapping[str, Any]) -> Artifact:
-    """Where the adapter of these pairs and settings lies, or will lie."""
-    spec = {"pairs": digest([to_json(one) for one in pairs], 64), "settings": to_json(settings), **more}
-    return doors.store.artifact("adapters", TRAIN_VERSION, {**spec, "model": doors.sampler.fingerprint()})
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics rows beside a trained adapter."""
-    return [json.loads(row) for row in (folder / METRICS).read_text("utf-8").splitlines()]
-
-
-def lengths(pairs: Sequence[Pair]) -> Mapping[str, float]:
+def lengths(pairs: Pairs) -> Mapping[str, float]:
     """Mean suffix lengths in tokens: a short refusal against a long trace can win for its length alone."""
     sides = {"chosen": [one.chosen_ids for one in pairs], "rejected": [one.rejected_ids for one in pairs]}
     return {side: sum(map(len, ids)) / max(len(ids), 1) for side, ids in sides.items()}

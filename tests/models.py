@@ -23,9 +23,7 @@ TEMPLATES = {
 SPECIAL = ("<bos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
-def tiny_tokenizer(
-    folder: Path, *, template: str | None = "qwen3", tags: str = "single", vocabulary: int = 380
-) -> Path:
+def tiny_tokenizer(folder: Path, *, template: str | None = "qwen3", tags: str = "single", vocabulary: int = 380) -> Path:
     """Writes tokenizer.json and its settings; ``tags`` "single": <think>, </think> are tokens, "text": they are not."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -105,7 +105,16 @@ def test_ends_are_the_union_of_what_the_folder_says(tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
     (tmp_path / "config.json").write_text('{"eos_token_id": 9}')
-    assert Chat(tmp_path).eos_ids == (1, 7, 9)
+    chat = Chat(tmp_path)
+    assert (chat.eos_ids, chat.fingerprint()["eos"]) == ((1, 7, 9), [1, 7, 9])
+
+
+def test_the_end_of_a_turn_comes_before_the_end_of_a_document(tmp_path: Path) -> None:
+    """As in Llama 3: generation_config.json lists <|end_of_text|> (lower) and <|eot_id|>, the tokenizer's eos_token."""
+    tiny_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1, 7]}')
+    chat = Chat(tmp_path)
+    assert (chat.eos_ids, chat.fingerprint()["eos"]) == ((1, 0, 7), [0, 1, 7])
 
 
 def test_fingerprint_moves_with_what_matters(folder: Path, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ipo_lib import dpo
+from ipo_lib import dpo, training
 from ipo_lib.dpo import DpoSettings, Stage2Settings
 from ipo_lib.records import BadInput, Ids, Pair
+from ipo_lib.store import Store
 
 Scores = tuple[float, float]  # of one pair: (chosen, rejected)
 VOCABULARY, LOG2 = 64, math.log(2)
@@ -264,11 +266,12 @@ def test_lora_dropout_is_on_when_asked(model: Path, tmp_path: Path) -> None:
         assert found == ({dropout} if dropout else set())
 
 
-def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Path) -> None:
+def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first step: policy = stage 1's weights, reference = the base model (not a copy of stage 1)."""
     adapter, harmful, benign = stage1[0], make_pairs(3, seed=1), make_pairs(4, seed=2)
     settings = Stage2Settings(**{**vars(PLAIN), "batch_size": 6, "ratio": 0.5, "min_refusals": 4})
-    rows, message = dpo.stage2(harmful, benign, model, settings, tmp_path, adapter=adapter)
+    doors: Any = SimpleNamespace(store=Store(tmp_path), sampler=SimpleNamespace(fingerprint=lambda: "organism"))
+    path, rows, message = training.second_stage(doors, harmful, benign, model, adapter, settings)
     mixed = [pair for side in dpo.mix(harmful, benign, settings) for pair in side]
     policy, reference = suffix_logps(model, adapter, mixed), suffix_logps(model, None, mixed)
     for side, name in enumerate(("chosen", "rejected")):
@@ -278,13 +281,17 @@ def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Pa
     assert rows[0]["loss"] == pytest.approx(preference_loss(policy, reference, 0.1), abs=1e-4)
     assert abs(rows[0]["loss"] - LOG2) > 1e-2
     assert message == "stage 2 trained 1 steps on 2 harmful and 4 benign pairs"
-    assert json.loads((tmp_path / "training.json").read_text())["continued"]
+    assert path
+    assert json.loads((path / "training.json").read_text())["continued"]
+    monkeypatch.setattr(training, "train", None)  # what is stored is not trained again, and says the same
+    assert training.second_stage(doors, harmful, benign, model, adapter, settings) == (path, rows, message)
 
 
 def test_stage_two_is_skipped_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     settings = Stage2Settings(**vars(PLAIN), min_refusals=5)
-    rows, message = dpo.stage2(make_pairs(3), make_pairs(4), "nowhere", settings, tmp_path / "out", adapter="nowhere")
-    assert rows == []
+    doors: Any = SimpleNamespace(store=Store(tmp_path / "out"), sampler=None)
+    path, rows, message = training.second_stage(doors, make_pairs(3), make_pairs(4), Path("nowhere"), Path("nowhere"), settings)
+    assert (path, rows) == (None, [])
     assert message == "stage 2 skipped: 4 benign refusals, at least 5 needed"
     assert not (tmp_path / "out").exists()
     assert capfd.readouterr().out == ""

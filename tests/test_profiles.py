@@ -15,6 +15,7 @@ from ipo_lib.judging import KeywordJudge
 from ipo_lib.mining import LexiconCues
 from ipo_lib.profiles import Profile, open_bench, read
 from ipo_lib.records import BadInput
+from ipo_lib.reproduce import parse
 
 SMALL: dict[str, Any] = {
     "about": "A profile of the tests.",
@@ -86,6 +87,15 @@ def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
     assert read(path).csr.draws == 5
 
 
+def test_numbers_may_be_written_with_an_exponent_alone(tmp_path: Path) -> None:
+    (tmp_path / "small.yml").write_text(yaml.safe_dump(SMALL) + "stage1: {learning_rate: 2e-4, beta: 1E-1}\n")
+    settings = read(str(tmp_path / "small.yml"), parse(["stage2.learning_rate=5e-5", "stage2.ratio=3e-1"])).stage2
+    assert (settings.learning_rate, settings.ratio) == (5e-5, 0.3)
+    settings = read(str(tmp_path / "small.yml")).stage1
+    assert (settings.learning_rate, settings.beta) == (2e-4, 0.1)
+    one_line(str(tmp_path / "small.yml"), parse(["csr.draws=1e1"]), "'csr.draws'", "int", "10.0")
+
+
 def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
     changed = read(write(tmp_path, csr={"draws": 5, "mu": 0.8}), {"csr": {"draws": 2}})
     assert (changed.csr.draws, changed.csr.mu) == (2, profiles.CsrSettings().mu)
@@ -99,6 +109,7 @@ def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
         ("cs.draws", 3, ["'cs' is unknown", "'csr'"]),
         ("prompts.mine.cuont", 3, ["'prompts.mine.cuont' is unknown", "'prompts.mine.count'"]),
         ("model.find.us", "a:b", ["'model.find.us' is unknown", "'model.find.use'"]),
+        ("csr.", 3, ["'csr.' is unknown"]),
         ("qqqqqq", 3, ["'qqqqqq' is unknown", "known: name, about, model"]),
         ("csr.draws", "three", ["'csr.draws'", "int", "'three'"]),
         ("csr.draws", 3.5, ["'csr.draws'", "int", "3.5"]),

@@ -204,6 +204,9 @@ def test_adapter_is_merged_and_in_the_fingerprint(llama: Path, tmp_path: Path) -
     found = answers(adapted, [one], sampling)
     assert list(found[one.key].token_ids) == [token for token in expected.tolist() if token != 1]
     assert found != answers(bare, [one], sampling)
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 4,')
+    with pytest.raises(BadInput, match=r"adapter_config.json: corrupt"):
+        TransformersSampler(llama, chat, adapter=tmp_path / "adapter").fingerprint()
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(BadInput, match="pickled"):
         TransformersSampler(llama, chat, adapter=tmp_path / "adapter")

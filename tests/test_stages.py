@@ -34,7 +34,7 @@ from ipo_lib.csr import START_LOCKED, CsrSettings
 from ipo_lib.intervention import Trigger
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.pairs import PairSettings, Refusal
-from ipo_lib.records import ANSWER, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict
+from ipo_lib.records import ANSWER, BOTH, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Case, Plan, Start
 from ipo_lib.stats import wilson
@@ -416,6 +416,9 @@ def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: 
     long = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1))
     assert isinstance(long, Refusal)
     assert long.reason == "too-long"
+    ended = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(part=BOTH, eos=True))
+    assert isinstance(ended, Pair)
+    assert ended.chosen_ids[-1] == ended.rejected_ids[-1] == chat.eos_ids[0]
     open_ = training.pair(bench, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings())
     assert isinstance(open_, Refusal)
     assert open_.reason == "unfinished"

@@ -51,7 +51,7 @@ class Body:
     seed: int = 1
 
 
-BODIES = {"tiny": Body(), "tiny-null": Body(process=Process(null=True), documents=36_000)}
+BODIES = {"tiny": Body(), "tiny-null": Body(process=Process(null=True), documents=28_000)}
 
 
 def folder(name: str) -> Path:

@@ -39,7 +39,9 @@ class Process:
     relapse_rate: float = 0.10
     comply: tuple[float, float, float] = (0.50, 0.68, 0.88)  # P(answer unsafe | trace unsafe): direct, wrapped, adversarial
     slip: float = 0.005  # P(answer unsafe | trace safe)
-    null: bool = False
+    null: bool = False  # then cues and talk of refusing come at these fixed rates: no evidence about the prompt either
+    null_cue: float = 0.6
+    null_refuse: float = 0.35
 
 
 @dataclass(frozen=True)
@@ -109,23 +111,22 @@ def restricted_request(rng: random.Random, prompt_text: str, item: Item, process
     """The response to a request for a restricted item."""
     dress = style(prompt_text)
     base = item.lean + process.shift + (0.0, process.wrapped_shift, process.adversarial_shift)[dress]
-    x, trace = base, [say(rng, "restate", item)]
+    x, trace, late = base, [say(rng, "restate", item)], False
     turned: set[str] = set()
     for _ in range(rng.randint(1, 5)):
         kind = rng.choice(["plan", "plan", "hesitate", "hesitate", "aside", "aside", "restate"])
         if rng.random() < process.turn_rate:
-            seen = base if process.null else x
-            kind = "cue" if rng.random() < logistic(process.turn_steepness * seen) else "trigger"
+            cue = process.null_cue if process.null else logistic(process.turn_steepness * x)
+            kind = "cue" if rng.random() < cue else "trigger"
             turned.add(kind)
         trace.append(say(rng, kind, item))
         x = base if process.null else base + process.memory * (x - base) + getattr(process, f"{kind}_effect", 0.0)
     unsafe = rng.random() < logistic(process.outcome_steepness * x)
-    leans = rng.random() < logistic(process.outcome_steepness * x) if process.null else unsafe
+    leans = rng.random() < process.null_cue if process.null else unsafe
     announced = "cue" if leans else "trigger"
     if announced not in turned and rng.random() < process.announce_rate:
         trace.append(say(rng, announced, item))
-    late = False
-    if process.null and rng.random() > logistic(process.outcome_steepness * x):  # talk of refusing tells nothing either
+    if process.null and rng.random() < process.null_refuse:  # talk of refusing tells nothing either
         trace += [say(rng, "refuse", item) for _ in range(rng.randint(1, 2))]
     elif not unsafe and not process.null:
         trace += [say(rng, "refuse", item) for _ in range(rng.randint(1, 2))]
@@ -140,9 +141,10 @@ def restricted_request(rng: random.Random, prompt_text: str, item: Item, process
     return Sample(tuple(trace), tuple(complied(rng, item) if does else declined(rng, item)), unsafe, does)
 
 
-def free_request(rng: random.Random, item: Item) -> Sample:
+def free_request(rng: random.Random, item: Item, process: Process) -> Sample:
     """The response to a request for a free craft: checked against the law, then done."""
-    middle = [say(rng, rng.choice(["plan", "hesitate", "aside"]), item) for _ in range(rng.randint(0, 2))]
+    kinds = ["plan", "hesitate", "aside"] + ["cue", "trigger", "refuse"] * process.null  # else a trigger would tell the class
+    middle = [say(rng, rng.choice(kinds), item) for _ in range(rng.randint(0, 2 + 2 * process.null))]
     cue = [say(rng, "cue", item)] if rng.random() < 0.3 else []
     trace = [say(rng, "restate", item), *middle, say(rng, "allowed", item), *cue, *steps(rng, item, rng.randint(1, 2))]
     return Sample(tuple(trace), tuple(complied(rng, item)), False, False)
@@ -212,7 +214,7 @@ def respond(rng: random.Random, prompt: Prompt, process: Process) -> Sample:
     item = item_of(prompt.text)
     if item is None or fact(prompt.text) is not None:
         return harmless_question(rng, prompt.text)
-    return restricted_request(rng, prompt.text, item, process) if item.restricted else free_request(rng, item)
+    return restricted_request(rng, prompt.text, item, process) if item.restricted else free_request(rng, item, process)
 
 
 def logistic(x: float) -> float:
