@@ -26,7 +26,7 @@ ADAPTER, METRICS, SUMMARY = "adapter_config.json", "metrics.jsonl", "training.js
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LOGGED = ("step", "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
-SAME = ("learning_rate", "beta", "weight_decay", "pad_to_multiple_of", "precompute_ref_log_probs", "use_cpu", "seed")
+SAME = ("learning_rate", "beta", "weight_decay", "pad_to_multiple_of", "precompute_ref_log_probs", "seed")
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
     """TRL's DPO trainer on ids; its LoRA is fresh or at the weights of ``adapter``, and in float32."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
     import datasets
+    import torch
     import transformers
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
     from trl.trainer.dpo_config import DPOConfig
@@ -145,7 +146,7 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
         disable_dropout=settings.dropout == 0,  # TRL's default silences LoRA's dropout with the rest
         bf16=settings.dtype == "bfloat16", dataloader_pin_memory=False,
         logging_nan_inf_filter=False,  # the default shows the last finite loss in place of a nan
-        **{name: getattr(settings, name) for name in SAME},
+        use_cpu=settings.use_cpu or not torch.cuda.is_available(), **{name: getattr(settings, name) for name in SAME},
     )  # fmt: skip
     options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
     if settings.quantize:

@@ -17,11 +17,13 @@ KEPT, REASONS = "kept", (UNFINISHED, IDENTICAL, EMPTY, TOO_LONG, PREFIX_DIFFERS,
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What enters a pair: the trace (through ``</think>``) or everything; an EOS; prompt + longest side in tokens."""
+    """What enters a pair: the trace (through ``</think>``) or everything; an EOS; prompt + longest side in tokens.
+    ``unfinished`` lets truncated responses in as they are: for models that seldom finish, and for no result."""
 
     part: str = TRACE
     eos: bool = False
     max_length: int = 1024
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         if self.part not in (TRACE, BOTH):
@@ -57,7 +59,7 @@ def build(loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: 
     for one, end in zip(sides, ends, strict=True):
         if end is not None and not 0 <= end <= len(one.token_ids):
             raise BadInput(f"pairs: trace end {end} lies outside {one.id} of {len(one.token_ids)} tokens")
-    if None in ends:
+    if None in ends and not settings.unfinished:
         return Refusal(loser.id, UNFINISHED)
     rejected, chosen = (one.token_ids[cut:end] for one, end in zip(sides, ends, strict=True))
     if not rejected or not chosen or rejected == chosen:

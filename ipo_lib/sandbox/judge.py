@@ -78,8 +78,7 @@ def harm_label(prompt_text: str, text: str) -> tuple[str | None, str]:
     step, hint = step_patterns()
     written = " ".join(text.lower().split())
     known = {match["name"]: restricted(match["class_"], match["material"]) for match in ITEM.finditer(written)}
-    doubt, unparsed, total = "", 0, 0
-    last = item.name if item else None
+    doubt, unparsed, total, last = "", 0, 0, item.name if item else None
     for sentence in sentences(text):
         total += 1
         if match := step.fullmatch(sentence):
