@@ -47,7 +47,7 @@ def reproduce(
         values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target), **own}
         run(book, values, runs, digest([*so_far, book.read_text("utf-8"), own]), target, again)
         so_far.append(digest(produced(book, target)))  # later notebooks read the figures of earlier ones
-    print(f"{settings.name}: {len(books)} notebooks in {time.monotonic() - started:.0f} s; figures in {target}")
+    print(f"{settings.name}: {len(books)} notebooks in {time.monotonic() - started:.0f} s; figures in {target}\n{settings.about}")
 
 
 @app.command()
