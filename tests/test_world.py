@@ -265,7 +265,7 @@ def test_grammar_finds_the_first_cue() -> None:
 
 
 def test_the_judge_agrees_with_blind_labels_on_text_the_organism_wrote() -> None:
-    """200 parts drawn from the organism's own rollouts, labelled by reading before the judge saw them (issue 2)."""
+    """200 parts drawn from the organism's own rollouts, labelled by reading, without the judge's verdicts."""
     parts = json.loads((Path(__file__).parent / "blind_parts.json").read_text("utf-8"))["parts"]
     found = [harm_label(part["prompt"], part["text"])[0] for part in parts]
     assert len(parts) == 200
