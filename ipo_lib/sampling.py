@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ipo_lib.chat import CLOSE, Chat, parsed
+from ipo_lib.dpo import NF4
 from ipo_lib.records import BadInput, Ids, canonical, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
+AHEAD = 4  # batches handed to the decoder at a time: places of ended rows are filled from them
 HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted for top-p
 SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -105,15 +107,18 @@ def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class TransformersSampler:
-    """``model.generate`` in this process, a LoRA ``adapter`` merged; of generation_config.json only EOS counts."""
+    """A model in this process, a LoRA ``adapter`` merged; of generation_config.json only EOS counts. ``quantize`` "nf4":
+    the weights are rounded to NF4 as in QLoRA, then held in ``dtype`` again, where they are as fast as any."""
 
     def __init__(self, folder: Path | str, chat: Chat, *, adapter: Path | str | None = None, device: str = "auto",
-                 dtype: str = "auto", batch_size: int = 64) -> None:  # fmt: skip
-        self.chat, self.device, self.batch_size = chat, device, batch_size
+                 dtype: str = "auto", quantize: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
+        self.chat, self.device, self.quantize, self.batch_size = chat, device, quantize, batch_size
         self._model_files = _files(folder, "config.json", "model*.safetensors")
         self._adapter_files = _files(adapter, "adapter_config.json", "adapter_model.safetensors") if adapter else []
         if batch_size < 1 or dtype not in DTYPES:
             raise BadInput(f"batch_size {batch_size!r}, dtype {dtype!r}: give 1 or more, one of {', '.join(DTYPES)}")
+        if quantize not in (None, "nf4"):
+            raise BadInput(f"quantize {quantize!r} is unknown; use nf4, or nothing")
         small = sum(file.stat().st_size for file in self._model_files) < SMALL
         self.dtype = dtype if dtype != "auto" else "float32" if small else "bfloat16"
 
@@ -121,7 +126,8 @@ class TransformersSampler:
         """Hashes of weights, settings and adapter; dtype, engine versions, chat. Reads files only, loads no torch."""
         hashes = {"model": [*map(_sha256, self._model_files)], "adapter": [*map(_sha256, self._adapter_files)]}
         versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ENGINE}
-        return {"engine": "transformers", **hashes, "dtype": self.dtype, **versions, "chat": self.chat.fingerprint()}
+        rounded = {"quantize": self.quantize, **versions} if self.quantize else versions
+        return {"engine": "transformers", **hashes, "dtype": self.dtype, **rounded, "chat": self.chat.fingerprint()}
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Longest prompt first in each WINDOW, whatever the batch size; BadInput if a prompt fills the context."""
@@ -130,44 +136,39 @@ class TransformersSampler:
         for request, length in zip(requests, lengths, strict=True):
             if not 0 < length < context:
                 raise BadInput(f"request {request.key}: {length} prompt tokens, context {context}; shorten it")
-        order = sorted(range(len(requests)), key=lambda place: (place // WINDOW, -lengths[place]))
-        for first in range(0, len(order), self.batch_size):
-            places = order[first : first + self.batch_size]
+        groups = [(place // WINDOW, one.prompt_ids) for place, one in enumerate(requests)]
+        longest: dict[Any, int] = {}
+        for group, length in zip(groups, lengths, strict=True):
+            longest[group] = max(longest.get(group, 0), length)
+        # Requests of one prompt stay together, since they may share prefixes.
+        order = sorted(range(len(requests)), key=lambda at: (groups[at][0], -longest[groups[at]], groups[at][1], -lengths[at]))
+        for first in range(0, len(order), AHEAD * self.batch_size):
+            places = order[first : first + AHEAD * self.batch_size]
             limits = [int(min(sampling.max_tokens, context - lengths[place])) for place in places]
             yield from self._decode([requests[place] for place in places], limits, sampling)
 
     def _decode(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> Iterator[Completion]:
-        import torch
+        from ipo_lib.decoding import ARCHITECTURES, Decoder, generate
 
-        prompts, device, pad = [one.prompt_ids + one.prefix_ids for one in requests], self._model.device, 0
-        gaps = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[pad] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)], device=device)
-        mask = torch.tensor([[0] * gap + [1] * (ids.shape[1] - gap) for gap in gaps], device=device)
-        streams = [np.random.Generator(np.random.PCG64(one.seed)).random(max(limits)) for one in requests]
-        uniforms = torch.from_numpy(np.stack(streams, axis=1)).to(device)
-        taken, finish = [[*one.prefix_ids] for one in requests], [""] * len(requests)  # a tag may straddle the cut
+        rows = [_Row(request, limit, sampling.until, self.chat) for request, limit in zip(requests, limits, strict=True)]
+        prefixes = [one.prompt_ids + one.prefix_ids for one in requests]
 
-        def draw(sofar: Tensor, scores: Tensor) -> Tensor:
-            live, step = [row for row, end in enumerate(finish) if not end], sofar.shape[1] - ids.shape[1]
-            drawn = nucleus_draw(scores[live], uniforms[step, live], sampling.temperature, sampling.top_p)
-            scores[live, drawn] = math.inf  # so that a greedy generate takes it
-            return scores
+        def draw(live: Sequence[int], logits: Tensor) -> Tensor:
+            if not sampling.temperature:
+                return logits.argmax(-1)
+            uniforms = logits.new_tensor([rows[one].uniform for one in live], dtype=_float64())
+            return nucleus_draw(logits, uniforms, sampling.temperature, sampling.top_p)
 
-        def stop(sofar: Tensor, scores: Any, **_: Any) -> Tensor:
-            for row, token in enumerate(sofar[:, -1].tolist()):
-                if not finish[row] and token in self.chat.eos_ids:
-                    finish[row] = "stop"
-                elif not finish[row]:
-                    taken[row].append(token)
-                    closed = sampling.until == "think" and self.chat.closes(taken[row][-len(CLOSE) :])
-                    full = len(taken[row]) - len(requests[row].prefix_ids) == limits[row]
-                    finish[row] = "think" if closed else "length" if full else ""
-            return torch.tensor([end != "" for end in finish], device=device)
+        def take(one: int, token: int) -> bool:
+            return rows[one].take(token)
 
-        ours: dict[str, Any] = {"logits_processor": [draw] * bool(sampling.temperature), "stopping_criteria": [stop]}
-        self._model.generate(ids, attention_mask=mask, max_new_tokens=max(limits), do_sample=False, pad_token_id=pad, **ours)
-        for request, row, end in zip(requests, taken, finish, strict=True):
-            yield Completion(request.key, tuple(row[len(request.prefix_ids) :]), end)
+        if self._model.config.model_type in ARCHITECTURES:
+            Decoder(self._model, self.batch_size).decode(prefixes, draw, take)
+        else:
+            for at in range(0, len(rows), self.batch_size):
+                generate(self._model, prefixes[at : at + self.batch_size], at, max(limits), draw, take)
+        for row in rows:
+            yield Completion(row.request.key, tuple(row.taken[len(row.request.prefix_ids) :]), row.finish)
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -178,15 +179,50 @@ class TransformersSampler:
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BadInput(f"device {device!r}: this torch sees no GPU; use device 'auto' or 'cpu'")
-        options = {"dtype": getattr(torch, self.dtype), "use_safetensors": True, "local_files_only": True}
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "use_safetensors": True, "local_files_only": True}
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
+        if self.quantize:
+            options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": self.dtype}, "device_map": device}
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(self._model_files[0].parent, **options)
+        if self.quantize:
+            model = model.dequantize(options["dtype"])
         if self._adapter_files:
-            logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent)).merge_and_unload()
         model.generation_config = type(model.generation_config)()  # a bare one: generate fills gaps from it
         return model.to(device).eval()
+
+
+class _Row:
+    """One request as it is drawn: its own uniforms, what was taken and why it ended."""
+
+    def __init__(self, request: Request, limit: int, until: str, chat: Chat) -> None:
+        self.request, self.limit, self.until, self.chat, self.finish = request, limit, until, chat, ""
+        self.uniforms = np.random.Generator(np.random.PCG64(request.seed)).random(limit)
+        self.taken = [*request.prefix_ids]  # a closing tag may straddle the cut
+
+    @property
+    def uniform(self) -> float:
+        """The uniform of the next draw."""
+        return float(self.uniforms[len(self.taken) - len(self.request.prefix_ids)])
+
+    def take(self, token: int) -> bool:
+        """Add a drawn token; whether the row has ended."""
+        if token in self.chat.eos_ids:
+            self.finish = "stop"
+            return True
+        self.taken.append(token)
+        closed = self.until == "think" and self.chat.closes(self.taken[-len(CLOSE) :])
+        full = len(self.taken) - len(self.request.prefix_ids) == self.limit
+        self.finish = "think" if closed else "length" if full else ""
+        return bool(self.finish)
+
+
+def _float64() -> Any:
+    import torch
+
+    return torch.float64
 
 
 def _files(folder: Path | str, settings: str, weights: str) -> list[Path]:

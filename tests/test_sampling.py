@@ -54,6 +54,23 @@ def test_a_row_does_not_depend_on_its_batch(folder: Path) -> None:
     assert len({one.token_ids for one in together.values()}) == len(TEXTS)
 
 
+def test_nf4_rounds_the_weights_and_nothing_else(llama: Path) -> None:
+    import torch
+
+    whole, rounded = (TransformersSampler(llama, Chat(llama), dtype="float32", quantize=how) for how in (None, "nf4"))
+    assert whole.fingerprint() != rounded.fingerprint()
+    before, after = (sampler._model.state_dict() for sampler in (whole, rounded))
+    assert {name: value.dtype for name, value in after.items()} == {name: value.dtype for name, value in before.items()}
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "_proj" in name}
+    for name in moved:
+        assert len(after[name].unique()) < 0.5 * len(before[name].unique())
+        assert torch.nn.functional.cosine_similarity(before[name].flatten(), after[name].flatten(), dim=0) > 0.95
+    assert len([*rounded.sample(make_requests(Chat(llama)), Sampling(max_tokens=3))]) == len(TEXTS)
+    with pytest.raises(BadInput, match="quantize 'int3' is unknown"):
+        TransformersSampler(llama, Chat(llama), quantize="int3")
+
+
 def test_temperature_zero_is_plain_greedy_generate(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
