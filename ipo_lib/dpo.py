@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from ipo_lib.records import BadInput, Pair, canonical
 Folder = Path | str
 Rows = list[dict[str, float]]
 Pairs = Sequence[Pair]
-CHOICES = {"loss": ("sigmoid", "sigmoid_norm"), "dtype": ("float32", "bfloat16"), "quantize": (None, "nf4")}
+CHOICES = {"loss": ("sigmoid", "sigmoid_norm"), "dtype": ("float32", "bfloat16"), "quantize": (None, "auto", "nf4")}
 ABOVE_0 = ("learning_rate", "beta", "epochs", "batch_size", "accumulation", "rank", "ratio", "min_refusals")
+LARGE = 2_000_000_000  # bytes of weights: a billion parameters in 16 bits
 ADAPTER, METRICS, SUMMARY = "adapter_config.json", "metrics.jsonl", "training.json"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LOGGED = ("step", "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
@@ -34,7 +35,8 @@ class DpoSettings:
     """One training stage (paper.md 2.2); one object per stage, as it is disputed which stages carry the SFT term.
     ``loss`` ``sigmoid`` is Eq. 4 on summed suffix log-probabilities, ``sigmoid_norm`` on their means; ``sft_weight``
     scales the token-mean NLL of the chosen suffix. ``batch_size``: pairs per forward and device; the paper's 64 is
-    batch_size x accumulation x devices. ``warmup`` below 1: a share of the steps. ``targets``: PEFT's word or regex."""
+    batch_size x accumulation x devices. ``length_buckets``: forwards of like-long pairs, in random order. ``warmup``
+    below 1: a share of the steps. ``targets``: PEFT's word or regex. ``quantize`` nf4: QLoRA, auto: above 1B."""
 
     learning_rate: float = 5e-6
     beta: float = 0.1
@@ -51,7 +53,8 @@ class DpoSettings:
     targets: str = "all-linear"
     max_length: int = 1024
     pad_to_multiple_of: int = 8
-    quantize: str | None = None
+    length_buckets: bool = True
+    quantize: str | None = "auto"
     dtype: str = "bfloat16"
     precompute_ref_log_probs: bool = True
     activation_checkpointing: bool = False
@@ -89,13 +92,14 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     # TRL's LM head skips the prompt only where Triton runs; the same code serves the CPU (4 x faster at 49k words).
     suffix_only = mock.patch("trl.trainer.utils._use_triton", lambda device: device.type in ("cpu", "cuda"))
     with suffix_only, mock.patch.dict(os.environ, TQDM_DISABLE="1"):  # the one switch that TRL's precomputation reads
-        trainer = _trainer(fitting, model, settings, out, adapter)
+        trainer = ids_trainer(fitting, model, settings, out, adapter)
         trainer.train()
     rows = _rows(trainer.state.log_history, settings.beta)
     if trainer.accelerator.is_main_process:
         batch = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
         summary: dict[str, Any] = {"base": Path(model).name, "continued": bool(adapter), "effective_batch": batch}
-        summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "settings": asdict(settings)}
+        summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "quantized": quantization(model, settings)}
+        summary |= {"settings": asdict(settings)}
         lora, target = trainer.accelerator.unwrap_model(trainer.model), Path(out)
         config, modules = lora.peft_config["default"], lora.peft_config["default"].target_modules
         config.base_model_name_or_path = summary["base"]  # the name: a path would tie the adapter to this machine
@@ -108,6 +112,12 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     return rows
 
 
+def quantization(model: Folder, settings: DpoSettings) -> str | None:
+    """What ``settings.quantize`` means for a model folder: "auto" is NF4 for more than LARGE bytes of weights."""
+    size = sum(file.stat().st_size for file in Path(model).glob("model*.safetensors"))
+    return settings.quantize if settings.quantize != "auto" else "nf4" if size > LARGE else None
+
+
 def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pair]]:
     """Stage 2's [harmful, benign] pairs, the larger side thinned at random until ``ratio`` holds; order is kept."""
     n = min(len(harmful), round(settings.ratio * len(benign)))
@@ -116,7 +126,28 @@ def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pa
     return [[side[i] for i in sorted(draw.sample(range(len(side)), size))] for side, size in sides]
 
 
-def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None) -> Any:
+class Buckets:
+    """A sampler of pair indices: batches of like length in random order, another order each epoch, a short batch last."""
+
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
+        self.lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw, order = random.Random(f"{self.seed}/{self.epoch}"), list(range(len(self)))
+        self.epoch += 1
+        draw.shuffle(order)  # who shares a batch with whom among equals
+        size, whole = self.batch_size, len(self) - len(self) % self.batch_size
+        last, order = order[whole:], sorted(order[:whole], key=lambda place: self.lengths[place])
+        batches = [order[at : at + size] for at in range(0, whole, size)]
+        draw.shuffle(batches)
+        return iter([place for batch in batches for place in batch] + last)
+
+
+def ids_trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None = None) -> Any:
     """TRL's DPO trainer on ids; its LoRA is fresh or at the weights of ``adapter``, and in float32."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
     import datasets
@@ -129,6 +160,10 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
     class IdsTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset  # law 1: the rows are ids already; TRL would tokenize text again
+
+        def _get_train_sampler(self, *given: Any) -> Any:
+            buckets = Buckets(pairs, settings.batch_size, settings.seed)
+            return buckets if settings.length_buckets else super()._get_train_sampler(*given)
 
         def _send_telemetry(self) -> None:
             """TRL reports every run to the hub; this package works offline."""
@@ -149,7 +184,7 @@ def _trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, a
         use_cpu=settings.use_cpu or not torch.cuda.is_available(), **{name: getattr(settings, name) for name in SAME},
     )  # fmt: skip
     options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
-    if settings.quantize:
+    if quantization(folder, settings):
         options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": settings.dtype}, "device_map": config.device}
     # In eval mode bitsandbytes repacks NF4 weights at the first CPU forward (the precomputed reference), and from then
     # on no gradient passes them: train() is not a formality.
