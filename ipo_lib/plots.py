@@ -121,14 +121,17 @@ def claim(sentence: str, value: Interval, *, origin: str) -> dict[str, Any]:
     return {**said, "n": value.n, "method": value.method, "origin": origin}
 
 
-def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, about: str, artifacts: Mapping[str, Any]) -> None:
-    """Write ``name``.pdf, .png and .json; the same input gives the same bytes. ``about`` stands under the figure."""
+def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, about: str, artifacts: Mapping[str, Any],
+         tokens: int = 0) -> None:  # fmt: skip
+    """Write ``name``.pdf, .png and .json; the same input gives the same bytes. ``about`` stands under the figure; ``tokens``:
+    what its data cost to generate."""
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
     fig.supxlabel(f"profile {profile}: {about}", fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
     fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
     fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    sidecar = {"profile": profile, "about": about, "claims": list(claims), "artifacts": dict(sorted(artifacts.items()))}
+    sidecar = {"profile": profile, "about": about, "claims": list(claims), "tokens": tokens}
+    sidecar["artifacts"] = dict(sorted(artifacts.items()))
     (folder / f"{name}.json").write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     plt.close(fig)

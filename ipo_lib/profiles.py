@@ -45,7 +45,21 @@ class Model:
     system: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None
     batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What ``ipo cost`` reckons with: mean tokens of a trace and of an answer, sentences of a trace, the speed of ``machine``."""
+
+    trace: float = 1500.0
+    answer: float = 500.0
+    sentences: float = 60.0
+    tokens_per_second: float = 500.0
+    seconds_per_pair: float = 1.0
+    seconds_per_notebook: float = 10.0
+    machine: str = "a machine that was not measured"
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Profile:
     triggers: Part | None = None
     neutral: tuple[str, ...] = ()
     notebooks: tuple[str, ...] = ()
-    minutes: float = 0.0
+    expected: Expected = Expected()
     reveal: bool = False
     min_coverage: float = 0.95
     seed: int = 0
@@ -159,8 +173,9 @@ class Bench:
         return {stage: path for stage, path in found.items() if (path / "adapter_config.json").is_file()}
 
     def save(self, figure: Any, name: str, claims: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Any]) -> None:
-        """Write a figure of this profile with its claims."""
-        plots.save(figure, self.figures, name, claims, profile=self.profile.name, about=self.profile.about, artifacts=artifacts)
+        """Write a figure of this profile with its claims, and the tokens that this notebook has asked for so far."""
+        about, tokens = self.profile.about, sum(self.doors.store.drawn.values())
+        plots.save(figure, self.figures, name, claims, profile=self.profile.name, about=about, artifacts=artifacts, tokens=tokens)
 
 
 def made(part: Part) -> Any:
@@ -173,7 +188,8 @@ def made(part: Part) -> Any:
 
 def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None) -> TransformersSampler:
     """The sampler of a profile's model, with an adapter or without."""
-    return TransformersSampler(folder, chat, adapter=adapter, device=model.device, dtype=model.dtype, batch_size=model.batch_size)
+    return TransformersSampler(folder, chat, adapter=adapter, device=model.device, dtype=model.dtype, quantize=model.quantize,
+                               batch_size=model.batch_size)  # fmt: skip
 
 
 def open_bench(profile: str, overrides: Mapping[str, Any] | None = None, store: str = "", figures: str = "") -> Bench:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -14,18 +15,20 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from ipo_lib import cost as cost_
 from ipo_lib.profiles import Yaml, available, house, read
 from ipo_lib.records import BadInput, canonical, digest
 from ipo_lib.store import MENDS, Store
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 KERNEL = {"GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+DEFAULT = "sandbox"  # the profile of a command that names none
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
 
 
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = "tiny",
+    profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = DEFAULT,
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")] = None,
     store: Annotated[str, typer.Option(help="run store; default $IPO_STORE or ~/.cache/ipo_lib")] = "",
     figures: Annotated[str, typer.Option(help="where figures go; default figures/<profile>")] = "",
@@ -51,10 +54,24 @@ def reproduce(
 
 
 @app.command()
+def cost(
+    profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = DEFAULT,
+    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")] = None,
+) -> None:
+    """Say what a profile would generate and how long that takes, before anything runs."""
+    given = parse(parameter or [])
+    own = {name: defaults(house() / "notebooks" / f"{name}.ipynb") for name in read(profile).notebooks}
+    settings = read(profile, {name: value for name, value in given.items() if not any(name in known for known in own.values())})
+    own = {name: known | {key: given[key] for key in known if key in given} for name, known in own.items()}
+    found = {} if given else cost_.measured(house() / "figures" / settings.name)
+    print(cost_.table(cost_.plan(settings, own), settings, found))
+
+
+@app.command()
 def profiles() -> None:
     """List the profiles with what each is for."""
     for name in available():
-        print(f"{name:12} {(settings := read(name)).about} About {settings.minutes:g} min.")
+        print(f"{name:12} {read(name).about}")
 
 
 def parse(pairs: list[str]) -> dict[str, Any]:
@@ -77,6 +94,14 @@ def declared(book: Path) -> dict[str, str]:
     if not book.is_file():
         raise BadInput(f"notebook {str(book)!r} is missing; name it in notebooks/ or take it out of the profile")
     return {name: entry["inferred_type_name"] for name, entry in inspect_notebook(str(book)).items()}
+
+
+def defaults(book: Path) -> dict[str, Any]:
+    """The parameters of a notebook with their default values."""
+    cells = json.loads(book.read_text("utf-8"))["cells"]
+    tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    body = ast.parse("".join(tagged["source"])).body
+    return {ast.unparse(one.target): ast.literal_eval(one.value) for one in body if isinstance(one, ast.AnnAssign) and one.value}
 
 
 def checked(name: str, value: Any, kind: str) -> Any:

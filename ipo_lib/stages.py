@@ -98,7 +98,9 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
     if batch:
         ledger.append(batch)
     ledger.finish()
-    return [from_json(Rollout, ledger[f"{named[start]}/{draw}"]) for start in starts for draw in range(first, first + draws)]
+    found = [from_json(Rollout, ledger[f"{named[start]}/{draw}"]) for start in starts for draw in range(first, first + draws)]
+    doors.store.drawn |= {rollout.id: len(rollout.token_ids) - rollout.prefix_len for rollout in found}
+    return found
 
 
 def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm") -> list[Verdict]:

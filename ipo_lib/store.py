@@ -36,6 +36,7 @@ class Store:
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = default_root() if root is None else Path(root).expanduser()
+        self.drawn: dict[str, int] = {}  # generated tokens of every rollout asked for in this process, stored before or not
         if (path := self.root / "store.json").exists() and not STORE.startswith(found := path.read_bytes()):
             raise BadInput(f"store: {self.root} says {found!r:.60}, this is {STORE!r}; {ELSEWHERE}")
 

@@ -27,12 +27,14 @@ NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
 # Lower layers know nothing of higher ones, nor of their own. A new module takes its place here.
 LAYERS = (
-    "records", "stats", "chat csr dpo judging pairs prompts segmentation store", "intervention sampling", "stages",
-    "evaluation mining training", "plots", "profiles", "reproduce",
-    "sandbox", "sandbox.world", "sandbox.traces", "sandbox.judge sandbox.organism", "sandbox.card",
+    "records", "stats", "chat csr decoding dpo judging pairs prompts segmentation store", "intervention sampling", "stages",
+    "evaluation mining training", "plots", "profiles", "cost", "reproduce",
+    "sandbox", "sandbox.world", "sandbox.traces", "sandbox.corpus sandbox.judge sandbox.smollm2",
+    "sandbox.finetune sandbox.scratch", "sandbox.organism", "sandbox.benchmark sandbox.card",
 )  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
 HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "accelerate", "datasets", "papermill")
+TORCH = {"decoding"}  # subclasses of transformers' own; sampling imports it when it first draws
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOTEBOOK_IMPORTS = {"ipo_lib", "pandas", "numpy", "matplotlib"}
 PARAMETER = re.compile(r"[a-z][a-z0-9_]*: [a-z][\w\[\], |]* = \S.*  # \S.*")
@@ -91,7 +93,7 @@ from ipo_lib.reproduce import main
 try: main()
 except SystemExit as end: assert not end.code
 report()
-for name in {sorted(RANK)}: importlib.import_module(f"ipo_lib.{{name}}")
+for name in {sorted(set(RANK) - TORCH)}: importlib.import_module(f"ipo_lib.{{name}}")
 report()
 sys.path.append({str(tmp_path)!r})
 import vllm
