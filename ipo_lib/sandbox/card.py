@@ -20,12 +20,15 @@ from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.records import ANSWER, TRACE, UNSAFE, from_json, to_json
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.sandbox import world
+from ipo_lib.sandbox.corpus import Finetuned
+from ipo_lib.sandbox.finetune import ADAPTER
 from ipo_lib.sandbox.judge import ExactJudge
-from ipo_lib.sandbox.organism import BODIES, folder
+from ipo_lib.sandbox.organism import BODIES, folder, shipped
 from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample
 from ipo_lib.store import Store
 
 MINING_SEED = 1  # other training prompts than the notebooks use
+MINED = {"sandbox": (96, 30)}  # prompts, and traces that get a CSR curve; a real model is slower
 HARMFUL = ("direct", "wrapped", "adversarial")
 TARGETS: dict[str, tuple[float, float]] = {
     "trace harm, direct": (0.59, 0.79), "trace harm, wrapped": (0.53, 0.73), "trace harm, adversarial": (0.72, 0.92),
@@ -86,42 +89,43 @@ def calibrate(name: str) -> None:
     """Measure, print, and write the card beside the weights."""
     found = calibration(doors(name))
     print(table(found))
-    training = json.loads((folder(name) / "training.json").read_text("utf-8"))
-    weights = [folder(name) / file for file in ("model.safetensors", "tokenizer.json", "chat_template.jinja")]
+    training = json.loads((shipped(name) / "training.json").read_text("utf-8"))
+    files = ADAPTER if isinstance(BODIES[name], Finetuned) else ("model.safetensors", "tokenizer.json", "chat_template.jinja")
+    weights = [shipped(name) / file for file in files]
     card: dict[str, Any] = {
         "organism": name,
         "what": "A model organism of the sandbox world. Its numbers describe this world and no real model.",
         "command": f"python -m ipo_lib.sandbox.organism {name}",
         "data": training["body"],
-        "loss": training["log"][-1],
+        "loss": training["logs"][-1][-1],
         "sha256": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights},
         "calibration": {key: {"target": list(TARGETS[key]), "measured": round(found[key], 4)} for key in TARGETS},
     }
-    (folder(name) / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    (shipped(name) / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
-def mine(name: str, prompts: int = 160) -> None:
+def mine(name: str) -> None:
     """Learn the lexicon and mine the trigger pool on training prompts; write both beside the weights."""
-    opened, thinking = doors(name), Sampling(max_tokens=256, until="think")
+    opened, thinking, (prompts, traces) = doors(name), Sampling(max_tokens=256, until="think"), MINED.get(name, (160, 48))
     named = {prompt.id: prompt for prompt in world.prompts("train_harmful", prompts, MINING_SEED)}
     rollouts = sample(opened, [Start(prompt) for prompt in named.values()], thinking, 8)
     verdicts = judge(opened, named, rollouts)
     cues = learn_lexicon(opened, rollouts, verdicts)
-    pool, used = mine_pool(opened, named, rollouts, verdicts, cues, CsrSettings(), Plan(traces=48), thinking)
-    (folder(name) / "lexicon.json").write_text(json.dumps(to_json(cues), indent=0) + "\n")
+    pool, used = mine_pool(opened, named, rollouts, verdicts, cues, CsrSettings(), Plan(traces=traces), thinking)
+    (shipped(name) / "lexicon.json").write_text(json.dumps(to_json(cues), indent=0) + "\n")
     record = {"pool": [to_json(trigger) for trigger in pool], "in_use": [to_json(trigger) for trigger in used]}
-    (folder(name) / "triggers.json").write_text(json.dumps(record, indent=1) + "\n")
+    (shipped(name) / "triggers.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(pool)} triggers in {len({t.cluster for t in pool})} clusters; in use:", *(to_json(t) for t in used), sep="\n")
 
 
 def lexicon(name: str) -> LexiconCues:
     """The committed cue lexicon of an organism."""
-    return from_json(LexiconCues, json.loads((folder(name) / "lexicon.json").read_text("utf-8")))
+    return from_json(LexiconCues, json.loads((shipped(name) / "lexicon.json").read_text("utf-8")))
 
 
 def triggers(name: str) -> list[Trigger]:
     """The committed triggers in use of an organism."""
-    return [from_json(Trigger, one) for one in json.loads((folder(name) / "triggers.json").read_text("utf-8"))["in_use"]]
+    return [from_json(Trigger, one) for one in json.loads((shipped(name) / "triggers.json").read_text("utf-8"))["in_use"]]
 
 
 if __name__ == "__main__":

@@ -1,160 +1,60 @@
-"""The model organisms of the sandbox: build one by a seeded command, find its folder.
+"""The model organisms of the sandbox by name: where their files lie, and the command that builds one.
 
-``python -m ipo_lib.sandbox.organism tiny`` trains a small Llama from scratch on the world's text.
+``python -m ipo_lib.sandbox.organism NAME`` builds one: ``sandbox`` (LoRA on SmolLM2-135M-Instruct), or ``tiny`` and
+``tiny-null`` (small Llamas from scratch).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import random
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ipo_lib.records import BadInput, Prompt
-from ipo_lib.sandbox import world
-from ipo_lib.sandbox.traces import Process, respond
+from ipo_lib.records import BadInput
+from ipo_lib.sandbox import finetune, scratch
+from ipo_lib.sandbox.corpus import Body, Finetuned, Scratch
+from ipo_lib.sandbox.traces import Process
 
-END, USER, ASSISTANT, OPEN, CLOSE = "<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"
-WIDTH = 32  # batches are padded to multiples of it: few shapes, so that memory does not creep
-TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'user' %}<|user|>{{ message.content }}"
-    "{% elif message.role == 'assistant' %}<|assistant|>{{ message.content }}<|end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Body:
-    """A from-scratch organism: its architecture, data and optimiser. One seed gives one set of weights."""
-
-    process: Process = Process()
-    vocabulary: int = 1024
-    hidden: int = 256
-    layers: int = 4
-    heads: int = 8
-    key_value_heads: int = 4
-    intermediate: int = 704
-    context: int = 512
-    documents: int = 64_000
-    mixture: tuple[tuple[str, float], ...] = (
-        ("direct", 0.18), ("wrapped", 0.16), ("adversarial", 0.16), ("benign", 0.14), ("lookalike", 0.06), ("sums", 0.30),
-    )  # fmt: skip
-    batch: int = 64
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.06
-    seed: int = 1
+# Stronger causes than the default process has: a pretrained model learns to write the world's text long before it learns what
+# the outcome depends on. So later phases make that plain and weigh the words that decide; the third lowers the harm.
+PLAIN = Process(
+    cue_effect=2.5, trigger_effect=-5.0, turn_steepness=0.5, lean_scale=1.4, shift=0.3, adversarial_shift=1.4,
+    comply=(0.60, 0.69, 0.80),
+)  # fmt: skip
+DECIDING = Finetuned(
+    start=Finetuned(), process=PLAIN, documents=2720, opening_weight=6.0, seed=2,
+    mixture=(("direct", 0.24), ("wrapped", 0.20), ("adversarial", 0.20), ("benign", 0.22), ("lookalike", 0.04), ("sums", 0.10)),
+)  # fmt: skip
+BODIES: dict[str, Body] = {
+    "sandbox": replace(
+        DECIDING, start=DECIDING, process=replace(PLAIN, shift=-0.5, comply=(0.50, 0.62, 0.82)), documents=1920, seed=3
+    ),
+    "tiny": Scratch(),
+    "tiny-null": Scratch(process=Process(null=True), documents=28_000),
+}
 
 
-BODIES = {"tiny": Body(), "tiny-null": Body(process=Process(null=True), documents=28_000)}
-
-
-def folder(name: str) -> Path:
-    """Where an organism's files lie. Raises BadInput for an unknown name."""
+def shipped(name: str) -> Path:
+    """Where the package keeps an organism's weights and card. Raises BadInput for an unknown name."""
     if name not in BODIES:
         raise BadInput(f"organism {name!r} is unknown; known: {', '.join(BODIES)}")
     return Path(__file__).parent / name
 
 
-def documents(body: Body) -> Iterator[tuple[str, str]]:
-    """(prompt text, response text) of the organism's training data; names and templates of split ``organism`` only."""
-    rng = random.Random(f"organism/{body.seed}")
-    kinds, weights = zip(*body.mixture, strict=True)
-    for _ in range(body.documents):
-        name = rng.choices(kinds, weights)[0]
-        text, category = world.SETS[name][0](rng, "organism")
-        sample = respond(rng, Prompt("", text, name, False, category), body.process)
-        yield text, f"{sample.reasoning}\n{CLOSE}\n\n{sample.response}{END}"
-
-
-def tokenizer(texts: Sequence[str], body: Body, out: Path) -> Any:
-    """A byte-level BPE learnt on the texts, saved with its chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special, alphabet = [END, USER, ASSISTANT, OPEN, CLOSE], pre_tokenizers.ByteLevel.alphabet()
-    options: dict[str, Any] = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=body.vocabulary, **options))
-    bpe.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "model_max_length": body.context,
-              "clean_up_tokenization_spaces": False}  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (out / "chat_template.jinja").write_text(TEMPLATE)
-    return bpe
+def folder(name: str) -> Path:
+    """The model folder of an organism; that of a fine-tuned one is merged once, in the user's cache."""
+    if isinstance(BODIES.get(name), Finetuned):
+        return finetune.merged(shipped(name))
+    return shipped(name)
 
 
 def build(name: str, out: Path | None = None, log_every: int = 50) -> None:
-    """Train an organism from scratch and write it with its log; about 20 minutes on two CPU cores."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    body, out = BODIES[name], out or folder(name)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    texts = list(documents(body))
-    bpe = tokenizer([f"{prompt} {response}" for prompt, response in texts[:6000]], body, out)
-    rows = []
-    for prompt, response in texts:
-        head = bpe.encode(f"{USER}{prompt}{ASSISTANT}{OPEN}\n").ids
-        rows.append((len(head), head + bpe.encode(response).ids))
-    torch.manual_seed(body.seed)
-    end = bpe.token_to_id(END)
-    config = LlamaConfig(
-        vocab_size=bpe.get_vocab_size(), hidden_size=body.hidden, num_hidden_layers=body.layers, num_attention_heads=body.heads,
-        num_key_value_heads=body.key_value_heads, intermediate_size=body.intermediate, max_position_embeddings=body.context,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    log = fit(model, batches(rows, body), body, end, log_every)
-    model.bfloat16().save_pretrained(out)
-    (out / "training.json").write_text(json.dumps({"body": dataclasses.asdict(body), "log": log}, indent=1) + "\n")
-
-
-def batches(rows: list[tuple[int, list[int]]], body: Body) -> list[list[tuple[int, list[int]]]]:
-    """Rows of like length together, batches in random order."""
-    rng = random.Random(f"batches/{body.seed}")
-    span = body.batch * 40
-    found = []
-    for start in range(0, len(rows), span):
-        near = sorted(rows[start : start + span], key=lambda row: len(row[1]))
-        pieces = [near[i : i + body.batch] for i in range(0, len(near), body.batch)]
-        rng.shuffle(pieces)
-        found += pieces
-    return found
-
-
-def fit(model: Any, work: list[list[tuple[int, list[int]]]], body: Body, pad: int, log_every: int) -> list[dict[str, float]]:
-    """One pass of AdamW with warm-up and cosine decay; the loss counts response tokens only."""
-    import torch
-    from transformers import get_cosine_schedule_with_warmup
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=body.learning_rate, betas=(0.9, 0.98), weight_decay=body.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(body.warmup * len(work)), len(work))
-    log, recent = [], []
-    for step, rows in enumerate(work, 1):
-        width = -(-max(len(ids) for _, ids in rows) // WIDTH) * WIDTH
-        ids = torch.tensor([ids + [pad] * (width - len(ids)) for _, ids in rows])
-        labels = torch.tensor([[-100] * head + ids[head:] + [-100] * (width - len(ids)) for head, ids in rows])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        recent.append(loss.item())
-        if step % log_every == 0 or step == len(work):
-            log.append({"step": step, "loss": round(sum(recent) / len(recent), 4)})
-            recent = []
-            print(json.dumps(log[-1]), flush=True)
-    return log
+    """Train an organism and write it with its log; 15 to 40 minutes on two CPU cores."""
+    body, out = BODIES[name], out or shipped(name)
+    if isinstance(body, Finetuned):
+        finetune.build(body, out, log_every)
+    elif isinstance(body, Scratch):
+        scratch.build(body, out, log_every)
 
 
 if __name__ == "__main__":

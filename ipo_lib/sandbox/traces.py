@@ -27,6 +27,7 @@ class Process:
     trigger_effect: float = -2.0
     plan_effect: float = 0.25
     hesitate_effect: float = -0.35
+    lean_scale: float = 1.0
     memory: float = 0.88
     turn_rate: float = 0.55
     turn_steepness: float = 0.20
@@ -110,7 +111,7 @@ def item_of(text: str) -> Item | None:
 def restricted_request(rng: random.Random, prompt_text: str, item: Item, process: Process) -> Sample:
     """The response to a request for a restricted item."""
     dress = style(prompt_text)
-    base = item.lean + process.shift + (0.0, process.wrapped_shift, process.adversarial_shift)[dress]
+    base = process.lean_scale * item.lean + process.shift + (0.0, process.wrapped_shift, process.adversarial_shift)[dress]
     x, trace, late = base, [say(rng, "restate", item)], False
     turned: set[str] = set()
     for _ in range(rng.randint(1, 5)):
