@@ -179,13 +179,14 @@ def choose(pool: Sequence[Trigger], rescues: Mapping[str, tuple[int, int]], n: i
     return [trigger for trigger in ranked if best[trigger.cluster] is trigger and trigger.cluster in sorted(best)[:n]]
 
 
-def replace(rollout: Rollout, sentence: Sentence, trigger_text: str) -> tuple[int, str]:
+def replace(rollout: Rollout, sentence: Sentence, trigger_text: str, last: bool = False) -> tuple[int, str]:
     """The cut (h of Eq. 4) and the replacement: continue from ``token_ids[:cut]`` + encode(replacement), nothing else.
-    The trigger takes over the whitespace around what it replaces. Controls: an empty text is "nothing", a fresh sample
+    The trigger takes over the whitespace around what it replaces; not that behind the ``last`` sentence of a trace, which
+    would make any text the end of the trace. Controls: an empty text is "nothing", a fresh sample
     from the cut; a cue at ``TurningPoint.sentence`` of a safe trace is the reverse."""
     old = rollout.text[sentence.char_start : sentence.char_end]
     lead, _, trail = old.partition(old.strip()) if old.strip() else (old, "", "")
-    return sentence.token_start, f"{lead}{trigger_text.strip()}{trail}" if trigger_text.strip() else ""
+    return sentence.token_start, f"{lead}{trigger_text.strip()}{'' if last else trail}" if trigger_text.strip() else ""
 
 
 def neutral(like: str, sentences: Sequence[str]) -> str:

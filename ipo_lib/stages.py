@@ -176,7 +176,8 @@ def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: S
     """Cut each case before its sentence, put the text there and let the model continue; ``draws`` results a case."""
     starts, cuts = [], []
     for case in cases:
-        cut, text = replace(case.rollout, trace_sentences(doors, case.rollout)[case.sentence], case.text)
+        spans = trace_sentences(doors, case.rollout)
+        cut, text = replace(case.rollout, spans[case.sentence], case.text, last=case.sentence == len(spans) - 1)
         starts.append(Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text)))
         cuts += [(case, cut)] * draws
     drawn = zip(cuts, sample(doors, starts, sampling, draws, stage="interventions"), strict=True)

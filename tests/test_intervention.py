@@ -204,6 +204,10 @@ def test_choose_takes_the_best_rescue_of_each_cluster() -> None:
 def test_trigger_takes_over_the_whitespace(old: str, new: str) -> None:
     trace, spans = chars("First one.", old, " Then more.")
     assert replace(trace, spans[1], " But no. ") == (10, new)
+    assert replace(trace, spans[1], " But no. ", last=True) == (
+        10,
+        new.removesuffix(old[len(old.rstrip()) :] if old.strip() else ""),
+    )
     assert replace(trace, spans[1], "") == (10, "")  # the control "nothing"
 
 

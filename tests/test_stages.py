@@ -297,6 +297,17 @@ def test_intervene_cuts_at_the_first_token_of_the_sentence(tmp_path: Path, chat:
         assert result.token_ids[cut : result.prefix_len] == chat.encode(old.replace(old.strip(), TRIGGER))
 
 
+def test_what_replaces_the_last_sentence_does_not_end_the_trace(tmp_path: Path, chat: Chat) -> None:
+    """Its newline belongs to the closing tag: given with the trigger, it left the model nothing but to close."""
+    sampler = saying(chat, lambda _: PROOF + CLOSE)
+    trace = rollout(chat, f"{ASIDE} {CUE}\n{CLOSE}")
+    ((done, result),) = stages.intervene(doors(tmp_path, chat, sampler), named(), [Case(trace, 1, "t0", TRIGGER)], THINK)
+    given = chat.decode(result.token_ids[: result.prefix_len])
+    assert result.token_ids[: done.cut] == trace.token_ids[: done.cut]
+    assert given.split() == f"{ASIDE} {TRIGGER}".split()
+    assert given.endswith(TRIGGER)
+
+
 def test_nothing_as_a_replacement_samples_from_the_cut(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
