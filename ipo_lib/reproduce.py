@@ -46,7 +46,7 @@ def reproduce(
     runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
     so_far = [source(), repr(settings)]
     for book in books:
-        own = {name: checked(name, value, known[book][name]) for name, value in given.items() if name in known[book]}
+        own = {name: checked(name, value, known[book][name][0]) for name, value in given.items() if name in known[book]}
         values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target), **own}
         run(book, values, runs, digest([*so_far, book.read_text("utf-8"), own]), target, again)
         so_far.append(digest(produced(book, target)))  # later notebooks read the figures of earlier ones
@@ -59,10 +59,11 @@ def cost(
     parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")] = None,
 ) -> None:
     """Say what a profile would generate and how long that takes, before anything runs."""
-    given = parse(parameter or [])
-    own = {name: defaults(house() / "notebooks" / f"{name}.ipynb") for name in read(profile).notebooks}
-    settings = read(profile, {name: value for name, value in given.items() if not any(name in known for known in own.values())})
-    own = {name: known | {key: given[key] for key in known if key in given} for name, known in own.items()}
+    given, own = parse(parameter or []), dict[str, dict[str, Any]]()
+    for book in read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks:
+        known = declared(house() / "notebooks" / f"{book}.ipynb")
+        own[book] = {name: checked(name, given.get(name, value), kind) for name, (kind, value) in known.items()}
+    settings = read(profile, {name: value for name, value in given.items() if not any(name in one for one in own.values())})
     found = {} if given else cost_.measured(house() / "figures" / settings.name)
     print(cost_.table(cost_.plan(settings, own), settings, found))
 
@@ -87,21 +88,14 @@ def parse(pairs: list[str]) -> dict[str, Any]:
     return given
 
 
-def declared(book: Path) -> dict[str, str]:
-    """The parameters of a notebook with their types, from its tagged cell."""
-    from papermill import inspect_notebook
-
+def declared(book: Path) -> dict[str, tuple[str, Any]]:
+    """The parameters of a notebook from its tagged cell: the type and the default of each."""
     if not book.is_file():
         raise BadInput(f"notebook {str(book)!r} is missing; name it in notebooks/ or take it out of the profile")
-    return {name: entry["inferred_type_name"] for name, entry in inspect_notebook(str(book)).items()}
-
-
-def defaults(book: Path) -> dict[str, Any]:
-    """The parameters of a notebook with their default values."""
     cells = json.loads(book.read_text("utf-8"))["cells"]
     tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    body = ast.parse("".join(tagged["source"])).body
-    return {ast.unparse(one.target): ast.literal_eval(one.value) for one in body if isinstance(one, ast.AnnAssign) and one.value}
+    lines = [line for line in ast.parse("".join(tagged["source"])).body if isinstance(line, ast.AnnAssign)]
+    return {ast.unparse(one.target): (ast.unparse(one.annotation), ast.literal_eval(one.value)) for one in lines if one.value}
 
 
 def checked(name: str, value: Any, kind: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipo_lib import cost, profiles
-from ipo_lib.reproduce import defaults
+from ipo_lib.reproduce import declared
 
 HOUSE = Path(__file__).parents[1]
 BUDGET = 450_000  # generated tokens of the default profile
@@ -17,7 +17,8 @@ RUN = ("sandbox", "tiny", "tiny-null")  # profiles with committed figures
 
 
 def bill(settings: profiles.Profile) -> list[cost.Cost]:
-    return cost.plan(settings, {name: defaults(HOUSE / "notebooks" / f"{name}.ipynb") for name in settings.notebooks})
+    books = {name: declared(HOUSE / "notebooks" / f"{name}.ipynb") for name in settings.notebooks}
+    return cost.plan(settings, {name: {key: value for key, (_, value) in known.items()} for name, known in books.items()})
 
 
 def test_the_default_profile_keeps_its_budget() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_the_shipped_adapter_is_small_and_is_what_its_log_says() -> None:
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
         assert sum(file.get_tensor(name).numel() for name in file.keys()) == 4_884_480  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", organism.BODIES)
+def test_a_card_says_what_it_missed_and_is_about_these_weights(name: str) -> None:
+    card = json.loads((organism.shipped(name) / "card.json").read_text("utf-8"))
+    for file, expected in card["sha256"].items():
+        assert hashlib.sha256((organism.shipped(name) / file).read_bytes()).hexdigest() == expected
+    missed = [key for key, one in card["calibration"].items() if not one["target"][0] <= one["measured"] <= one["target"][1]]
+    assert card["missed"] == missed
+    assert card["why"] or name == "tiny-null"  # the null world has no targets of its own
 
 
 def test_folder_refuses_an_unknown_name() -> None:

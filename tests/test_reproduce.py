@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,6 +121,23 @@ def shell(*arguments: str, path: Path = REPOSITORY, **options: Any) -> tuple[int
 )
 def test_a_wrong_argument_is_one_line(ipo: Ipo, arguments: list[str], says: list[str]) -> None:
     one_line(ipo("reproduce", *arguments), *says)
+    one_line(ipo("cost", *arguments), *says)
+
+
+def test_cost_follows_settings_and_notebook_parameters(ipo: Ipo) -> None:
+    """It loads no model and knows what a parameter changes."""
+
+    def tokens(*arguments: str) -> int:
+        code, said, _ = ipo("cost", *arguments)
+        assert code == 0
+        return int(re.search(r"at most ([\d,]+) generated tokens", said)[1].replace(",", ""))  # type: ignore[index]
+
+    plain = tokens("tiny")
+    assert tokens("tiny", "-p", "draws=32") > plain > tokens("tiny", "-p", "notebooks=[00_quickstart]") > 0
+    assert tokens("tiny", "-p", "evaluation.draws=8") > 1.5 * plain
+    assert tokens() <= 450_000  # the default profile
+    assert "last run" in ipo("cost", "tiny")[1]
+    assert "last run" not in ipo("cost", "tiny", "-p", "draws=32")[1]
 
 
 def test_the_same_from_a_shell(tmp_path: Path) -> None:

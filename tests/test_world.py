@@ -264,9 +264,10 @@ def test_grammar_finds_the_first_cue() -> None:
     assert GrammarCues().first(rollout, prompt, ["Hm", "", "Sure, let me write the method down", "cue"]) == 2
 
 
-def test_the_judge_agrees_with_blind_labels_on_text_the_organism_wrote() -> None:
+@pytest.mark.parametrize("organism", ["sandbox", "tiny"])
+def test_the_judge_agrees_with_blind_labels_on_text_the_organism_wrote(organism: str) -> None:
     """200 parts drawn from the organism's own rollouts, labelled by reading, without the judge's verdicts."""
-    parts = json.loads((Path(__file__).parent / "blind_parts.json").read_text("utf-8"))["parts"]
+    parts = json.loads((Path(__file__).parent / f"blind_{organism}.json").read_text("utf-8"))["parts"]
     found = [harm_label(part["prompt"], part["text"])[0] for part in parts]
     assert len(parts) == 200
     assert {part["label"] for part in parts} == {SAFE, UNSAFE}
