@@ -112,7 +112,7 @@ class Decoder:
     @torch.inference_mode()
     def decode(self, prefixes: Sequence[Ids], draw: Draw, take: Take) -> None:
         """Draw tokens after every prefix until ``take(request, token)`` says that its row has ended. ``draw`` turns
-        the logits [rows, vocabulary], float32, of the requests it is given into one id each."""
+        the logits [rows, vocabulary] of the requests it is given into one id each."""
         waiting, self.rows = deque(range(len(prefixes))), []
         while waiting or any(self.rows):
             live = sum(row is not None for row in self.rows)
@@ -122,7 +122,8 @@ class Decoder:
                 self._join([], [], None)
             logits = self._step()
             going = [place for place, row in enumerate(self.rows) if row]
-            tokens = draw([row.request for row in self.rows if row], logits[going]).tolist()
+            live_logits = logits if len(going) == len(self.rows) else logits[going]
+            tokens = draw([row.request for row in self.rows if row], live_logits).tolist()
             for place, token in zip(going, tokens, strict=True):
                 row = self.rows[place]
                 assert row is not None
@@ -171,7 +172,7 @@ class Decoder:
         self.rows = list(rows)
 
     def _step(self) -> torch.Tensor:
-        """The next logits of every row, [rows, vocabulary] in float32."""
+        """The next logits of every row, [rows, vocabulary] in the model's dtype."""
         used = self.cache.layers[0].used
         rows = [row or Row(0, 0, 0) for row in self.rows]  # an ended row goes on as one that sees only itself
         lengths = torch.tensor([row.length for row in rows], device=self.device)
@@ -179,7 +180,7 @@ class Decoder:
         ids = torch.tensor([[row.token] for row in rows], device=self.device)
         out = self.model(input_ids=ids, attention_mask=self._additive(seen[:, None, None]), position_ids=lengths[:, None],
                          past_key_values=self.cache, use_cache=True)  # fmt: skip
-        return out.logits[:, -1].float()  # type: ignore[no-any-return]
+        return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def _additive(self, seen: torch.Tensor) -> torch.Tensor:
         return torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill_(~seen, float("-inf"))

@@ -84,14 +84,17 @@ def draw_seed(base: int, *parts: object) -> int:
 def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, head: int = HEAD) -> Tensor:
     """One id a row by inverse CDF, in order of ids, over its nucleus: the fewest top tokens with mass >= ``top_p``.
     ``logits`` [rows, vocabulary], ``uniforms`` [rows] in [0, 1). Exact: a nucleus wider than ``head`` sorts all."""
-    scaled, size = logits / temperature, logits.shape[-1]
-    total = scaled.logsumexp(-1, keepdim=True)
+    size = logits.shape[-1]
+    values, ids = logits.topk(min(head, size))
+    values = values.float()
+    # One copy of the vocabulary's width, then in place: a step of many rows is bound by memory.
+    every = (logits - values[:, :1]).div_(temperature).exp_()
+    total = every.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         raise BadInput("the model's logits are not finite; load it with dtype='float32'")
     if top_p >= 1:
-        return _invert((scaled - total).double().exp(), uniforms)
-    values, ids = scaled.topk(min(head, size))
-    mass = (values - total).double().exp()
+        return _invert(every.double(), uniforms)
+    mass = ((values - values[:, :1]) / temperature).double().exp() / total
     before = mass.cumsum(-1) - mass
     mass *= before < top_p
     ids, order = ids.sort(-1)

@@ -113,6 +113,32 @@ def test_loss_is_the_mean_over_response_tokens_only(tmp_path: Path) -> None:
     assert found.item() == pytest.approx(weighted.item(), rel=0.02)
 
 
+def test_build_goes_on_from_what_it_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two phases in one adapter: the second begins where the first ended, and the logs say so."""
+    base = tiny_model(tmp_path / "base", spread=0.3)
+    monkeypatch.setattr(finetune, "base", lambda: base)
+    first = Finetuned(documents=24, batch=4, learning_rate=0.02, rank=2)
+    body = dataclasses.replace(first, start=first, documents=8, learning_rate=1e-6, opening_weight=2.0, seed=2)
+    assert finetune.phases(dataclasses.replace(body, start=body)) == [first, body, dataclasses.replace(body, start=body)]
+    finetune.build(body, tmp_path / "out", 1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*finetune.ADAPTER, "training.json"}
+    written = json.loads((tmp_path / "out" / "training.json").read_text("utf-8"))
+    assert written["body"] == json.loads(json.dumps(dataclasses.asdict(body)))
+    logs = [[row["loss"] for row in log] for log in written["logs"]]
+    assert list(map(len, logs)) == [6, 2]
+    assert max(logs[1]) < logs[0][0] - 0.3  # learnt before, and not anew at this rate
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(finetune.merged(tmp_path / "out"))
+    before = AutoModelForCausalLM.from_pretrained(base)
+    changed = [
+        name
+        for name, value in model.state_dict().items()
+        if not torch.allclose(value.float(), before.state_dict()[name], atol=0.02)
+    ]
+    assert any("_proj" in name for name in changed)
+    assert not any("embed" in name for name in changed)
+
+
 def test_fit_lowers_the_loss_and_batches_hold_every_row_once(tmp_path: Path) -> None:
     body = Finetuned(documents=32, batch=8, learning_rate=0.01)
     model, chat = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path)), Chat(tmp_path)
