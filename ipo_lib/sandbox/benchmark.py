@@ -27,7 +27,7 @@ from ipo_lib.sandbox import world
 from ipo_lib.sandbox.corpus import Finetuned, documents
 from ipo_lib.sandbox.organism import folder
 
-TOKENS, PREFIX, REPEATS, TEMPERATURE, TOP_P = 48, 150, 3, 0.6, 0.95
+TOKENS, PREFIX, REPEATS, TEMPERATURE, TOP_P = 64, 150, 3, 0.6, 0.95
 PAIRS, LENGTHS = 64, (128, 256)  # of a pair's longer side, prompt included; half of it is suffix
 LEAN = dpo.DpoSettings(learning_rate=2e-4, batch_size=4, accumulation=2, sft_weight=0.0, use_cpu=True)
 STOCK: dict[str, Any] = {
