@@ -35,7 +35,7 @@ class DpoSettings:
     """One training stage (paper.md 2.2); one object per stage, as it is disputed which stages carry the SFT term.
     ``loss`` ``sigmoid`` is Eq. 4 on summed suffix log-probabilities, ``sigmoid_norm`` on their means; ``sft_weight``
     scales the token-mean NLL of the chosen suffix. ``batch_size``: pairs per forward and device; the paper's 64 is
-    batch_size x accumulation x devices. ``length_buckets``: forwards of like-long pairs, in random order. ``warmup``
+    batch_size x accumulation x devices. ``length_buckets``: batches of like-long pairs, in random order. ``warmup``
     below 1: a share of the steps. ``targets``: PEFT's word or regex. ``quantize`` nf4: QLoRA, auto: above 1B."""
 
     learning_rate: float = 5e-6
@@ -130,25 +130,27 @@ def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pa
     return [[side[i] for i in sorted(draw.sample(range(len(side)), size))] for side, size in sides]
 
 
-class Buckets:
-    """A sampler of pair indices: batches of like length in random order, another order each epoch, a short batch last."""
+def bucketed(pairs: Pairs, seed: int) -> list[Pair]:
+    """The pairs by length, equals in random order: neighbours make a batch, for the reference as in every epoch. In 16 bits a
+    log-probability depends on the padding, so a reference from other batches would not start at a margin of 0."""
+    drawn = random.Random(seed).sample(list(pairs), len(pairs))
+    return sorted(drawn, key=lambda pair: len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)))
 
-    def __init__(self, pairs: Pairs, batch_size: int, seed: int) -> None:
-        self.lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+class Batches:
+    """A sampler that keeps neighbours in one batch: whole batches in random order, another each epoch, a short one last."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.count
 
     def __iter__(self) -> Iterator[int]:
-        draw, order = random.Random(f"{self.seed}/{self.epoch}"), list(range(len(self)))
+        draw, size = random.Random(f"{self.seed}/{self.epoch}"), self.batch_size
         self.epoch += 1
-        draw.shuffle(order)  # who shares a batch with whom among equals
-        size, whole = self.batch_size, len(self) - len(self) % self.batch_size
-        last, order = order[whole:], sorted(order[:whole], key=lambda place: self.lengths[place])
-        batches = [order[at : at + size] for at in range(0, whole, size)]
-        draw.shuffle(batches)
-        return iter([place for batch in batches for place in batch] + last)
+        starts = draw.sample(whole := range(0, self.count - size + 1, size), len(whole))
+        return iter([at + step for at in starts for step in range(size)] + [*range(len(whole) * size, self.count)])
 
 
 def ids_trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None = None) -> Any:
@@ -166,12 +168,13 @@ def ids_trainer(pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder
             return dataset  # law 1: the rows are ids already; TRL would tokenize text again
 
         def _get_train_sampler(self, *given: Any) -> Any:
-            buckets = Buckets(pairs, settings.batch_size, settings.seed)
-            return buckets if settings.length_buckets else super()._get_train_sampler(*given)
+            batches = Batches(len(pairs), settings.batch_size, settings.seed)
+            return batches if settings.length_buckets else super()._get_train_sampler(*given)
 
         def _send_telemetry(self) -> None:
             """TRL reports every run to the hub; this package works offline."""
 
+    pairs = bucketed(pairs, settings.seed) if settings.length_buckets else pairs
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = DPOConfig(  # every default of TRL 1.16 that bites (checkpointing, bf16, logging, reports) is explicit

@@ -127,7 +127,7 @@ def test_loss_after_the_weights_moved_equals_the_oracle(model: Path, stage1: Any
         sizes = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
         both = [[(c / n, r / m) for (c, r), (n, m) in zip(x, sizes, strict=True)] for x in (policy, reference)]
         assert row["loss"] == pytest.approx(preference_loss(both[0], both[1], 0.3), abs=1e-4)
-    assert abs(row["loss"] - LOG2) > 1e-2
+    assert abs(row["loss"] - LOG2) > 1e-3  # ten times what is allowed above
     assert row["logps/chosen"] == pytest.approx(mean(policy, 0), abs=1e-3)
     assert row["logps/rejected"] == pytest.approx(mean(policy, 1), abs=1e-3)
 
@@ -154,7 +154,7 @@ def test_collated_batch_is_masked_up_to_the_divergence(model: Path, tmp_path: Pa
     from transformers import AutoTokenizer
 
     pairs, tokenizer = make_pairs(4), AutoTokenizer.from_pretrained(model)
-    trainer = dpo.ids_trainer(pairs, model, replace(PLAIN, precompute_ref_log_probs=False), tmp_path)
+    trainer = dpo.ids_trainer(pairs, model, replace(PLAIN, precompute_ref_log_probs=False, length_buckets=False), tmp_path)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     suffixes = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
     assert batch["input_ids"].shape[1] % PLAIN.pad_to_multiple_of == 0
@@ -321,17 +321,31 @@ def test_mix_keeps_the_ratio(harmful: int, benign: int, ratio: float, sizes: tup
         assert kept != dpo.mix(*sides, replace(settings, seed=5))
 
 
-def test_buckets_hold_every_pair_once_with_its_like() -> None:
+def test_batches_hold_every_pair_once_with_its_like() -> None:
     pairs = [replace(pair, chosen_ids=(5,) * (1 + place * 7 % 40)) for place, pair in enumerate(make_pairs(42))]
-    sampler = dpo.Buckets(pairs, 4, 7)
+    arranged = dpo.bucketed(pairs, 7)
+    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in arranged]
+    assert sorted(pair.id for pair in arranged) == sorted(pair.id for pair in pairs)
+    assert lengths == sorted(lengths)
+    assert dpo.bucketed(pairs, 7) == arranged
+    sampler = dpo.Batches(42, 4, 7)
     epochs = [list(sampler) for _ in range(2)]
     assert epochs[0] != epochs[1]
-    assert [list(again) for again in (dpo.Buckets(pairs, 4, 7),)] == epochs[:1]
+    assert list(dpo.Batches(42, 4, 7)) == epochs[0]
     for order in epochs:
         assert sorted(order) == list(range(len(sampler))) == list(range(42))
-        spans = [[sampler.lengths[place] for place in order[at : at + 4]] for at in range(0, 40, 4)]
-        assert sum(max(one) - min(one) for one in spans) <= max(sampler.lengths) - min(sampler.lengths)
-        assert spans != sorted(spans)
+        batches = [order[at : at + 4] for at in range(0, 40, 4)]
+        assert all(batch == list(range(batch[0], batch[0] + 4)) and batch[0] % 4 == 0 for batch in batches)
+        assert order[40:] == [40, 41]
+    assert list(dpo.Batches(3, 4, 0)) == [0, 1, 2]
+
+
+def test_in_16_bits_the_reference_is_that_of_the_first_step(model: Path, tmp_path: Path) -> None:
+    """The rounding of a batch depends on its padding: a reference taken in other batches was off by up to two nats."""
+    pairs = [replace(pair, chosen_ids=(5, 9, 7) * (1 + place * 7 % 11)) for place, pair in enumerate(make_pairs(12))]
+    settings = replace(PLAIN, learning_rate=1e-12, batch_size=4, dtype="bfloat16", pad_to_multiple_of=1)
+    rows = dpo.train(pairs, model, settings, tmp_path)
+    assert [row["margin"] for row in rows] == [0.0] * 3
 
 
 def test_buckets_change_the_order_and_no_loss(model: Path, tmp_path: Path) -> None:
