@@ -341,7 +341,7 @@ def test_batches_hold_every_pair_once_with_its_like() -> None:
 
 
 def test_in_16_bits_the_reference_is_that_of_the_first_step(model: Path, tmp_path: Path) -> None:
-    """The rounding of a batch depends on its padding: a reference taken in other batches was off by up to two nats."""
+    """The rounding of a batch depends on its padding: a reference taken in other batches was off."""
     pairs = [replace(pair, chosen_ids=(5, 9, 7) * (1 + place * 7 % 11)) for place, pair in enumerate(make_pairs(12))]
     settings = replace(PLAIN, learning_rate=1e-12, batch_size=4, dtype="bfloat16", pad_to_multiple_of=1)
     rows = dpo.train(pairs, model, settings, tmp_path)
