@@ -6,7 +6,7 @@ run did ask for stands in the sidecars of its figures."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ from typing import Any
 from ipo_lib.profiles import Profile
 
 HALF = 0.5  # of a trace is still to come at a cut, on average
-Drawn = Iterator[tuple[str, float, float]]  # what for, rollouts, tokens of each
+Drawn = Iterator[tuple[str, float, float, str]]  # what for, rollouts, tokens of each, the pool they come from
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One line of the bill: ``rollouts`` drawn, ``tokens`` generated, ``pairs`` trained on (an epoch each counts)."""
+    """One line of the bill: ``rollouts`` drawn, ``tokens`` generated, ``pairs`` trained on (an epoch each counts). Lines of one
+    ``pool`` ask for the same draws, so that only the largest is paid for."""
 
     notebook: str
     what: str
     rollouts: float = 0.0
     tokens: float = 0.0
     pairs: float = 0.0
+    pool: str = ""
 
 
 def plan(settings: Profile, parameters: Mapping[str, Mapping[str, Any]]) -> list[Cost]:
@@ -33,46 +35,132 @@ def plan(settings: Profile, parameters: Mapping[str, Mapping[str, Any]]) -> list
     bill = []
     for name in settings.notebooks:
         if (lines := NOTEBOOKS.get(name)) is not None:
-            bill += [Cost(name, what, count, count * each) for what, count, each in lines(settings, parameters.get(name, {}))]
+            drawn = lines(settings, parameters.get(name, {}))
+            bill += [Cost(name, what, count, count * each, pool=pool or f"{name}/{what}") for what, count, each, pool in drawn]
     if "06_ipo_training" in settings.notebooks:
         count, plan_ = settings.prompts["train_harmful"].count, settings.plan
-        bill.append(Cost("06_ipo_training", "stage 1, stage 2", pairs=2 * count * plan_.pool * settings.stage1.epochs))
+        pairs = 2 * count * plan_.pool * settings.stage1.epochs
+        bill.append(Cost("06_ipo_training", "stage 1, stage 2", pairs=pairs, pool="06_ipo_training/stages"))
     return bill
+
+
+def paid(bill: Iterable[Cost]) -> float:
+    """Generated tokens of a bill: draws that several lines ask for are made once."""
+    largest: dict[str, float] = {}
+    for one in bill:
+        largest[one.pool] = max(largest.get(one.pool, 0.0), one.tokens)
+    return sum(largest.values())
+
+
+def response(settings: Profile, name: str) -> float:
+    """Mean tokens of a whole response on a set."""
+    return settings.expected.response.get(name, settings.expected.trace + settings.expected.answer)
+
+
+def responses(settings: Profile, draws: float) -> Drawn:
+    """Whole responses of the untouched model on the harmful sets."""
+    for name in settings.evaluation.harmful:
+        yield f"{name}, before", settings.prompts[name].count * draws, response(settings, name), f"before/{name}"
+
+
+def training_traces(settings: Profile) -> tuple[str, float, float, str]:
+    """The untouched model's traces of the training prompts."""
+    return "traces", settings.prompts["train_harmful"].count * settings.plan.draws, settings.expected.trace, "traces"
+
+
+def curves(settings: Profile, label: str, count: float) -> tuple[str, float, float, str]:
+    """CSR curves of ``count`` traces."""
+    draws = count * (1 + settings.expected.sentences) * settings.csr.draws
+    return f"CSR of {label} traces", draws, HALF * settings.expected.trace, f"csr/{label}"
 
 
 def quickstart(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Traces of some prompts, two CSR curves, every replacement of one cue."""
     trace = settings.expected.trace
-    yield "traces", own["candidates"] * own["draws"], trace
-    yield "CSR of two traces", 2 * settings.expected.sentences * settings.csr.draws, HALF * trace
-    yield "replacements", (2 + settings.plan.pool) * own["draws"], HALF * trace
+    yield "traces", own["candidates"] * own["draws"], trace, ""
+    yield "CSR of two traces", 2 * (1 + settings.expected.sentences) * settings.csr.draws, HALF * trace, ""
+    yield "replacements", (2 + settings.plan.pool) * own["draws"], HALF * trace, ""
+
+
+def safety(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """Whole responses, the answers after swapped traces, and the aligned model's responses where there is one."""
+    yield from responses(settings, own["draws"])
+    prompts = sum(settings.prompts[name].count for name in settings.evaluation.harmful)
+    yield "answers after a swap", 2 * prompts * own["swap_draws"], settings.expected.answer, ""
+    if settings.aligned:
+        yield "aligned model", prompts * own["draws"], settings.expected.trace + settings.expected.answer, ""
+
+
+def diversity(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """A group of draws on every set."""
+    yield from responses(settings, own["group"])
+    yield training_traces(settings)
+
+
+def triggers(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """CSR curves of safe and of unsafe traces."""
+    yield training_traces(settings)
+    yield curves(settings, "safe", own["safe_traces"])
+    yield curves(settings, "unsafe", own["unsafe_traces"])
+
+
+def cues(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """CSR curves of unsafe traces."""
+    yield training_traces(settings)
+    yield curves(settings, "unsafe", own["unsafe_traces"])
+
+
+def interventions(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """Rounds of every trigger and of a neutral sentence, the controls, and cues put into safe traces; not the null world's."""
+    harmful, pool = settings.prompts["train_harmful"].count, settings.plan.pool
+    part, neutral = HALF * settings.expected.trace, len(settings.neutral)
+    yield training_traces(settings)
+    yield "first round, controls", harmful * (2 * pool + neutral + 4), part, ""
+    yield "later rounds", harmful * own["rounds"], part, ""
+    yield curves(settings, "safe", own["safe_traces"])
+    yield curves(settings, "unsafe", own["unsafe_traces"])
+    yield "cues in safe traces", own["safe_traces"] * own["reverse_draws"] * (own["cues"] + 1), part, ""
 
 
 def training(settings: Profile, own: Mapping[str, Any]) -> Drawn:
-    """Algorithm 1 once per trigger on fresh traces, the causal check, and what benign prompts are refused."""
+    """Algorithm 1 once per trigger on fresh traces, what benign prompts are refused, and harm on the way."""
     harmful, benign = (settings.prompts[name].count for name in ("train_harmful", "train_benign"))
     trace, pool = settings.expected.trace, settings.plan.pool
-    yield "traces", harmful * settings.plan.draws, trace
-    yield "causal check", harmful * (pool + len(settings.neutral)), HALF * trace
-    yield "a trace for each trigger", harmful * pool, trace
-    yield "corrections", harmful * pool * settings.plan.rounds, HALF * trace
-    yield "benign responses", 2 * benign, trace + settings.expected.answer
+    yield "a trace for each trigger", harmful * pool, trace, "traces"
+    yield "corrections", harmful * pool * settings.plan.rounds, HALF * trace, ""
+    yield "benign responses", 2 * benign, trace + settings.expected.answer, ""
+    for name in settings.evaluation.harmful:
+        count, each = settings.prompts[name].count * own["draws"], response(settings, name)
+        yield f"{name}, before", count, each, f"before/{name}"
+        yield f"{name}, after stage 1", count, each, f"after/{name}"
+        yield f"{name}, on the way", settings.stage1.keep * count, each, ""
 
 
 def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Whole responses on every set, by the base model and after each stage."""
     for name in settings.evaluation.sets:
-        count = settings.prompts[name].count * settings.evaluation.draws
-        yield f"{name}, three models", 3 * count, settings.expected.trace + settings.expected.answer
+        count, each = settings.prompts[name].count * settings.evaluation.draws, response(settings, name)
+        yield f"{name}, before", count, each, f"before/{name}"
+        yield f"{name}, after stage 1", count, each, f"after/{name}"
+        yield f"{name}, after stage 2", count, each, ""
 
 
-NOTEBOOKS = {"00_quickstart": quickstart, "06_ipo_training": training, "07_evaluation": evaluation}
+NOTEBOOKS = {
+    "00_quickstart": quickstart,
+    "01_reasoning_vs_response": safety,
+    "02_rollout_diversity": diversity,
+    "03_safety_triggers": triggers,
+    "04_compliance_cues": cues,
+    "05_corrective_intervention": interventions,
+    "06_ipo_training": training,
+    "07_evaluation": evaluation,
+}
 
 
 def minutes(bill: list[Cost], settings: Profile) -> float:
     """Wall-clock time of a bill on the machine whose speeds the profile states."""
     at = settings.expected
-    seconds = sum(one.tokens / at.tokens_per_second + one.pairs * at.seconds_per_pair for one in bill)
+    seconds = paid(bill) / at.tokens_per_second + sum(one.pairs for one in bill) * at.seconds_per_pair
     return (seconds + at.seconds_per_notebook * len(settings.notebooks)) / 60
 
 
@@ -91,11 +179,9 @@ def table(bill: list[Cost], settings: Profile, found: Mapping[str, int]) -> str:
     for name in settings.notebooks:
         own = [one for one in bill if one.notebook == name]
         last = f"   last run {found[name[:2]]:,}" if name[:2] in found else ""
-        lines.append(
-            f"{name:26} {sum(one.rollouts for one in own):9,.0f} rollouts {sum(one.tokens for one in own):11,.0f} tokens{last}"
-        )
+        lines.append(f"{name:26} {sum(one.rollouts for one in own):9,.0f} rollouts {paid(own):11,.0f} tokens{last}")
         lines += [f"  {one.what:24} {one.rollouts:9,.0f} {one.tokens:20,.0f}" for one in own if one.rollouts]
-    total = f"at most {sum(one.tokens for one in bill):,.0f} generated tokens"
+    total = f"at most {paid(bill):,.0f} generated tokens, draws that notebooks share counted once"
     return "\n".join(
         [*lines, f"{settings.name}: {total}, about {minutes(bill, settings):.0f} minutes on {settings.expected.machine}"]
     )

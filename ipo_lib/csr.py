@@ -117,6 +117,13 @@ def _history(points: Points, met: Sequence[bool | None], kind: str) -> Iterator[
         yield GRADUAL
 
 
+def delta(points: Points, sentences: Sentences) -> dict[int, float]:
+    """S after minus S before each sentence, by its index: what the sentence did to CSR. Sentences without judged
+    continuations at both of their ends are left out."""
+    s = {point.cut: point.s for point in points if point.n}
+    return {one.index: s[one.token_end] - s[one.token_start] for one in sentences if {one.token_start, one.token_end} <= s.keys()}
+
+
 def curve(points: Points, confidence: float = 0.95) -> list[dict[str, float]]:
     """One tidy row a cut with its Wilson interval; where nothing was judged s is nan and the interval [0, 1].
     At 32 draws Wilson covers any S in [0.02, 0.98] at 92-98 %, Clopper-Pearson at 95-99.7 %."""

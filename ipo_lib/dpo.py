@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from ipo_lib import progress
 from ipo_lib.records import BadInput, Pair, canonical
 
 Folder = Path | str
@@ -26,6 +27,7 @@ LARGE = 2_000_000_000  # bytes of weights: a billion parameters in 16 bits
 ADAPTER, METRICS, SUMMARY = "adapter_config.json", "metrics.jsonl", "training.json"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LOGGED = ("step", "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
+KEPT = "pairs-"
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SAME = ("learning_rate", "beta", "weight_decay", "pad_to_multiple_of", "precompute_ref_log_probs", "seed")
 
@@ -36,7 +38,8 @@ class DpoSettings:
     ``loss`` ``sigmoid`` is Eq. 4 on summed suffix log-probabilities, ``sigmoid_norm`` on their means; ``sft_weight``
     scales the token-mean NLL of the chosen suffix. ``batch_size``: pairs per forward and device; the paper's 64 is
     batch_size x accumulation x devices. ``length_buckets``: batches of like-long pairs, in random order. ``warmup``
-    below 1: a share of the steps. ``targets``: PEFT's word or regex. ``quantize`` nf4: QLoRA, auto: above 1B."""
+    below 1: a share of the steps. ``targets``: PEFT's word or regex. ``quantize`` nf4: QLoRA, auto: above 1B. ``keep``: adapters
+    kept on the way, evenly spaced, to measure what training did by how many pairs were seen."""
 
     learning_rate: float = 5e-6
     beta: float = 0.1
@@ -59,6 +62,7 @@ class DpoSettings:
     precompute_ref_log_probs: bool = True
     activation_checkpointing: bool = False
     use_cpu: bool = False
+    keep: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,25 +99,46 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     suffix_only = mock.patch("trl.trainer.utils._use_triton", lambda device: device.type in ("cpu", "cuda"))
     with suffix_only, mock.patch.dict(os.environ, TQDM_DISABLE="1"):  # the one switch that TRL's precomputation reads
         trainer = ids_trainer(fitting, model, settings, out, adapter)
+        trainer.add_callback(_on_the_way(Path(out), Path(model).name, settings.keep))
         # PEFT turns every input to LoRA's float32, and autocast turns it back: the same numbers, twice the memory traffic.
         with disable_input_dtype_casting(trainer.model, active=settings.dtype == "bfloat16"):
             trainer.train()
+    if trainer.state.max_steps == 1 and trainer.args.get_warmup_steps(1):
+        raise BadInput("dpo: the only step is warm-up, at a learning rate of 0; lower batch_size, or set warmup to 0")
     rows = _rows(trainer.state.log_history, settings.beta)
     if trainer.accelerator.is_main_process:
         batch = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
         summary: dict[str, Any] = {"base": Path(model).name, "continued": bool(adapter), "effective_batch": batch}
         summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "quantized": quantization(model, settings)}
         summary |= {"settings": asdict(settings)}
-        lora, target = trainer.accelerator.unwrap_model(trainer.model), Path(out)
-        config, modules = lora.peft_config["default"], lora.peft_config["default"].target_modules
-        config.base_model_name_or_path = summary["base"]  # the name: a path would tie the adapter to this machine
-        config.target_modules = modules if isinstance(modules, str) else sorted(modules)  # a set's order varies
-        # The adapter and its records: no checkpoint, optimizer, pickled arguments or generated model card.
-        lora.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
-        (target / "README.md").unlink(missing_ok=True)
+        _save(trainer.accelerator.unwrap_model(trainer.model), target := Path(out), summary["base"])
         (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
         (target / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return rows
+
+
+def _save(lora: Any, target: Path, base: str) -> None:
+    """Write the adapter: no checkpoint, optimizer, pickled arguments or generated model card."""
+    config, modules = lora.peft_config["default"], lora.peft_config["default"].target_modules
+    config.base_model_name_or_path = base  # the name: a path would tie the adapter to this machine
+    config.target_modules = modules if isinstance(modules, str) else sorted(modules)  # a set's order varies
+    lora.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
+    (target / "README.md").unlink(missing_ok=True)
+
+
+def _on_the_way(out: Path, base: str, keep: int) -> Any:
+    """A callback that says how far training is and keeps ``keep`` adapters in ``out`` / KEPT + pairs seen."""
+    import transformers
+
+    class OnTheWay(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            progress.say(state.global_step, state.max_steps, "training")
+            at = [round(place * state.max_steps / (keep + 1)) for place in range(1, keep + 1)]
+            if state.global_step in at and state.is_world_process_zero:
+                seen = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+                _save(model, out / f"{KEPT}{seen:06d}", base)
+
+    return OnTheWay()
 
 
 def quantization(model: Folder, settings: DpoSettings) -> str | None:

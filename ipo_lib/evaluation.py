@@ -13,12 +13,13 @@ from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors, Start, by_prompt, judge, sample
 from ipo_lib.stats import Interval, paired_difference, pooled_rate
 
-TRACE_HARM, ANSWER_HARM, REFUSED, ANSWERED, CORRECT = "trace harm", "answer harm", "refused", "answered", "correct"
+TRACE_HARM, ANSWER_HARM, CORRECT = "trace harm", "answer harm", "correct"
+REFUSED, PARTLY, ANSWERED = "refused", "partly", "answered"
 MEASURES = {
     TRACE_HARM: (TRACE, "harm", UNSAFE), ANSWER_HARM: (ANSWER, "harm", UNSAFE), CORRECT: (ANSWER, "correct", "correct"),
-    REFUSED: (ANSWER, "refusal", "refused"), ANSWERED: (ANSWER, "refusal", "answered"),
+    REFUSED: (ANSWER, "refusal", "refused"), PARTLY: (ANSWER, "refusal", "partly"), ANSWERED: (ANSWER, "refusal", "answered"),
 }  # fmt: skip
-ASKED = {"harmful": (TRACE_HARM, ANSWER_HARM), "benign": (REFUSED, ANSWERED), "capability": (CORRECT,)}
+ASKED = {"harmful": (TRACE_HARM, ANSWER_HARM), "benign": (REFUSED, PARTLY, ANSWERED), "capability": (CORRECT,)}
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,16 @@
-"""Figures: tidy rows and Axes in, Axes out; a trace as coloured text; ``save`` with a JSON sidecar, byte for byte stable."""
+"""Figures: tidy rows and Axes in, Axes out; claims with their interval and n; ``save`` with a JSON sidecar, the same bytes."""
 
 from __future__ import annotations
 
-import html
+import itertools
 import json
 import math
-import unicodedata
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipo_lib.records import BadInput, Rollout, Sentence
+from ipo_lib.records import BadInput
 from ipo_lib.stats import Interval, format_interval
 
 if TYPE_CHECKING:
@@ -21,13 +21,16 @@ Rows = Sequence[Mapping[str, Any]]
 COLUMN = (3.4, 2.4)  # inches: one column of a two-column paper
 SAFE_COLOUR, UNSAFE_COLOUR, NEUTRAL_COLOUR, AFTER_COLOUR = "#0072B2", "#D55E00", "#777777", "#009E73"
 SERIES = (SAFE_COLOUR, UNSAFE_COLOUR, AFTER_COLOUR, "#CC79A7", "#E69F00")  # Okabe-Ito: safe for colour-blind readers
-SHIFT = 0.16  # how far two points of one row stand apart
+GROUPS = (NEUTRAL_COLOUR, AFTER_COLOUR, "#CC79A7", SAFE_COLOUR)  # before, after stage 1, after stage 2
+REPORTED = "paper (second-hand)"
+LABEL = 26  # characters of a row's name before it goes on in a second line
 STYLE = {
     "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
     "savefig.dpi": 200, "lines.linewidth": 1.2, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
 }  # fmt: skip
 ORIGINS = ("calibrated", "emergent")
+BUILT = " The world was built or fitted for this."
 LOG2, LOG2_TOLERANCE = math.log(2), 1e-3  # the first DPO loss, before any step
 
 
@@ -44,81 +47,124 @@ def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "
     """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band."""
     cut, s, low, high = ([row[name] for row in rows if row["n"]] for name in ("cut", "s", "low", "high"))
     ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(cut, s, color=colour, marker="o", markersize=2.5, label=label)
+    ax.plot(cut, s, color=colour, marker="o", markersize=2.5, label=label or None)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
-    ax.legend(loc="best")
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(loc="best")
     return ax
 
 
-def rates(rows: Sequence[tuple[str, Interval]], ax: Axes, *, unit: str) -> Axes:
-    """Named rates as points with their intervals, top to bottom in the given order."""
-    for place, (_, rate) in enumerate(rows):
-        ax.plot([100 * rate.low, 100 * rate.high], [place, place], color=SAFE_COLOUR)
-        ax.plot(100 * rate.value, place, "o", color=SAFE_COLOUR, markersize=4)
+def rates(rows: Sequence[tuple[str, Interval]], ax: Axes, *, unit: str, reported: Mapping[str, float] | None = None) -> Axes:
+    """Named rates as points with their intervals, top to bottom in the given order; ``reported``: the paper's, in percent."""
+    for place, (name, rate) in enumerate(rows):
+        _point(ax, rate, place, SAFE_COLOUR)
+        if reported and name in reported:
+            _reported(ax, reported[name], place)
     _rows(ax, [name for name, _ in rows], unit)
+    if reported:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), handletextpad=0.1)
     return ax
 
 
-def before_after(rows: Rows, ax: Axes, *, names: tuple[str, str] = ("before", "after")) -> Axes:
-    """``evaluation.compare`` rows: before and after, one above the other, each with its interval."""
-    sides = zip(("before", "after"), (-SHIFT, SHIFT), (NEUTRAL_COLOUR, AFTER_COLOUR), names, strict=True)
-    for side, shift, colour, name in sides:
-        for place, row in enumerate(rows):
-            ax.plot([100 * row[f"{side} low"], 100 * row[f"{side} high"]], [place + shift] * 2, color=colour)
-            ax.plot(100 * row[side], place + shift, "o", color=colour, markersize=3.5, label=name if not place else None)
-    _rows(ax, [f"{row['set']}: {row['measure']}" for row in rows], "share of responses (%)")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handletextpad=0.1)
+def groups(rows: Sequence[tuple[str, Sequence[Interval | None]]], ax: Axes, *, names: Sequence[str], unit: str,
+           colours: Sequence[str] = GROUPS, reported: Mapping[str, Sequence[float | None]] | None = None) -> Axes:  # fmt: skip
+    """Rows of several rates, one above the other in the order of ``names``; None where one was not measured. ``reported``: the
+    paper's rates of a row, in percent, in the same order."""
+    step = 0.5 / max(len(names), 1)
+    for place, (label, sides) in enumerate(rows):
+        for at, (rate, colour) in enumerate(zip(sides, colours, strict=False)):
+            y = place + (at - (len(names) - 1) / 2) * step
+            if rate is not None:
+                _point(ax, rate, y, colour)
+            if (said := (reported or {}).get(label, ())[at : at + 1]) and said[0] is not None:
+                _reported(ax, said[0], y)
+    for name, colour in zip(names, colours, strict=False):
+        ax.plot([], [], "o", color=colour, markersize=3.5, label=name)
+    _rows(ax, [label for label, _ in rows], unit)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handletextpad=0.1, columnspacing=0.8)
     return ax
+
+
+def _point(ax: Axes, rate: Interval, y: float, colour: str) -> None:
+    ax.plot([100 * rate.low, 100 * rate.high], [y, y], color=colour)
+    ax.plot(100 * rate.value, y, "o", color=colour, markersize=3.5)
+
+
+def _reported(ax: Axes, percent: float, y: float) -> None:
+    """The paper's number as a hollow diamond, named once a panel."""
+    named = REPORTED in ax.get_legend_handles_labels()[1]
+    ax.plot(percent, y, "D", color="black", fillstyle="none", markersize=4.5, label=None if named else REPORTED)
 
 
 def _rows(ax: Axes, names: Sequence[str], unit: str) -> None:
     """Names down the side, percent along the bottom."""
-    ax.set(xlabel=unit, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103))
+    ax.set(xlabel=unit, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103))
+    ax.set_yticklabels([textwrap.fill(name, LABEL) for name in names])
+
+
+def bars(rows: Sequence[Interval], ax: Axes, *, title: str, alike: Sequence[float] = (), reported: float | None = None) -> Axes:
+    """Fig 4: the share of prompts by how many of a group are safe; ``alike``: the shares if all prompts had one rate."""
+    at = range(len(rows))
+    gaps = [[100 * (r.value - r.low) for r in rows], [100 * (r.high - r.value) for r in rows]]
+    ax.bar(at, [100 * r.value for r in rows], yerr=gaps, color=SAFE_COLOUR, alpha=0.5, error_kw={"elinewidth": 0.7})
+    if alike:
+        ax.plot(at, [100 * x for x in alike], color=NEUTRAL_COLOUR, marker=".", markersize=3, label="if prompts were alike")
+    if reported is not None:
+        ax.plot(0, reported, "D", color="black", fillstyle="none", markersize=4.5, label=REPORTED)
+    ax.set(xlabel="safe traces in a group", ylabel="prompts (%)", xticks=list(at))
+    ax.set_title(title, fontsize=8)
+    ax.set_ylim(0, 60)
+    return ax
+
+
+def lines(series: Mapping[str, Sequence[tuple[float, Interval]]], ax: Axes, *, xlabel: str, ylabel: str,
+          reported: Sequence[tuple[float, float]] = ()) -> Axes:  # fmt: skip
+    """Named rates against a number, each point with its interval; ``reported``: the paper's points, in percent."""
+    for colour, (name, rows) in zip(itertools.cycle(SERIES), series.items(), strict=False):
+        x, y = [x for x, _ in rows], [100 * rate.value for _, rate in rows]
+        gaps = [[100 * (r.value - r.low) for _, r in rows], [100 * (r.high - r.value) for _, r in rows]]
+        ax.errorbar(x, y, yerr=gaps, color=colour, marker="o", markersize=3, elinewidth=0.7, label=name)
+    if reported:
+        x, y = [x for x, _ in reported], [y for _, y in reported]
+        ax.plot(x, y, "D--", color="black", fillstyle="none", markersize=4.5, linewidth=0.7, label=REPORTED)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-3, 103))
+    ax.legend(loc="upper right")
+    return ax
+
+
+def scatter(x: Sequence[float], y: Sequence[float], ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
+    """Fig 5b: one point a trace, and the diagonal; equal points are drawn darker."""
+    top = max([*x, *y, 1])
+    ax.plot([0, top], [0, top], color=NEUTRAL_COLOUR, linewidth=0.7, linestyle=":")
+    ax.plot(x, y, "o", color=UNSAFE_COLOUR, alpha=0.5, markersize=4, markeredgewidth=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.03 * top, 1.05 * top), ylim=(-0.03 * top, 1.05 * top))
+    return ax
 
 
 def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Axes:
     """Training metrics (column -> label) against the step."""
     for colour, (name, label) in zip(SERIES, names.items(), strict=False):
-        ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=colour, label=label)
+        ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=colour, marker=".", label=label)
     ax.set(xlabel="step", ylabel=unit)
     ax.legend(loc="best")
     return ax
 
 
-def show(rollout: Rollout, spans: Sequence[Sentence], values: Sequence[float | None], *, marks: Mapping[int, str],
-         reveal: bool = False) -> Any:  # fmt: skip
-    """A trace in colours: each sentence tinted by its value (1 safe, 0 unsafe), ``marks`` in front. ``reveal``: legible."""
-    from IPython.display import HTML
-
-    pieces = []
-    for span, value in zip(spans, values, strict=True):
-        known = value is not None and not math.isnan(value)
-        text = shown(rollout.text[span.char_start : span.char_end], reveal)
-        mark = f"<b>[{html.escape(marks[span.index])}]</b> " if span.index in marks else ""
-        title, colour = (f"S = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
-        pieces.append(f'<span title="{title}" style="background:{colour}">{mark}{html.escape(text)}</span>')
-    return HTML(f'<div style="line-height:1.7;max-width:46em">{" ".join(pieces)}</div>')  # type: ignore[no-untyped-call]
-
-
-def shown(text: str, reveal: bool) -> str:
-    """``text``, with every letter and digit blacked out unless ``reveal``; its shape stays."""
-    return text if reveal else "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
-
-
-def tint(value: float) -> str:
-    """A CSS colour between unsafe (0) and safe (1)."""
-    ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (UNSAFE_COLOUR, SAFE_COLOUR)]
-    red, green, blue = (round((1 - value) * low + value * high) for low, high in zip(*ends, strict=True))
-    return f"rgba({red},{green},{blue},0.30)"
-
-
-def claim(sentence: str, value: Interval, *, origin: str) -> dict[str, Any]:
-    """A computed claim: ``sentence`` with its ``{}`` filled by the value, interval and n; ``origin`` one of ORIGINS."""
+def claim(sentence: str, value: Interval, *, origin: str, percent: bool = True,
+          paper: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """A computed claim: ``sentence`` with its ``{}`` filled by the value, interval and n. ``origin``: calibrated (the world was
+    built or fitted to show it: not a finding) or emergent. ``paper``: what ``paper.reported`` found, said beside it."""
     if origin not in ORIGINS:
         raise BadInput(f"claim origin {origin!r} is unknown; known: {', '.join(ORIGINS)}")
     number, interval = None if math.isnan(value.value) else round(value.value, 6), [round(value.low, 6), round(value.high, 6)]
-    said = {"claim": sentence.format(format_interval(value)), "value": number, "interval": interval}
-    return {**said, "n": value.n, "method": value.method, "origin": origin}
+    text = sentence.format(format_interval(value, percent)) + BUILT * (origin == ORIGINS[0])
+    said = {"claim": text, "value": number, "interval": interval, "n": value.n, "method": value.method, "origin": origin}
+    return said | ({"paper": {**paper, "as": "reported second-hand"}} if paper else {})
+
+
+def verdict(value: Interval, above: bool = True) -> str:
+    """``holds`` when the whole interval lies above 0 (below it, if not ``above``), else ``does not hold``."""
+    return "holds" if (value.low > 0 if above else value.high < 0) else "does not hold"
 
 
 def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, about: str, artifacts: Mapping[str, Any],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,10 +52,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Expected:
-    """What ``ipo cost`` reckons with: mean tokens of a trace and of an answer, sentences of a trace, the speed of ``machine``."""
+    """What ``ipo cost`` reckons with: mean tokens of a trace and of an answer, and of a whole ``response`` in sets where that is
+    otherwise; sentences of a trace; the speed of ``machine``."""
 
     trace: float = 1500.0
     answer: float = 500.0
+    response: Mapping[str, float] = field(default_factory=dict)
     sentences: float = 60.0
     tokens_per_second: float = 500.0
     seconds_per_pair: float = 1.0
@@ -66,7 +69,10 @@ class Expected:
 class Profile:
     """Every setting of a run. ``about`` says in one sentence what its numbers are worth and stands under every figure.
     ``reveal``: the text is harmless and may be shown. Without ``detector`` or ``triggers``, a lexicon is learnt and a pool mined
-    from the run's own judged rollouts. ``min_coverage``: the share that must be judged."""
+    from the run's own judged rollouts. Where they exist: ``truth``, a detector that is never wrong; ``paraphrases``, trigger
+    sentences that no part of the pipeline has seen; ``aligned``, the adapter of a model aligned on answers only;
+    ``null_world``, the profile of a world where cues and triggers cause nothing. ``min_coverage``: the share that must be
+    judged."""
 
     name: str
     about: str
@@ -75,6 +81,10 @@ class Profile:
     judge: Part
     detector: Part | None = None
     triggers: Part | None = None
+    truth: Part | None = None
+    paraphrases: Part | None = None
+    aligned: Part | None = None
+    null_world: str = ""
     neutral: tuple[str, ...] = ()
     notebooks: tuple[str, ...] = ()
     expected: Expected = Expected()
@@ -160,6 +170,18 @@ class Bench:
             return list(made(s.triggers))
         return mine_pool(self.doors, prompts, rollouts, verdicts, detector, s.csr, s.plan, self.thinking)[1]
 
+    def paraphrases(self) -> list[str]:
+        """Trigger sentences held out of everything; none where the profile has none."""
+        return list(made(part)) if (part := self.profile.paraphrases) else []
+
+    def truth(self) -> CueDetector | None:
+        """The detector that is never wrong, in a world that has one."""
+        return made(part) if (part := self.profile.truth) else None
+
+    def aligned(self) -> Doors | None:
+        """The doors of the model aligned on answers only, where the profile has one."""
+        return self.adapted(Path(made(part))) if (part := self.profile.aligned) else None
+
     def adapted(self, adapter: Path | None) -> Doors:
         """The same doors with a trained adapter on the model (None: as it is)."""
         return replace(self.doors, sampler=sampler(self.profile.model, self.folder, self.doors.chat, adapter))
@@ -194,6 +216,7 @@ def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None)
 
 def open_bench(profile: str, overrides: Mapping[str, Any] | None = None, store: str = "", figures: str = "") -> Bench:
     """Read a profile and open its doors. ``store`` and ``figures`` are folders; empty means the usual places."""
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm asks for widgets that nobody here uses
     settings = read(profile, overrides)
     folder = Path(made(settings.model.find) if settings.model.find else settings.model.folder).expanduser()
     if not settings.model.find and not (settings.model.folder and folder.is_dir()):

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,9 @@ import typer
 import yaml
 
 from ipo_lib import cost as cost_
-from ipo_lib.profiles import Yaml, available, house, read
+from ipo_lib import doctor as doctor_
+from ipo_lib import progress, report
+from ipo_lib.profiles import Profile, Yaml, available, house, read
 from ipo_lib.records import BadInput, canonical, digest
 from ipo_lib.store import MENDS, Store
 
@@ -26,38 +29,57 @@ DEFAULT = "sandbox"  # the profile of a command that names none
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
 
 
+NAME = Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")]
+GIVEN = Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")]
+STORE = Annotated[str, typer.Option(help="run store; default $IPO_STORE or ~/.cache/ipo_lib")]
+FIGURES = Annotated[str, typer.Option(help="where figures go; default figures/<profile>")]
+
+
 @app.command()
 def reproduce(
-    profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = DEFAULT,
-    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")] = None,
-    store: Annotated[str, typer.Option(help="run store; default $IPO_STORE or ~/.cache/ipo_lib")] = "",
-    figures: Annotated[str, typer.Option(help="where figures go; default figures/<profile>")] = "",
+    profile: NAME = DEFAULT,
+    parameter: GIVEN = None,
+    store: STORE = "",
+    figures: FIGURES = "",
     again: Annotated[bool, typer.Option(help="run notebooks that are up to date, too")] = False,
 ) -> None:
-    """Run every notebook of a profile, in order, and write its figures; finished work is never done twice."""
-    started, given, root = time.monotonic(), parse(parameter or []), Store(store or None).root
-    profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
-    chosen = read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks
-    books = [house() / "notebooks" / f"{name}.ipynb" for name in chosen]
-    known = {book: declared(book) for book in books}
-    overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
-    settings = read(profile, overrides)
-    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
-    runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
-    so_far = [source(), repr(settings)]
-    for book in books:
-        own = {name: checked(name, value, known[book][name][0]) for name, value in given.items() if name in known[book]}
-        values = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target), **own}
-        run(book, values, runs, digest([*so_far, book.read_text("utf-8"), own]), target, again)
-        so_far.append(digest(produced(book, target)))  # later notebooks read the figures of earlier ones
-    print(f"{settings.name}: {len(books)} notebooks in {time.monotonic() - started:.0f} s; figures in {target}\n{settings.about}")
+    """Run every notebook of a profile, in order, and write its figures and a report; finished work is never done twice."""
+    started, plan = time.monotonic(), planned(profile, parameter or [], store, figures)
+    for job in jobs(plan):
+        run(job, plan, again)
+    page = plan.runs / "report.html"
+    marks = [(book.stem, last(book, plan.runs)) for book in plan.books]
+    page.write_text(report.page(plan.settings.name, plan.settings.about, marks, plan.figures), encoding="utf-8")
+    print(f"{plan.settings.name}: {len(plan.books)} notebooks in {time.monotonic() - started:.0f} s; figures in {plan.figures}")
+    print(f"report: {page}\n{plan.settings.about}")
 
 
 @app.command()
-def cost(
-    profile: Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")] = DEFAULT,
-    parameter: Annotated[list[str] | None, typer.Option("-p", help="name=value: a notebook parameter or dotted setting")] = None,
-) -> None:
+def status(profile: NAME = DEFAULT, parameter: GIVEN = None, store: STORE = "", figures: FIGURES = "") -> None:
+    """Say which notebooks of a profile are up to date, what each took, and what the store holds; runs nothing."""
+    plan = planned(profile, parameter or [], store, figures)
+    for job in jobs(plan):
+        done = last(job.book, plan.runs)
+        state = "up to date" if current(job, plan) else "to run again" if done else "to run"
+        took = f"{done['seconds']:6.0f} s {done['generated']:9,} tokens" if done else ""
+        print(f"{job.book.stem:26} {state:12} {took}".rstrip())
+    sizes = {one.name: sum(file.stat().st_size for file in one.rglob("*") if file.is_file()) for one in folders(plan.root)}
+    held = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items())
+    print(f"store {plan.root}: {held or 'empty'}\nfigures {plan.figures}")
+
+
+@app.command()
+def doctor(store: STORE = "") -> None:
+    """Look at this machine: packages, device, memory, disk; each trouble with its mend."""
+    found = list(doctor_.checks(Store(store or None).root))
+    for one in found:
+        print(f"{one.name:14} {one.found}" + (f"   -> {one.mend}" if one.mend else ""))
+    if troubles := sum(bool(one.mend) for one in found):
+        raise BadInput(f"{troubles} of {len(found)} checks need a hand; the mends stand above")
+
+
+@app.command()
+def cost(profile: NAME = DEFAULT, parameter: GIVEN = None) -> None:
     """Say what a profile would generate and how long that takes, before anything runs."""
     given, own = parse(parameter or []), dict[str, dict[str, Any]]()
     for book in read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks:
@@ -73,6 +95,53 @@ def profiles() -> None:
     """List the profiles with what each is for."""
     for name in available():
         print(f"{name:12} {read(name).about}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A command line, read: the profile's settings and notebooks, what each is given, and the folders of the run."""
+
+    settings: Profile
+    books: list[Path]
+    values: dict[Path, dict[str, Any]]
+    root: Path
+    figures: Path
+    runs: Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run; ``key`` names all that decides its figures."""
+
+    book: Path
+    key: str
+
+
+def planned(profile: str, parameter: list[str], store: str, figures: str) -> Planned:
+    """What the arguments mean; BadInput for a name that nothing knows or a value of another type."""
+    given, root = parse(parameter), Store(store or None).root
+    profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
+    chosen = read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks
+    books = [house() / "notebooks" / f"{name}.ipynb" for name in chosen]
+    known = {book: declared(book) for book in books}
+    overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
+    settings = read(profile, overrides)
+    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
+    common = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target)}
+    own = {book: {n: checked(n, v, known[book][n][0]) for n, v in given.items() if n in known[book]} for book in books}
+    runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
+    return Planned(settings, books, {book: {**common, **own[book]} for book in books}, root, target, runs)
+
+
+def jobs(plan: Planned) -> Iterator[Job]:
+    """The notebooks in order; the key of each covers the figures of those before it, as they are when it comes."""
+    so_far = [source(), repr(plan.settings)]
+    for book in plan.books:
+        own = {
+            name: value for name, value in plan.values[book].items() if name not in ("profile", "overrides", "store", "figures")
+        }
+        yield Job(book, digest([*so_far, book.read_text("utf-8"), own]))
+        so_far.append(digest(produced(book, plan.figures)))
 
 
 def parse(pairs: list[str]) -> dict[str, Any]:
@@ -113,29 +182,72 @@ def source() -> str:
     return digest([[str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()] for path in files])
 
 
-def run(book: Path, values: Mapping[str, Any], folder: Path, key: str, figures: Path, again: bool) -> None:
+def run(job: Job, plan: Planned, again: bool) -> None:
     """Execute one notebook unless its last run had the same key and its figures still stand."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mark, out, started = folder / f"{book.stem}.done.json", folder / book.name, time.monotonic()
-    last = json.loads(mark.read_bytes()) if mark.is_file() else {}
-    if not again and last == {"key": key, "figures": produced(book, figures)}:
+    book, out, started = job.book, plan.runs / job.book.name, time.monotonic()
+    if not again and current(job, plan):
         print(f"{book.stem}: up to date")
         return
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
+    plan.runs.mkdir(parents=True, exist_ok=True)
     os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL.items()})
+    held = sizes(plan.root)
     try:
-        papermill.execute_notebook(str(book), str(out), dict(values), progress_bar=False, extra_arguments=["--log-level=50"])
+        with progress.watched(plan.runs / "progress.json", book.stem):
+            papermill.execute_notebook(
+                str(book), str(out), plan.values[book], progress_bar=False, extra_arguments=["--log-level=50"]
+            )
     except PapermillExecutionError as error:
         if error.ename == "BadInput":
             raise BadInput(f"{book.stem}: {error.evalue}") from None
         print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
         raise SystemExit(1) from None
-    mark.write_text(canonical({"key": key, "figures": produced(book, figures)}) + "\n")
-    sidecars = sorted(figures.glob(f"{book.stem[:2]}-*.json"))
+    seconds = time.monotonic() - started
+    done = {"key": job.key, "figures": produced(book, plan.figures), "seconds": round(seconds, 1)}
+    mark(book, plan.runs).write_text(canonical({**done, "generated": generated(plan.root, held)}) + "\n")
+    sidecars = sorted(plan.figures.glob(f"{book.stem[:2]}-*.json"))
     claims = [claim["claim"] for path in sidecars for claim in json.loads(path.read_bytes())["claims"]]
-    print(f"{book.stem}: {time.monotonic() - started:.0f} s", *claims, sep="\n  ", flush=True)
+    print(f"{book.stem}: {seconds:.0f} s", *claims, sep="\n  ", flush=True)
+
+
+def mark(book: Path, runs: Path) -> Path:
+    """Where the record of a notebook's last run lies."""
+    return runs / f"{book.stem}.done.json"
+
+
+def last(book: Path, runs: Path) -> dict[str, Any]:
+    """The record of a notebook's last run; empty when there is none."""
+    return json.loads(path.read_bytes()) if (path := mark(book, runs)).is_file() else {}
+
+
+def current(job: Job, plan: Planned) -> bool:
+    """Whether a notebook's last run had this key and its figures are as it left them."""
+    done = last(job.book, plan.runs)
+    return bool(done) and (done["key"], done["figures"]) == (job.key, produced(job.book, plan.figures))
+
+
+def folders(root: Path) -> list[Path]:
+    """The stages of a store."""
+    return sorted(path for path in root.glob("*") if path.is_dir())
+
+
+def sizes(root: Path) -> dict[Path, int]:
+    """The bytes of every ledger of a store."""
+    return {path: path.stat().st_size for path in root.glob("*/*/records.jsonl")}
+
+
+def generated(root: Path, before: Mapping[Path, int]) -> int:
+    """Tokens in the rollouts that a store has got since it had the sizes ``before``."""
+    total = 0
+    for path, size in sizes(root).items():
+        if size > before.get(path, 0) and path.parts[-3] != "verdicts":
+            with path.open("rb") as file:
+                file.seek(before.get(path, 0))
+                records = [json.loads(line)["record"] for line in file]
+            total += sum(len(one["token_ids"]) - one["prefix_len"] for one in records)
+    return total
 
 
 def produced(book: Path, figures: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ipo_lib import csr as csr_
+from ipo_lib import progress
 from ipo_lib.chat import Chat, part_text, split
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, Trigger, accepted, replace
@@ -43,6 +44,7 @@ from ipo_lib.store import Store
 
 SAMPLE_VERSION = JUDGE_VERSION = 1  # raised when the meaning of a verb changes
 WRITE_EVERY = 64
+Drawn = list[tuple[Rollout, Verdict]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
     missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
     requests = [Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, seed) for key, start, seed in missing]
     batch: dict[str, dict[str, object]] = {}
-    for done in doors.sampler.sample(requests, sampling) if requests else ():
+    for done in progress.track(doors.sampler.sample(requests, sampling), len(requests), stage) if requests else ():
         start, draw = keyed[done.key]
         ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
         text = doors.chat.decode(ids)
@@ -101,6 +103,36 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
     found = [from_json(Rollout, ledger[f"{named[start]}/{draw}"]) for start in starts for draw in range(first, first + draws)]
     doors.store.drawn |= {rollout.id: len(rollout.token_ids) - rollout.prefix_len for rollout in found}
     return found
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Rollouts of some prompts with the verdicts on their traces, in one order."""
+
+    prompts: dict[str, Prompt]
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+
+    @property
+    def labels(self) -> dict[str, str | None]:
+        """The label of every rollout's trace."""
+        return {verdict.rollout_id: verdict.label for verdict in self.verdicts}
+
+    @property
+    def coverage(self) -> float:
+        """The share of traces that the judge could judge."""
+        return sum(verdict.label is not None for verdict in self.verdicts) / max(len(self.verdicts), 1)
+
+    def labelled(self, label: str) -> list[Rollout]:
+        """The rollouts whose trace has this label."""
+        return [rollout for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True) if verdict.label == label]
+
+
+def traces(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> Judged:
+    """``draws`` rollouts of every prompt, their traces judged."""
+    named = {prompt.id: prompt for prompt in prompts}
+    rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
+    return Judged(named, rollouts, judge(doors, named, rollouts))
 
 
 def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm") -> list[Verdict]:
@@ -138,13 +170,28 @@ def trace_end(doors: Doors, rollout: Rollout) -> int | None:
 
 def measure_csr(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling) -> Curves:
     """CSR (Eq. 1) of every rollout at every cut of the settings' grain: counts over ``settings.draws`` continuations."""
+    found = continuations(doors, prompts, rollouts, settings, sampling)
+    judged = {key: {cut: [verdict for _, verdict in drawn] for cut, drawn in by_cut.items()} for key, by_cut in found.items()}
+    return {key: csr_.count(by_cut, key) for key, by_cut in judged.items()}
+
+
+def continuations(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings,
+                  sampling: Sampling) -> dict[str, dict[int, Drawn]]:  # fmt: skip
+    """The draws behind CSR: by rollout id and cut, every continuation with its verdict."""
     places = [(rollout, cut) for rollout in rollouts for cut in csr_.cuts(*_spans(doors, rollout), settings)]
     starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
-    verdicts = judge(doors, prompts, sample(doors, starts, sampling, settings.draws, stage="continuations"), settings.part)
-    found: dict[str, dict[int, list[Verdict]]] = {rollout.id: {} for rollout in rollouts}
+    drawn = sample(doors, starts, sampling, settings.draws, stage="continuations")
+    pairs = list(zip(drawn, judge(doors, prompts, drawn, settings.part), strict=True))
+    found: dict[str, dict[int, Drawn]] = {rollout.id: {} for rollout in rollouts}
     for at, (rollout, cut) in enumerate(places):
-        found[rollout.id][cut] = verdicts[at * settings.draws : (at + 1) * settings.draws]
-    return {key: csr_.count(by_cut, key) for key, by_cut in found.items()}
+        found[rollout.id][cut] = pairs[at * settings.draws : (at + 1) * settings.draws]
+    return found
+
+
+def behind(doors: Doors, rollout: Rollout, drawn: Mapping[int, Drawn]) -> dict[int, list[tuple[str | None, str]]]:
+    """What a reader unfolds: by sentence index, the (label, text) of every continuation from that sentence's end."""
+    at = {cut: [(v.label, doors.chat.decode(r.token_ids[r.prefix_len :])) for r, v in rows] for cut, rows in drawn.items()}
+    return {span.index: at[span.token_end] for span in trace_sentences(doors, rollout) if span.token_end in at}
 
 
 def turning_points(doors: Doors, rollouts: Rollouts, points: Curves, labels: Labels, kind: str,

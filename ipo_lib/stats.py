@@ -89,6 +89,21 @@ def _mean(x: list[float], limits: tuple[float, float], confidence: float, resamp
     return Interval(value, float(low), float(high), n, "bootstrap over prompts")
 
 
+def mean(values: Sequence[float], limits: tuple[float, float] = (-1.0, 1.0), *, confidence: float = 0.95, resamples: int = 2000,
+         seed: int = 0) -> Interval:  # fmt: skip
+    """The mean of one number a prompt, each within ``limits``; nan is left out, intervals as in ``pooled_rate``."""
+    return _mean(list(values), limits, confidence, resamples, seed)
+
+
+def detection(found: Sequence[int | None], truth: Sequence[int | None]) -> dict[str, Interval]:
+    """How well a detector finds the one place (an index, or None) per item: ``precision``, the share of its finds that are at
+    the true place, and ``recall``, the share of true places found; Wilson intervals, so one item a prompt, please."""
+    _check_pairs("detection", found, truth)
+    hits = sum(a is not None and a == b for a, b in zip(found, truth, strict=True))
+    sides = {"precision": found, "recall": truth}
+    return {name: wilson(hits, sum(one is not None for one in side)) for name, side in sides.items()}
+
+
 def kappa(a: Sequence[str], b: Sequence[str]) -> float:
     """Cohen's kappa of two labellings; nan when chance alone agrees everywhere (or nothing was labelled)."""
     _check_pairs("kappa", a, b)

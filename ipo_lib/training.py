@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipo_lib.dpo import METRICS, DpoSettings, Pairs, Rows, Stage2Settings, mix, train
+from ipo_lib.dpo import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, mix, train
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
 from ipo_lib.records import ANSWER, BOTH, Pair, Prompt, Rollout, Verdict, digest, to_json
@@ -82,6 +82,11 @@ def _trained(doors: Doors, given: Pairs, taken: Pairs, model: Path, settings: Dp
         with artifact.build() as folder:
             train(taken, model, settings, folder, adapter=start)
     return artifact.path, [json.loads(row) for row in (artifact.path / METRICS).read_text("utf-8").splitlines()]
+
+
+def kept(adapter: Path) -> dict[int, Path]:
+    """The adapters kept on the way to ``adapter``, by pairs seen (``DpoSettings.keep``)."""
+    return {int(path.name.removeprefix(KEPT)): path for path in sorted(adapter.glob(f"{KEPT}*"))}
 
 
 def lengths(pairs: Pairs) -> Mapping[str, float]:

@@ -22,8 +22,7 @@ def bill(settings: profiles.Profile) -> list[cost.Cost]:
 
 
 def test_the_default_profile_keeps_its_budget() -> None:
-    assert sum(one.tokens for one in bill(profiles.read("sandbox"))) <= BUDGET
-    assert sum(cost.measured(HOUSE / "figures" / "sandbox").values()) <= BUDGET
+    assert cost.paid(bill(profiles.read("sandbox"))) <= BUDGET
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -33,7 +32,7 @@ def test_what_a_run_asked_for_was_in_the_bill(name: str) -> None:
     planned, found = bill(settings), cost.measured(HOUSE / "figures" / name)
     assert set(found) == {book[:2] for book in settings.notebooks}
     for book in settings.notebooks:
-        tokens = sum(one.tokens for one in planned if one.notebook == book)
+        tokens = cost.paid(one for one in planned if one.notebook == book)
         assert 0.5 * tokens <= found[book[:2]] <= 1.1 * tokens
 
 
@@ -43,9 +42,22 @@ def test_every_notebook_has_a_bill_and_every_line_grows_with_its_setting() -> No
     once = {(one.notebook, one.what): one.rollouts for one in bill(settings)}
     twice = bill(replace(settings, csr=replace(settings.csr, draws=2 * settings.csr.draws)))
     changed = {(one.notebook, one.what) for one in twice if one.rollouts != once[one.notebook, one.what]}
-    assert changed == {("00_quickstart", "CSR of two traces")}
+    assert {what for _, what in changed} == {"CSR of two traces", "CSR of safe traces", "CSR of unsafe traces"}
     longer = replace(settings, expected=replace(settings.expected, trace=2 * settings.expected.trace))
     assert cost.minutes(bill(longer), longer) > cost.minutes(bill(settings), settings)
+
+
+def test_draws_that_notebooks_share_are_paid_for_once() -> None:
+    lines = [
+        cost.Cost("a", "x", 1, 10.0, pool="p"),
+        cost.Cost("b", "y", 2, 25.0, pool="p"),
+        cost.Cost("b", "z", 1, 5.0, pool="q"),
+    ]
+    assert cost.paid(lines) == 30
+    settings = profiles.read("sandbox")
+    with_02 = bill(settings)
+    without = bill(replace(settings, notebooks=tuple(book for book in settings.notebooks if book != "02_rollout_diversity")))
+    assert cost.paid(with_02) == cost.paid(without)  # its groups are the responses of 01 and the traces of 03
 
 
 def test_measured_reads_the_largest_sidecar_of_a_notebook(tmp_path: Path) -> None:

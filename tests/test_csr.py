@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from ipo_lib.csr import CsrSettings, count, curve, cuts, turning_point
+from ipo_lib.csr import CsrSettings, count, curve, cuts, delta, turning_point
 from ipo_lib.records import BOTH, SAFE, TRACE, UNSAFE, BadInput, CsrPoint, Sentence, TurningPoint, Verdict
 
 DRAWS = 32
@@ -88,6 +88,11 @@ def test_the_same_code_serves_a_stride() -> None:
     assert measured == [0, 7, 14, 21, 28, 35]
     found = turning_point(points({c: CURVE[c] for c in measured}), UNSAFE, chosen, spans(20, 41), 40, UNSAFE)
     assert (found.token, found.sentence, found.interval) == (35, 1, (28, 35))
+
+
+def test_delta_is_what_each_sentence_did() -> None:
+    found = delta(points({0: 0.5, 4: 0.5, 9: 0.1, 12: None, 15: 1.0}), spans(4, 9, 12, 15))
+    assert found == {0: 0.0, 1: pytest.approx(-0.4)}  # unjudged at 12: neither its sentence nor the next is known
 
 
 def test_cuts() -> None:

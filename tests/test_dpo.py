@@ -25,7 +25,7 @@ from ipo_lib.store import Store
 Scores = tuple[float, float]  # of one pair: (chosen, rejected)
 VOCABULARY, LOG2 = 64, math.log(2)
 PLAIN = DpoSettings(
-    learning_rate=1e-2, batch_size=4, accumulation=1, sft_weight=0.0, rank=4, alpha=8, dtype="float32", use_cpu=True
+    learning_rate=1e-2, batch_size=4, accumulation=1, sft_weight=0.0, rank=4, alpha=8, warmup=0.0, dtype="float32", use_cpu=True
 )
 
 
@@ -417,3 +417,24 @@ def test_the_other_ipo_is_never_passed() -> None:
                 assert node.value != "ipo"
             if isinstance(node, ast.keyword) and node.arg in ("loss", "loss_type"):
                 assert not any(isinstance(leaf, ast.Constant) and leaf.value == "ipo" for leaf in ast.walk(node.value))
+
+
+def test_adapters_kept_on_the_way_are_whole_and_differ(model: Path, tmp_path: Path) -> None:
+    dpo.train(make_pairs(24), model, replace(PLAIN, keep=2), tmp_path / "kept")
+    dpo.train(make_pairs(24), model, PLAIN, tmp_path / "plain")
+    kept = training.kept(tmp_path / "kept")
+    assert list(kept) == [8, 16]  # 6 steps of 4 pairs, after the second and the fourth
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (*kept.values(), tmp_path / "kept")]
+    assert len(set(weights)) == 3
+    assert weights[-1] == (tmp_path / "plain" / "adapter_model.safetensors").read_bytes()  # keeping changes nothing
+    assert all(
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == model.name
+        for folder in kept.values()
+    )
+    assert training.kept(tmp_path / "plain") == {}
+
+
+def test_a_training_that_never_leaves_the_warm_up_is_one_line(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="warm-up"):
+        dpo.train(make_pairs(4), model, replace(PLAIN, warmup=0.1), tmp_path)
+    assert len(dpo.train(make_pairs(4), model, PLAIN, tmp_path)) == 1

@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import subprocess
 import sys
-import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 os.environ.setdefault("MPLBACKEND", "agg")
 
 from ipo_lib import plots
-from ipo_lib.records import BadInput, Rollout, Sentence
+from ipo_lib.records import BadInput
 from ipo_lib.stats import Interval, pooled_rate, wilson
 
 CURVE = [
@@ -26,32 +22,23 @@ CURVE = [
     {"cut": 7, "s": math.nan, "low": 0.0, "high": 1.0, "n": 0},
     {"cut": 12, "s": 0.1, "low": 0.0, "high": 0.2, "n": 31},
 ]
-COMPARED = [
-    {
-        "set": name,
-        "measure": "trace harm",
-        "before": 0.7,
-        "before low": 0.6,
-        "before high": 0.8,
-        "after": 0.1,
-        "after low": 0.0,
-        "after high": 0.2,
-        "difference": -0.6,
-        "difference low": -0.7,
-        "difference high": -0.5,
-    }
-    for name in ("direct", "wrapped")
-]
+ROWS = [(name, [wilson(11, 16), None, wilson(2, 16)]) for name in ("direct: trace harm", "wrapped: trace harm")]
 STEPS = [{"step": at, "loss": 1.0 / at, "logps/chosen": -at} for at in range(1, 6)]
 
 
 def draw(folder: Path) -> None:
     """Every kind of figure the library has, saved."""
-    figure, axes = plots.figure(columns=2, rows=2)
+    figure, axes = plots.figure(columns=2, rows=4)
     plots.csr_curve(CURVE, axes[0][0], label="unsafe trace")
-    plots.rates([("none", wilson(0, 0)), ("trigger", wilson(3, 16))], axes[0][1], unit="unsafe (%)")
-    plots.before_after(COMPARED, axes[1][0], names=("before", "after stage 1"))
+    plots.rates([("none", wilson(0, 0)), ("trigger", wilson(3, 16))], axes[0][1], unit="unsafe (%)", reported={"trigger": 60.0})
+    names = ("before", "after stage 1", "after stage 2")
+    plots.groups(ROWS, axes[1][0], names=names, unit="harmful (%)", reported={"direct: trace harm": [69.0, None, 5.7]})
     plots.training(STEPS, axes[1][1], names={"loss": "loss", "logps/chosen": "chosen"}, unit="loss (nats)")
+    plots.bars([wilson(3, 9), wilson(6, 9)], axes[2][0], title="direct", alike=[0.5, 0.5], reported=36.2)
+    plots.lines(
+        {"a": [(0, wilson(9, 9)), (1, wilson(3, 9))]}, axes[2][1], xlabel="x", ylabel="y", reported=[(0, 100.0), (1, 60.0)]
+    )
+    plots.scatter([1, 2, 2], [1, 3, 3], axes[3][0], xlabel="x", ylabel="y")
     claims = [plots.claim("Harm: {}.", pooled_rate([(1, 4), (3, 4)]), origin="emergent")]
     plots.save(figure, folder, "00-all", claims, profile="tiny", about="A test.", artifacts={"b": 2, "a": "x"})
 
@@ -98,7 +85,7 @@ def test_the_sidecar_says_what_the_figure_claims(tmp_path: Path) -> None:
 def test_a_claim_without_a_value_is_unknown() -> None:
     claim = plots.claim("Harm: {}.", wilson(0, 0), origin="calibrated")
     assert claim["value"] is None
-    assert claim["claim"] == "Harm: unknown, n=0."
+    assert claim["claim"] == f"Harm: unknown, n=0.{plots.BUILT}"
     assert json.loads(json.dumps(claim, allow_nan=False)) == claim
 
 
@@ -119,66 +106,30 @@ def test_axes_have_units_and_every_row_its_interval(tmp_path: Path) -> None:
         rate = wilson(k, 16)
         assert any(len(x) == 2 and x == pytest.approx((100 * rate.low, 100 * rate.high)) for x in drawn)
     plots.save(figure, tmp_path, "f", [], profile="p", about="A test.", artifacts={})
-    for plot in (plots.csr_curve(CURVE, plots.figure()[1], label="x"), plots.before_after(COMPARED, plots.figure()[1])):
-        assert plot.get_xlabel()
+    assert plots.csr_curve(CURVE, plots.figure()[1], label="x").get_xlabel()
 
 
-# coloured traces
+def test_groups_draw_what_was_measured_and_the_paper_once_named() -> None:
+    _, ax = plots.figure()
+    plots.groups(ROWS, ax, names=("before", "after"), unit="harmful (%)", reported={ROWS[0][0]: [69.0, None, 5.7]})
+    points = [(line.get_marker(), line.get_xdata()[0]) for line in ax.lines if len(line.get_xdata()) == 1]
+    assert sorted(x for marker, x in points if marker == "o") == pytest.approx([12.5, 12.5, 68.75, 68.75])
+    assert [x for marker, x in points if marker == "D"] == [69.0, 5.7]
+    assert ax.get_legend_handles_labels()[1].count(plots.REPORTED) == 1
 
 
-def trace(*texts: str) -> tuple[Rollout, list[Sentence]]:
-    whole, spans, at = "".join(texts), [], 0
-    for index, text in enumerate(texts):
-        spans.append(Sentence(index, at, at + len(text), at, at + len(text)))
-        at += len(text)
-    return Rollout("r", "p", 0, tuple(range(len(whole))), whole, "stop", 0, "s"), spans
+def test_a_claim_says_where_it_comes_from() -> None:
+    built = plots.claim("Harm: {}.", wilson(3, 4), origin="calibrated", paper={"value": 69.0, "source": "note"})
+    assert built["claim"].endswith("The world was built or fitted for this.")
+    assert built["paper"] == {"value": 69.0, "source": "note", "as": "reported second-hand"}
+    found = plots.claim("r = {}", Interval(0.5, 0.4, 0.6, 9, "z"), origin="emergent", percent=False)
+    assert found["claim"] == "r = 0.500 [0.400, 0.600], n=9"
+    assert "paper" not in found
 
 
-def visible(html: str) -> str:
-    return re.sub(r"<[^>]*>", "", html)
-
-
-def test_words_are_hidden_unless_revealed() -> None:
-    rollout, spans = trace("Grind the ", "powder 42 times.")
-    hidden = plots.show(rollout, spans, [0.1, None], marks={}).data
-    assert not re.search(r"[A-Za-z0-9]", visible(hidden))
-    assert visible(hidden).count("█") == sum(char.isalnum() for char in rollout.text)
-    for word in ("Grind", "powder", "42"):
-        assert word not in hidden
-    shown = visible(plots.show(rollout, spans, [0.1, None], marks={}, reveal=True).data)
-    assert "Grind the " in shown
-    assert "powder 42 times." in shown
-
-
-@given(st.text())
-def test_no_letter_and_no_digit_survives(text: str) -> None:
-    rollout, spans = trace(text or "x")
-    hidden = visible(plots.show(rollout, spans, [0.5], marks={}).data)
-    assert not [
-        char
-        for char in hidden.replace("&amp;", "")
-        .replace("&lt;", "")
-        .replace("&gt;", "")
-        .replace("&quot;", "")
-        .replace("&#x27;", "")
-        if unicodedata.category(char)[0] in "LN"
-    ]
-
-
-def test_what_a_model_writes_is_text_not_markup() -> None:
-    rollout, spans = trace("<script>alert(1)</script>", "</span>")
-    for reveal in (True, False):
-        html = plots.show(rollout, spans, [1.0, 0.0], marks={0: "<cue>"}, reveal=reveal).data
-        assert "<script" not in html
-        assert "<cue>" not in html
-        assert html.count("</span>") == 2
-
-
-def test_colour_and_title_follow_the_value() -> None:
-    rollout, spans = trace("a ", "b ", "c ", "d")
-    html = plots.show(rollout, spans, [0.0, 1.0, None, math.nan], marks={1: "cue"}).data
-    colours = re.findall(r"background:([^\"]*)", html)
-    assert len(set(colours)) == 3
-    assert colours[2] == colours[3]
-    assert re.findall(r'title="([^"]*)"', html) == ["S = 0.00", "S = 1.00", "not measured", "not measured"]
-    assert html.index("S = 1.00") < html.index("[cue]") < html.index("not measured")
+@pytest.mark.parametrize(("low", "high", "above", "says"), [
+    (0.1, 0.2, True, "holds"), (-0.1, 0.2, True, "does not hold"), (-0.2, -0.1, True, "does not hold"),
+    (-0.2, -0.1, False, "holds"), (-0.2, 0.1, False, "does not hold"), (0.0, 0.1, True, "does not hold"),
+])  # fmt: skip
+def test_a_verdict_needs_the_whole_interval(low: float, high: float, above: bool, says: str) -> None:
+    assert plots.verdict(Interval((low + high) / 2, low, high, 9, "t"), above) == says

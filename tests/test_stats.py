@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipo_lib.records import BadInput
-from ipo_lib.stats import Interval, clopper_pearson, format_interval, kappa, paired_difference, pearson, pooled_rate, wilson
+from ipo_lib.stats import (
+    Interval,
+    clopper_pearson,
+    detection,
+    format_interval,
+    kappa,
+    mean,
+    paired_difference,
+    pearson,
+    pooled_rate,
+    wilson,
+)  # fmt: skip
 
 counts = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -220,3 +231,23 @@ def test_formatting() -> None:
     assert format_interval(i, percent=False) == "0.625 [0.551, 0.692], n=128"
     assert format_interval(Interval(-0.0001, -0.3, 0.0, 9, "t")) == "0.0 % [-30.0, 0.0], n=9"
     assert format_interval(wilson(0, 0)) == "unknown, n=0"
+
+
+def test_detection_counts_hits_at_the_true_place() -> None:
+    found, truth = [1, 2, None, 3, None, 0], [1, 3, 2, 3, None, None]
+    said = detection(found, truth)
+    assert (said["precision"].value, said["precision"].n) == (2 / 4, 4)  # two of four finds stand at the true place
+    assert (said["recall"].value, said["recall"].n) == (2 / 4, 4)
+    assert said["recall"] == wilson(2, 4)
+    assert detection([0], [None])["recall"].n == 0
+    with pytest.raises(BadInput, match="2 values against 1"):
+        detection([1, 2], [1])
+
+
+def test_a_mean_is_a_pooled_rate_of_any_number() -> None:
+    values = [0.1, -0.2, 0.4, 0.4, math.nan]
+    found = mean(values)
+    assert found.value == pytest.approx(0.175)
+    assert (found.n, found.method) == (4, "t on prompts")
+    assert -1 <= found.low < found.value < found.high <= 1
+    assert mean([1.0, 0.0, 0.5], (0, 1)) == pooled_rate([(2, 2), (0, 2), (1, 2)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +21,11 @@ from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.records import ANSWER, TRACE, UNSAFE, from_json, to_json
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.sandbox import world
-from ipo_lib.sandbox.corpus import Finetuned
+from ipo_lib.sandbox.corpus import Aligned, Finetuned
 from ipo_lib.sandbox.finetune import ADAPTER
 from ipo_lib.sandbox.judge import ExactJudge
 from ipo_lib.sandbox.organism import BODIES, folder, shipped
+from ipo_lib.sandbox.traces import raised
 from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample
 from ipo_lib.store import Store
 
@@ -33,6 +35,8 @@ HARMFUL = ("direct", "wrapped", "adversarial")
 WHY = {  # what the card says of the targets it misses
     "sandbox": "The organism reads an item's class, its material in part, and how a request is dressed hardly at all. So the "
     "three sets come out alike: adversarial harm and answers fall short, and few prompts are hopeless.",
+    "tiny-answers": "Aligned to refuse in its answers, whatever it thinks: harmful answers are meant to fall short. The rest is "
+    "from its base, tiny.",
     "tiny": "One pass over 3 M parameters did not teach the second step of a sum; tactics, and the lean of an item's two words, "
     "come out flatter than in the data.",
 }
@@ -45,9 +49,10 @@ TARGETS: dict[str, tuple[float, float]] = {
 
 
 def doors(name: str) -> Doors:
-    """The doors to one organism, with the exact judge."""
-    chat = Chat(folder(name))
-    return Doors(Store(), chat, TransformersSampler(folder(name), chat, batch_size=192), ExactJudge())
+    """The doors to one organism, with the exact judge; an aligned one is its adapter on its base."""
+    base, adapter = (body.base, folder(name)) if isinstance(body := BODIES[name], Aligned) else (name, None)
+    chat = Chat(folder(base))
+    return Doors(Store(), chat, TransformersSampler(folder(base), chat, adapter=adapter, batch_size=192), ExactJudge())
 
 
 def calibration(opened: Doors, prompts: int = 100, draws: int = 8) -> dict[str, float]:
@@ -96,7 +101,11 @@ def calibrate(name: str) -> None:
     found = calibration(doors(name))
     print(table(found))
     training = json.loads((shipped(name) / "training.json").read_text("utf-8"))
-    files = ADAPTER if isinstance(BODIES[name], Finetuned) else ("model.safetensors", "tokenizer.json", "chat_template.jinja")
+    files = (
+        ADAPTER
+        if isinstance(BODIES[name], Aligned | Finetuned)
+        else ("model.safetensors", "tokenizer.json", "chat_template.jinja")
+    )
     weights = [shipped(name) / file for file in files]
     card: dict[str, Any] = {
         "organism": name,
@@ -134,6 +143,12 @@ def lexicon(name: str) -> LexiconCues:
 def triggers(name: str) -> list[Trigger]:
     """The committed triggers in use of an organism."""
     return [from_json(Trigger, one) for one in json.loads((shipped(name) / "triggers.json").read_text("utf-8"))["in_use"]]
+
+
+def paraphrases() -> list[str]:
+    """One sentence of each held-out core of triggers, about the "thing" whatever the item: nothing here has seen them."""
+    cores = world.words()["kinds"]["trigger"]["held_out"]
+    return [re.sub(r"\{\w+\}", "thing", f"{raised(core)}.") for core in cores]
 
 
 if __name__ == "__main__":

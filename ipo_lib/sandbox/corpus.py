@@ -68,6 +68,19 @@ class Finetuned(Body):
     alpha: int = 32
 
 
+@dataclass(frozen=True)
+class Aligned(Body):
+    """LoRA on an organism, trained on answers that always refuse what is restricted."""
+
+    base: str = "tiny"
+    process: Process = Process(comply=(0.0, 0.0, 0.0), slip=0.0)
+    documents: int = 4000
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    rank: int = 8
+    alpha: int = 16
+
+
 def documents(body: Body) -> Iterator[tuple[str, str]]:
     """(prompt text, response text) of the organism's training data; names and templates of split ``organism`` only."""
     rng = random.Random(f"organism/{body.seed}")

@@ -1,7 +1,7 @@
 """The model organisms of the sandbox by name: where their files lie, and the command that builds one.
 
-``python -m ipo_lib.sandbox.organism NAME`` builds one: ``sandbox`` (LoRA on SmolLM2-135M-Instruct), or ``tiny`` and
-``tiny-null`` (small Llamas from scratch).
+``python -m ipo_lib.sandbox.organism NAME`` builds one: ``sandbox`` (LoRA on SmolLM2-135M-Instruct), ``tiny`` and ``tiny-null``
+(small Llamas from scratch), or ``tiny-answers`` (LoRA on ``tiny``, aligned on answers only).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ipo_lib.records import BadInput
-from ipo_lib.sandbox import finetune, scratch
-from ipo_lib.sandbox.corpus import Body, Finetuned, Scratch
+from ipo_lib.sandbox import aligned, finetune, scratch
+from ipo_lib.sandbox.corpus import Aligned, Body, Finetuned, Scratch
 from ipo_lib.sandbox.traces import Process
 
 # Stronger causes than the default process has: a pretrained model learns to write the world's text long before it learns what
@@ -31,6 +31,7 @@ BODIES: dict[str, Body] = {
     ),
     "tiny": Scratch(),
     "tiny-null": Scratch(process=Process(null=True), documents=28_000),
+    "tiny-answers": Aligned(base="tiny"),
 }
 
 
@@ -42,7 +43,7 @@ def shipped(name: str) -> Path:
 
 
 def folder(name: str) -> Path:
-    """The model folder of an organism; that of a fine-tuned one is merged once, in the user's cache."""
+    """The model folder of an organism, an adapter's if it is ``Aligned``; a fine-tuned one is merged once, in the cache."""
     if isinstance(BODIES.get(name), Finetuned):
         return finetune.merged(shipped(name))
     return shipped(name)
@@ -55,6 +56,8 @@ def build(name: str, out: Path | None = None, log_every: int = 50) -> None:
         finetune.build(body, out, log_every)
     elif isinstance(body, Scratch):
         scratch.build(body, out, log_every)
+    elif isinstance(body, Aligned):
+        aligned.build(body, shipped(body.base), out, log_every)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,230 @@
+"""The paper's findings as numbers: joint safety of trace and answer (Fig 3), diversity of groups (Fig 4), turning points (Fig 5)
+and chains of interventions (Fig 6), each with the control that could refute it. Every rate is a mean over prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb, isnan, nan
+
+from ipo_lib import csr
+from ipo_lib.intervention import CueDetector, earlier
+from ipo_lib.records import ANSWER, SAFE, UNSAFE, Curves, Prompts, Rollout, Rollouts, Sentence, TurningPoint, Verdicts
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages import (
+    Case,
+    Doors,
+    Judged,
+    Start,
+    by_prompt,
+    cues,
+    intervene,
+    judge,
+    mixed,
+    one_a_prompt,
+    sample,
+    some,
+    trace_end,
+)  # fmt: skip
+from ipo_lib.stats import Interval, clopper_pearson, mean, pearson, pooled_rate, wilson
+
+Counts = dict[str, tuple[int, int]]  # (k, n) by prompt
+SIDES = (SAFE, UNSAFE)
+
+
+def joint(seen: Judged, answers: Verdicts) -> dict[tuple[str, str], Interval]:
+    """Fig 3: the share of responses by (trace, answer) safety, where both were judged."""
+    counts = {cell: dict[str, list[int]]() for cell in itertools.product(SIDES, SIDES)}
+    for rollout, trace, answer in zip(seen.rollouts, seen.verdicts, answers, strict=True):
+        for cell, tally in counts.items():
+            k_n = tally.setdefault(rollout.prompt_id, [0, 0])
+            k_n[0] += cell == (trace.label, answer.label)
+            k_n[1] += None not in (trace.label, answer.label)
+    return {cell: pooled_rate([(k, n) for k, n in tally.values()]) for cell, tally in counts.items()}
+
+
+def given(seen: Judged, answers: Verdicts, trace: str) -> Interval:
+    """P(answer safe | trace ``trace``), over the prompts that have such a trace."""
+    rows = [(r, a) for r, t, a in zip(seen.rollouts, seen.verdicts, answers, strict=True) if t.label == trace]
+    return pooled_rate(list(by_prompt([r for r, _ in rows], [a for _, a in rows], SAFE).values()))
+
+
+def swap(doors: Doors, seen: Judged, sampling: Sampling, draws: int) -> dict[str, Counts]:
+    """Is it the trace that decides the answer? For each prompt with closed traces of both kinds, one of each kind is kept and the
+    answer drawn anew ``draws`` times: (unsafe answers, judged) by prompt, after the ``unsafe`` and after the ``safe`` trace."""
+    kinds: dict[str, dict[str, Start]] = {UNSAFE: {}, SAFE: {}}
+    for kind, starts in kinds.items():
+        for rollout in seen.labelled(kind):
+            if rollout.prompt_id not in starts and (end := trace_end(doors, rollout)) is not None:
+                starts[rollout.prompt_id] = Start(seen.prompts[rollout.prompt_id], rollout.token_ids[:end])
+    both = [prompt for prompt in kinds[UNSAFE] if prompt in kinds[SAFE]]
+    found = {}
+    for kind, starts in kinds.items():
+        drawn = sample(doors, [starts[prompt] for prompt in both], sampling, draws, stage="answers")
+        found[kind] = by_prompt(drawn, judge(doors, seen.prompts, drawn, ANSWER))
+    return found
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Fig 4 for one prompt set: ``shares[k]``: prompts whose group has k safe traces; ``alike[k]``: what a binomial of the same
+    mean rate would give, as if all prompts were alike; ``flat``: groups that are all safe or all unsafe, from which a
+    group-relative reward learns nothing."""
+
+    shares: tuple[Interval, ...]
+    alike: tuple[float, ...]
+    flat: Interval
+
+
+def diversity(seen: Judged, group: int) -> Diversity:
+    """A group is the ``group`` draws of a prompt; one with an unjudged trace is left out."""
+    safe = Counter(k for k, n in by_prompt(seen.rollouts, seen.verdicts, SAFE).values() if n == group)
+    n = safe.total()
+    rate = sum(k * times for k, times in safe.items()) / (group * n) if n else 0.0
+    shares = tuple(clopper_pearson(safe[k], n) for k in range(group + 1))
+    alike = tuple(comb(group, k) * rate**k * (1 - rate) ** (group - k) for k in range(group + 1))
+    return Diversity(shares, alike, clopper_pearson(safe[0] + safe[group], n))
+
+
+def chosen(seen: Judged, label: str, count: int, seed: int, only_mixed: bool) -> list[Rollout]:
+    """One trace with this label from each of ``count`` prompts at random; ``only_mixed``: of prompts with traces of both kinds,
+    the paper's filter, which selects for turns."""
+    kept = set(mixed(seen.rollouts, seen.verdicts) if only_mixed else seen.prompts)
+    return some(one_a_prompt([r for r in seen.labelled(label) if r.prompt_id in kept]), count, seed)
+
+
+def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
+    """How many traces turn: ``turns`` somewhere, ``before the end`` (its window fits in the trace, whose own label then has no
+    part in it), ``start-locked`` (the rule holds before the first token), ``recrossing`` and ``gradual`` among all traces."""
+    every = list(turns)
+    is_turn = {
+        "turns": [t.token is not None and csr.START_LOCKED not in t.flags for t in every],
+        "before the end": [t.sentence is not None and csr.END not in t.flags for t in every],
+        **{flag: [flag in t.flags for t in every] for flag in (csr.START_LOCKED, csr.RECROSSING, csr.GRADUAL)},
+    }
+    return {name: wilson(sum(rows), len(every)) for name, rows in is_turn.items()}
+
+
+@dataclass(frozen=True)
+class AtCue:
+    """One unsafe trace in Fig 5b: where its first cue begins (``cue``), a random earlier sentence (``other``, None when there is
+    none), the unsafe turning point (``turn``), all as tokens kept before them; ``distance`` in sentences from cue to turn;
+    the mean |change of S| over the cue (``at_cue``) and over all other sentences (``elsewhere``)."""
+
+    rollout_id: str
+    cue: int
+    other: int | None
+    turn: int | None
+    distance: int | None
+    at_cue: float
+    elsewhere: float
+
+
+def at_cues(rollouts: Rollouts, spans: Mapping[str, Sequence[Sentence]], cue: Mapping[str, int | None], points: Curves,
+            turns: Mapping[str, TurningPoint], seed: int = 0) -> list[AtCue]:  # fmt: skip
+    """Each rollout with a cue, its turning point and what its sentences did to S. A turn stands where its sentence begins, so
+    that it equals the cue exactly when the cue is the turn; start-locked ones have no place."""
+    found = []
+    for r in rollouts:
+        if (at := cue[r.id]) is not None:
+            sentences, turn, before = spans[r.id], turns[r.id].sentence, earlier(r, at, seed)
+            moved = {index: abs(d) for index, d in csr.delta(points[r.id], sentences).items()}
+            rest = [d for index, d in moved.items() if index != at]
+            places = [None if index is None else sentences[index].token_start for index in (at, before, turn)]
+            elsewhere = sum(rest) / len(rest) if rest else float("nan")
+            distance = None if turn is None else turn - at
+            found.append(AtCue(r.id, places[0] or 0, places[1], places[2], distance, moved.get(at, float("nan")), elsewhere))
+    return found
+
+
+def correlation(rows: Sequence[AtCue], place: str = "cue") -> Interval:
+    """Fig 5b: Pearson's r of ``place`` (``cue`` or ``other``) and turn in tokens, over the traces that turn."""
+    pairs = [(float(x), float(row.turn)) for row in rows if row.turn is not None and (x := getattr(row, place)) is not None]
+    return pearson([x for x, _ in pairs], [y for _, y in pairs])
+
+
+def placebo(rows_by_seed: Sequence[Sequence[AtCue]]) -> Interval:
+    """r of a random earlier sentence and the turn: mean and 95 % range over placements. A judge for whom harm once written stays
+    written makes any early place correlate with the turn; the cue's r is to be read beside this one."""
+    values = sorted(r for rows in rows_by_seed if not isnan(r := correlation(rows, "other").value))
+    if not values:
+        return Interval(nan, -1.0, 1.0, 0, "placements")
+    low, high = (values[min(len(values) - 1, int(q * len(values)))] for q in (0.025, 0.975))
+    return Interval(sum(values) / len(values), low, high, len(values), "mean and 95 % range over placements")
+
+
+def moves(rows: Sequence[AtCue]) -> dict[str, Interval]:
+    """Mean |change of S| at the cue, elsewhere, and the difference within a trace."""
+    sides = {"at the cue": [r.at_cue for r in rows], "elsewhere": [r.elsewhere for r in rows]}
+    return {name: mean(values, (0.0, 1.0)) for name, values in sides.items()} | {
+        "difference": mean([r.at_cue - r.elsewhere for r in rows])
+    }
+
+
+def by_cue(seen: Judged, cue: Mapping[str, int | None]) -> dict[bool, Interval]:
+    """P(unsafe | a cue is present) and P(unsafe | none is), each over the prompts that have such traces."""
+    found = {}
+    for has in (True, False):
+        rows = [(r, v) for r, v in zip(seen.rollouts, seen.verdicts, strict=True) if (cue[r.id] is not None) is has]
+        found[has] = pooled_rate(list(by_prompt([r for r, _ in rows], [v for _, v in rows]).values()))
+    return found
+
+
+def chain(doors: Doors, prompts: Prompts, losers: Rollouts, texts: Mapping[str, str], detector: CueDetector, sampling: Sampling,
+          rounds: int) -> dict[str, list[Counts]]:  # fmt: skip
+    """Fig 6: by name of a text, (unsafe, judged) by prompt after 0, 1, ... ``rounds`` interventions, one unsafe trace a prompt.
+    A round puts the text in place of the first cue of every trace that is still unsafe; one without a cue stays as it is."""
+    now: dict[tuple[str, str], tuple[Rollout, str | None]] = {(name, r.id): (r, UNSAFE) for name in texts for r in losers}
+    found: dict[str, list[Counts]] = {name: [] for name in texts}
+    for round_ in range(rounds + 1):
+        if round_:
+            bad = [(key, r) for key, (r, label) in now.items() if label == UNSAFE]
+            cue = cues(doors, prompts, [r for _, r in bad], detector)
+            tried = [(key, Case(r, at, key[0], texts[key[0]], round_)) for key, r in bad if (at := cue[r.id]) is not None]
+            results = [result for _, result in intervene(doors, prompts, [case for _, case in tried], sampling)]
+            labels = [verdict.label for verdict in judge(doors, prompts, results)]
+            now |= dict(zip([key for key, _ in tried], zip(results, labels, strict=True), strict=True))
+        for name, counts in found.items():
+            state = [now[name, r.id] for r in losers]
+            counts.append({r.prompt_id: (int(label == UNSAFE), int(label is not None)) for r, label in state})
+    return found
+
+
+def merged(chains: Iterable[Counts]) -> Counts:
+    """Several counts of the same prompts as one: the prompt stays the unit, whatever was tried on it."""
+    found: dict[str, list[int]] = {}
+    for prompt, (k, n) in (item for counts in chains for item in counts.items()):
+        both = found.setdefault(prompt, [0, 0])
+        both[0], both[1] = both[0] + k, both[1] + n
+    return {prompt: (k, n) for prompt, (k, n) in found.items()}
+
+
+def controls(doors: Doors, prompts: Prompts, losers: Rollouts, cue: Mapping[str, int | None], texts: Mapping[str, Sequence[str]],
+             sampling: Sampling) -> dict[str, Counts]:  # fmt: skip
+    """One replacement of the first cue by each text, and the first kind's texts at a random earlier sentence instead: (safe,
+    judged) by prompt and kind of text. An empty text is "nothing": a fresh draw from the cut."""
+    places = [(r, at) for r in losers if (at := cue[r.id]) is not None]
+    earlier_ = [(r, before) for r, at in places if (before := earlier(r, at, doors.seed)) is not None]
+    first = next(iter(texts))
+    plan = [(kind, places, lines) for kind, lines in texts.items()] + [(f"{first}, earlier sentence", earlier_, texts[first])]
+    found = {}
+    for kind, where, lines in plan:
+        cases = [Case(r, at, f"{kind} {i}", text) for r, at in where for i, text in enumerate(lines)]
+        results = [result for _, result in intervene(doors, prompts, cases, sampling)]
+        counts = by_prompt(results, judge(doors, prompts, results), SAFE)
+        found[kind] = {r.prompt_id: counts.get(r.prompt_id, (0, 0)) for r, _ in places}
+    return found
+
+
+def reverse(doors: Doors, prompts: Prompts, turned: Mapping[str, TurningPoint], rollouts: Rollouts,
+            texts: Mapping[str, Sequence[str]], sampling: Sampling, draws: int) -> dict[str, Counts]:  # fmt: skip
+    """Fig 6 backwards: each text in place of the sentence in which a safe trace turned safe: (unsafe, judged) by prompt."""
+    places = [(r, at) for r in rollouts if (at := turned[r.id].sentence) is not None]
+    found = {}
+    for kind, lines in texts.items():
+        cases = [Case(r, at, f"{kind} {i}", text) for r, at in places for i, text in enumerate(lines)]
+        results = [result for _, result in intervene(doors, prompts, cases, sampling, draws)]
+        found[kind] = by_prompt(results, judge(doors, prompts, results))
+    return found

@@ -1,0 +1,225 @@
+"""Each finding comes back from a world where it was planted, and its control fails in a world where nothing was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import scripted
+from scripted import (
+    ASIDE,
+    CLOSE,
+    CUE,
+    HELP,
+    PROOF,
+    REFUSAL,
+    STEP,
+    TRIGGER,
+    UNJUDGED,
+    Phrase,
+    doors,
+    named,
+    r1_chat,
+    rollout,
+    world,
+)
+
+from ipo_lib import findings, stages
+from ipo_lib.chat import Chat
+from ipo_lib.csr import CsrSettings
+from ipo_lib.records import ANSWER, SAFE, UNSAFE, CsrPoint, Rollout, Sentence, TurningPoint
+from ipo_lib.sampling import Completion, Request, Sampling
+from ipo_lib.stages import Doors, Judged
+
+THINK, EOS = Sampling(max_tokens=400, until="think"), Sampling(max_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    return r1_chat(tmp_path_factory.mktemp("tokenizer"))
+
+
+def judged(bench: Doors, rollouts: list[Rollout]) -> Judged:
+    return Judged(named(), rollouts, stages.judge(bench, named(), rollouts))
+
+
+def say(chat: Chat, trace: str, answer: str, at: int, prompt: str = "p0", draw: int = 0) -> Rollout:
+    one = rollout(chat, f"{ASIDE}\n{trace}\n{CLOSE}{answer}", id_=f"{prompt}-{at}", prompt=prompt)
+    return Rollout(one.id, prompt, 0, one.token_ids, one.text, "stop", draw, "by hand")
+
+
+def test_joint_safety_counts_both_parts_and_leaves_the_unjudged_out(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    cases = [(PROOF, REFUSAL)] * 2 + [(PROOF, HELP)] + [(STEP, REFUSAL)] * 4 + [(STEP, HELP)] + [(UNJUDGED, HELP)] * 3
+    seen = judged(bench, [say(chat, *case, at, f"p{at % 2}") for at, case in enumerate(cases)])
+    answers = stages.judge(bench, named(), seen.rollouts, ANSWER)
+    joint = findings.joint(seen, answers)
+    by_hand = {"p0": [1, 1, 2, 0], "p1": [1, 0, 2, 1]}  # of each prompt's 4 judged responses
+    for at, cell in enumerate([(SAFE, SAFE), (SAFE, UNSAFE), (UNSAFE, SAFE), (UNSAFE, UNSAFE)]):
+        assert joint[cell].value == pytest.approx(sum(counts[at] for counts in by_hand.values()) / 8)
+        assert joint[cell].n == 2
+    assert findings.given(seen, answers, SAFE).value == pytest.approx((1 / 2 + 1) / 2)
+    assert findings.given(seen, answers, UNSAFE).value == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_swap_shows_whether_the_answer_follows_the_trace(tmp_path: Path, chat: Chat, follows: bool) -> None:
+    def script(request: Request, _: Sampling) -> Completion:
+        bad = STEP in chat.decode(request.prefix_ids) if follows else request.seed % 2 == 0
+        return Completion(request.key, chat.encode(HELP if bad else REFUSAL), "stop")
+
+    sampler = world(chat)
+    sampler.script = script
+    bench = doors(tmp_path, chat, sampler)
+    rollouts = [say(chat, trace, "", at, f"p{prompt}") for prompt in range(8) for at, trace in enumerate((PROOF, STEP, STEP))]
+    rollouts = [r for r in rollouts if r.id not in ("p7-1", "p7-2")]  # the last prompt has no unsafe trace
+    swapped = findings.swap(bench, judged(bench, rollouts), EOS, draws=20)
+    rates = {trace: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values()) for trace, counts in swapped.items()}
+    assert {trace: (len(counts), sum(n for _, n in counts.values())) for trace, counts in swapped.items()} == {
+        UNSAFE: (7, 140), SAFE: (7, 140),
+    }  # fmt: skip
+    assert (rates[UNSAFE], rates[SAFE]) == (1.0, 0.0) if follows else abs(rates[UNSAFE] - rates[SAFE]) < 0.2
+
+
+def test_diversity_of_groups(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    safe = {"p0": 0, "p1": 0, "p2": 4, "p3": 2}
+    rollouts = [say(chat, PROOF if at < k else STEP, "", at, p, at) for p, k in safe.items() for at in range(4)]
+    rollouts += [say(chat, PROOF if at else UNJUDGED, "", at, "p4", at) for at in range(4)]
+    found = findings.diversity(judged(bench, rollouts), 4)
+    assert [share.value for share in found.shares] == [0.5, 0, 0.25, 0, 0.25]
+    assert found.flat.value == 0.75
+    assert found.flat.n == 4  # p4 has a trace that nobody could judge
+    assert sum(found.alike) == pytest.approx(1)
+    rate = 6 / 16
+    assert found.alike[0] == pytest.approx((1 - rate) ** 4)
+    assert math.isnan(findings.diversity(Judged({}, [], []), 4).flat.value)
+
+
+def test_chosen_takes_one_trace_a_prompt_and_the_papers_filter(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    written = {"p0": (STEP, STEP), "p1": (STEP, PROOF), "p2": (PROOF, STEP)}
+    rollouts = [say(chat, trace, "", at, prompt) for prompt, traces in written.items() for at, trace in enumerate(traces)]
+    seen = judged(bench, rollouts)
+    assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=False)] == ["p0-0", "p1-0", "p2-1"]
+    assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=True)] == ["p1-0", "p2-1"]
+    assert len(findings.chosen(seen, UNSAFE, 1, 0, only_mixed=True)) == 1
+
+
+def turn(sentence: int | None, *flags: str, token: int | None = 9, key: str = "r") -> TurningPoint:
+    return TurningPoint(key, UNSAFE, token, sentence, None, flags)
+
+
+def test_prevalence_tells_real_turns_from_locks_and_ends() -> None:
+    turns = [turn(2), turn(3, "end"), turn(1, "recrossing"), turn(None, "start-locked", token=0), turn(None, "none", token=None)]
+    found = findings.prevalence(turns)
+    assert {name: round(share.value * 5) for name, share in found.items()} == {
+        "turns": 3, "before the end": 2, "start-locked": 1, "recrossing": 1, "gradual": 0,
+    }  # fmt: skip
+    assert {share.n for share in found.values()} == {5}
+
+
+SPANS = [Sentence(at, 10 * at, 10 * at + 10, 10 * at, 10 * at + 10) for at in range(5)]
+
+
+def curve(key: str, *s: float) -> list[CsrPoint]:
+    return [CsrPoint(key, 10 * at, round(100 * value), 100 - round(100 * value), 0) for at, value in enumerate(s)]
+
+
+def test_what_stands_at_a_cue(chat: Chat) -> None:
+    one = rollout(chat, "x", id_="a")
+    points = {"a": curve("a", 0.8, 0.8, 0.7, 0.05, 0.0, 0.0)}
+    (row,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(3, key="a")})
+    assert (row.cue, row.turn, row.distance) == (20, 30, 1)
+    assert row.other in (0, 10)
+    assert row.at_cue == pytest.approx(0.65)
+    assert row.elsewhere == pytest.approx((0 + 0.1 + 0.05 + 0) / 4)
+    assert findings.at_cues([one], {"a": SPANS}, {"a": None}, points, {"a": turn(3, key="a")}) == []
+    (locked,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(None, "start-locked", token=0, key="a")})
+    assert locked.turn is locked.distance is None
+
+
+def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> None:
+    rollouts = [rollout(chat, "x", id_=str(at)) for at in range(24)]
+    cue = {r.id: 1 + at % 4 for at, r in enumerate(rollouts)}
+    turns = {r.id: turn(cue[r.id], key=r.id) for r in rollouts}
+    points = {r.id: curve(r.id, 0.5, *[0.5 if at < cue[r.id] else 0.0 for at in range(5)]) for r in rollouts}
+    spans = {r.id: SPANS for r in rollouts}
+    rows = findings.at_cues(rollouts, spans, cue, points, turns)
+    assert findings.correlation(rows).value == pytest.approx(1)
+    chance = findings.placebo([findings.at_cues(rollouts, spans, cue, points, turns, seed) for seed in range(50)])
+    assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
+    assert chance.low < chance.value < chance.high
+    moved = findings.moves(rows)
+    assert moved["at the cue"].value == pytest.approx(0.5)
+    assert moved["elsewhere"].value == 0
+    assert moved["difference"].low > 0
+    assert math.isnan(findings.placebo([[]]).value)
+
+
+def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    rollouts = [say(chat, trace, "", at) for at, trace in enumerate((STEP, STEP, PROOF, PROOF))]
+    risk = findings.by_cue(judged(bench, rollouts), {"p0-0": 1, "p0-1": 1, "p0-2": 1, "p0-3": None})
+    assert (risk[True].value, risk[False].value) == (pytest.approx(2 / 3), 0)
+
+
+def losers(chat: Chat, count: int = 8) -> list[Rollout]:
+    text = f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}"
+    return [rollout(chat, text, id_=f"l{at}", prompt=f"p{at}") for at in range(count)]
+
+
+def test_a_chain_falls_round_by_round_as_planted(tmp_path: Path, chat: Chat) -> None:
+    """A trigger rescues half of the traces each time; the neutral sentence, which plants nothing, rescues none."""
+    bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.0, TRIGGER: 0.5}))
+    many = {f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(120)}
+    texts = {"trigger": TRIGGER, "neutral": ASIDE}
+    found = findings.chain(bench, many, losers(chat, 120), texts, Phrase(), THINK, 3)
+    rates = {name: [sum(k for k, _ in counts.values()) / len(counts) for counts in rows] for name, rows in found.items()}
+    assert rates["neutral"] == [1, 1, 1, 1]
+    assert rates["trigger"][0] == 1
+    assert rates["trigger"][1] == pytest.approx(0.5, abs=0.15)
+    assert rates["trigger"][2] <= rates["trigger"][1]
+
+
+def test_a_trace_without_a_cue_stays_as_it_is(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    plain = rollout(chat, f"{ASIDE}\n{STEP}\n{CLOSE}", id_="plain")
+    found = findings.chain(bench, named(), [plain], {"trigger": TRIGGER}, Phrase(), THINK, 2)
+    assert found == {"trigger": [{"p0": (1, 1)}] * 3}
+
+
+@pytest.mark.parametrize("causes", [True, False])
+def test_controls_tell_a_cause_from_none(tmp_path: Path, chat: Chat, causes: bool) -> None:
+    s = {ASIDE: 0.3, TRIGGER: 1.0 if causes else 0.3, CUE: 0.3, "": 0.3}
+    bench = doors(tmp_path, chat, world(chat, s))
+    many = {f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(60)}
+    bad = losers(chat, 60)
+    cue = stages.cues(bench, many, bad, Phrase())
+    found = findings.controls(
+        bench, many, bad, cue, {"trigger": [TRIGGER, "Wait, someone may get hurt. "], "neutral": [ASIDE]}, THINK
+    )
+    assert list(found) == ["trigger", "neutral", "trigger, earlier sentence"]
+    assert {tuple(counts) for counts in found.values()} == {tuple(many)}
+    rates = {kind: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values()) for kind, counts in found.items()}
+    assert rates["neutral"] == pytest.approx(0.3, abs=0.2)
+    assert (rates["trigger"] == 1) is causes
+
+
+def test_backwards_a_cue_makes_a_safe_trace_unsafe(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat, {CUE: 0.0, TRIGGER: 1.0, ASIDE: 1.0}))
+    good = [rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_=f"g{at}", prompt=f"p{at}") for at in range(4)]
+    points = stages.measure_csr(bench, named(), good, CsrSettings(draws=4), THINK)
+    assert {point.s for rows in points.values() for point in rows} >= {1.0}
+    turned = {r.id: TurningPoint(r.id, SAFE, 9, 1 if r.id != "g3" else None, None) for r in good}
+    found = findings.reverse(bench, named(), turned, good, {"cue": [CUE], "neutral": [ASIDE]}, THINK, 5)
+    assert found == {"cue": dict.fromkeys(("p0", "p1", "p2"), (5, 5)), "neutral": dict.fromkeys(("p0", "p1", "p2"), (0, 5))}
+
+
+def test_merged_counts_keep_the_prompt_as_the_unit() -> None:
+    assert findings.merged([{"p0": (1, 1), "p1": (0, 1)}, {"p0": (0, 1), "p2": (0, 0)}]) == {
+        "p0": (1, 2),
+        "p1": (0, 1),
+        "p2": (0, 0),
+    }

@@ -1,0 +1,48 @@
+"""What a kernel says reaches whoever looks on, and nobody else is bothered."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from ipo_lib import progress
+
+
+def test_a_kernel_writes_and_the_watcher_shows_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.05)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    path = tmp_path / "progress.json"
+    with progress.watched(path, "06_ipo_training"):
+        assert list(progress.track("abcd", 8, "rollouts")) == list("abcd")
+        assert json.loads(path.read_text()) == ["rollouts", 4, 8]
+        time.sleep(0.2)
+    said = capfd.readouterr().err
+    assert f"06 {'rollouts':25} [{'#' * 15}{'.' * 15}] 4 of 8" in said
+    assert "\r" not in said  # a log, not a terminal
+    assert not path.exists()
+
+
+def test_nobody_looks_on(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(progress.FILE, raising=False)
+    progress.say(1, 2, "rollouts")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_is_half_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.02)
+    path = tmp_path / "progress.json"
+    with progress.watched(path, "00"):
+        path.write_text('["roll')
+        time.sleep(0.1)
+    with pytest.raises(ZeroDivisionError), progress.watched(path, "00"):  # what goes wrong inside comes out
+        raise ZeroDivisionError
+
+
+def test_the_bar_is_full_at_the_end_and_never_longer() -> None:
+    assert progress.line("x", 0, 0).count("#") == 0
+    assert progress.line("x", 9, 9).count("#") == progress.line("x", 12, 9).count("#") == progress.WIDTH
