@@ -118,7 +118,6 @@ def interventions(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     yield "first round, controls", harmful * (2 * pool + neutral + 4), part, ""
     yield "later rounds", harmful * own["rounds"], part, ""
     yield curves(settings, "safe", own["safe_traces"])
-    yield curves(settings, "unsafe", own["unsafe_traces"])
     yield "cues in safe traces", own["safe_traces"] * own["reverse_draws"] * (own["cues"] + 1), part, ""
 
 

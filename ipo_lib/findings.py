@@ -11,7 +11,20 @@ from math import comb, isnan, nan
 
 from ipo_lib import csr
 from ipo_lib.intervention import CueDetector, earlier
-from ipo_lib.records import ANSWER, SAFE, UNSAFE, Curves, Prompts, Rollout, Rollouts, Sentence, TurningPoint, Verdicts
+from ipo_lib.records import (
+    ANSWER,
+    CONTINUATION,
+    SAFE,
+    UNSAFE,
+    BadInput,
+    Curves,
+    Prompts,
+    Rollout,
+    Rollouts,
+    Sentence,
+    TurningPoint,
+    Verdicts,
+)
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
     Case,
@@ -27,6 +40,7 @@ from ipo_lib.stages import (
     sample,
     some,
     trace_end,
+    trace_texts,
 )  # fmt: skip
 from ipo_lib.stats import Interval, clopper_pearson, mean, pearson, pooled_rate, wilson
 
@@ -92,7 +106,18 @@ def chosen(seen: Judged, label: str, count: int, seed: int, only_mixed: bool) ->
     """One trace with this label from each of ``count`` prompts at random; ``only_mixed``: of prompts with traces of both kinds,
     the paper's filter, which selects for turns."""
     kept = set(mixed(seen.rollouts, seen.verdicts) if only_mixed else seen.prompts)
-    return some(one_a_prompt([r for r in seen.labelled(label) if r.prompt_id in kept]), count, seed)
+    found = some(one_a_prompt([r for r in seen.labelled(label) if r.prompt_id in kept]), count, seed)
+    if not found:
+        which = "prompts with traces of both kinds" if only_mixed else "prompts"
+        raise BadInput(f"no {label} trace on {len(kept)} {which}; raise plan.draws or the prompt set's count, or set mixed_only")
+    return found
+
+
+def losers(seen: Judged, cue: Mapping[str, int | None]) -> list[Rollout]:
+    """One unsafe trace with a cue of every prompt that has one."""
+    if not (found := one_a_prompt([r for r in seen.labelled(UNSAFE) if cue[r.id] is not None])):
+        raise BadInput(f"no unsafe trace with a cue among {len(seen.rollouts)} rollouts; raise plan.draws")
+    return found
 
 
 def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
@@ -109,9 +134,9 @@ def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
 
 @dataclass(frozen=True)
 class AtCue:
-    """One unsafe trace in Fig 5b: where its first cue begins (``cue``), a random earlier sentence (``other``, None when there is
-    none), the unsafe turning point (``turn``), all as tokens kept before them; ``distance`` in sentences from cue to turn;
-    the mean |change of S| over the cue (``at_cue``) and over all other sentences (``elsewhere``)."""
+    """One unsafe trace in Fig 5b: where its first cue begins (``cue``), a random sentence up to the turn (``other``), the unsafe
+    turning point (``turn``), all as tokens kept before them, None where there is none; ``distance`` in sentences from cue to
+    turn; |change of S| over the cue (``at_cue``) and its mean over other sentences (``elsewhere``), nan where S was settled."""
 
     rollout_id: str
     cue: int
@@ -125,12 +150,16 @@ class AtCue:
 def at_cues(rollouts: Rollouts, spans: Mapping[str, Sequence[Sentence]], cue: Mapping[str, int | None], points: Curves,
             turns: Mapping[str, TurningPoint], seed: int = 0) -> list[AtCue]:  # fmt: skip
     """Each rollout with a cue, its turning point and what its sentences did to S. A turn stands where its sentence begins, so
-    that it equals the cue exactly when the cue is the turn; start-locked ones have no place."""
+    that it equals the cue exactly when the cue is the turn; start-locked ones have no place. Sentences that begin where S is 0
+    or 1 can move nothing and are left out on both sides."""
     found = []
     for r in rollouts:
         if (at := cue[r.id]) is not None:
-            sentences, turn, before = spans[r.id], turns[r.id].sentence, earlier(r, at, seed)
-            moved = {index: abs(d) for index, d in csr.delta(points[r.id], sentences).items()}
+            sentences, turn = spans[r.id], turns[r.id].sentence
+            before = None if turn is None else earlier(r, turn + 1, seed)
+            open_ = {point.cut for point in points[r.id] if 0 < point.n_safe < point.n}
+            deltas = csr.delta(points[r.id], sentences).items()
+            moved = {index: abs(d) for index, d in deltas if sentences[index].token_start in open_}
             rest = [d for index, d in moved.items() if index != at]
             places = [None if index is None else sentences[index].token_start for index in (at, before, turn)]
             elsewhere = sum(rest) / len(rest) if rest else float("nan")
@@ -146,13 +175,14 @@ def correlation(rows: Sequence[AtCue], place: str = "cue") -> Interval:
 
 
 def placebo(rows_by_seed: Sequence[Sequence[AtCue]]) -> Interval:
-    """r of a random earlier sentence and the turn: mean and 95 % range over placements. A judge for whom harm once written stays
-    written makes any early place correlate with the turn; the cue's r is to be read beside this one."""
-    values = sorted(r for rows in rows_by_seed if not isnan(r := correlation(rows, "other").value))
+    """r of a random sentence up to the turn and the turn: mean and 95 % range over placements; ``n`` counts traces. A judge for
+    whom harm once written stays written makes any earlier place correlate with the turn: the cue's r is to be read beside it."""
+    found = [correlation(rows, "other") for rows in rows_by_seed]
+    values = sorted(r.value for r in found if not isnan(r.value))
     if not values:
         return Interval(nan, -1.0, 1.0, 0, "placements")
     low, high = (values[min(len(values) - 1, int(q * len(values)))] for q in (0.025, 0.975))
-    return Interval(sum(values) / len(values), low, high, len(values), "mean and 95 % range over placements")
+    return Interval(sum(values) / len(values), low, high, max(r.n for r in found), f"range over {len(values)} placements")
 
 
 def moves(rows: Sequence[AtCue]) -> dict[str, Interval]:
@@ -174,13 +204,14 @@ def by_cue(seen: Judged, cue: Mapping[str, int | None]) -> dict[bool, Interval]:
 
 def chain(doors: Doors, prompts: Prompts, losers: Rollouts, texts: Mapping[str, str], detector: CueDetector, sampling: Sampling,
           rounds: int) -> dict[str, list[Counts]]:  # fmt: skip
-    """Fig 6: by name of a text, (unsafe, judged) by prompt after 0, 1, ... ``rounds`` interventions, one unsafe trace a prompt.
-    A round puts the text in place of the first cue of every trace that is still unsafe; one without a cue stays as it is."""
+    """Fig 6: by name of a text, (not safe, 1) by prompt after 0, 1, ... ``rounds`` interventions, one unsafe trace a prompt. A
+    round puts the text in place of the first cue of every trace that is not safe yet; one without a cue stays as it is. What
+    could not be judged counts as not safe: it would else leave the rate and look like a cure."""
     now: dict[tuple[str, str], tuple[Rollout, str | None]] = {(name, r.id): (r, UNSAFE) for name in texts for r in losers}
     found: dict[str, list[Counts]] = {name: [] for name in texts}
     for round_ in range(rounds + 1):
         if round_:
-            bad = [(key, r) for key, (r, label) in now.items() if label == UNSAFE]
+            bad = [(key, r) for key, (r, label) in now.items() if label != SAFE]
             cue = cues(doors, prompts, [r for _, r in bad], detector)
             tried = [(key, Case(r, at, key[0], texts[key[0]], round_)) for key, r in bad if (at := cue[r.id]) is not None]
             results = [result for _, result in intervene(doors, prompts, [case for _, case in tried], sampling)]
@@ -188,7 +219,7 @@ def chain(doors: Doors, prompts: Prompts, losers: Rollouts, texts: Mapping[str, 
             now |= dict(zip([key for key, _ in tried], zip(results, labels, strict=True), strict=True))
         for name, counts in found.items():
             state = [now[name, r.id] for r in losers]
-            counts.append({r.prompt_id: (int(label == UNSAFE), int(label is not None)) for r, label in state})
+            counts.append({r.prompt_id: (int(label != SAFE), 1) for r, label in state})
     return found
 
 
@@ -204,7 +235,7 @@ def merged(chains: Iterable[Counts]) -> Counts:
 def controls(doors: Doors, prompts: Prompts, losers: Rollouts, cue: Mapping[str, int | None], texts: Mapping[str, Sequence[str]],
              sampling: Sampling) -> dict[str, Counts]:  # fmt: skip
     """One replacement of the first cue by each text, and the first kind's texts at a random earlier sentence instead: (safe,
-    judged) by prompt and kind of text. An empty text is "nothing": a fresh draw from the cut."""
+    asked) by prompt and kind of text; what could not be judged counts as not safe. An empty text is "nothing": a fresh draw."""
     places = [(r, at) for r in losers if (at := cue[r.id]) is not None]
     earlier_ = [(r, before) for r, at in places if (before := earlier(r, at, doors.seed)) is not None]
     first = next(iter(texts))
@@ -213,18 +244,28 @@ def controls(doors: Doors, prompts: Prompts, losers: Rollouts, cue: Mapping[str,
     for kind, where, lines in plan:
         cases = [Case(r, at, f"{kind} {i}", text) for r, at in where for i, text in enumerate(lines)]
         results = [result for _, result in intervene(doors, prompts, cases, sampling)]
-        counts = by_prompt(results, judge(doors, prompts, results), SAFE)
-        found[kind] = {r.prompt_id: counts.get(r.prompt_id, (0, 0)) for r, _ in places}
+        counts = {r.prompt_id: [0, 0] for r, _ in places}
+        for result, verdict in zip(results, judge(doors, prompts, results), strict=True):
+            counts[result.prompt_id][0] += verdict.label == SAFE
+            counts[result.prompt_id][1] += 1
+        found[kind] = {prompt: (k, n) for prompt, (k, n) in counts.items()}
     return found
+
+
+def common(doors: Doors, rollouts: Rollouts, at: Mapping[str, int | None], count: int) -> list[str]:
+    """The ``count`` most frequent sentences at an index (a cue's) of the rollouts; ties by text."""
+    seen = Counter(trace_texts(doors, r)[index].strip() for r in rollouts if (index := at[r.id]) is not None)
+    return [text for text, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:count]]
 
 
 def reverse(doors: Doors, prompts: Prompts, turned: Mapping[str, TurningPoint], rollouts: Rollouts,
             texts: Mapping[str, Sequence[str]], sampling: Sampling, draws: int) -> dict[str, Counts]:  # fmt: skip
-    """Fig 6 backwards: each text in place of the sentence in which a safe trace turned safe: (unsafe, judged) by prompt."""
+    """Fig 6 backwards: each text in place of the sentence in which a safe trace turned safe: (unsafe, judged) by prompt. The
+    judge reads what the model wrote after it, not the text itself."""
     places = [(r, at) for r in rollouts if (at := turned[r.id].sentence) is not None]
     found = {}
     for kind, lines in texts.items():
         cases = [Case(r, at, f"{kind} {i}", text) for r, at in places for i, text in enumerate(lines)]
         results = [result for _, result in intervene(doors, prompts, cases, sampling, draws)]
-        found[kind] = by_prompt(results, judge(doors, prompts, results))
+        found[kind] = by_prompt(results, judge(doors, prompts, results, CONTINUATION))
     return found

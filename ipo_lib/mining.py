@@ -6,7 +6,7 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, LexiconCues, Trigger, choose, mine
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompts, Rollouts, Verdicts
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, trace_texts, turning_points
+from ipo_lib.stages import FRESH, Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, trace_texts, turning_points
 
 CLUSTERS, MEMBERS = 2, 3  # clusters tried for each trigger in use, and triggers tried of each cluster
 
@@ -35,7 +35,7 @@ def mine_pool(doors: Doors, prompts: Prompts, rollouts: Rollouts, verdicts: Verd
     clusters = [[trigger for trigger in pool if trigger.cluster == cluster] for cluster in range(CLUSTERS * plan.pool)]
     tried = [trigger for members in clusters for trigger in members[:MEMBERS]]
     cases = [Case(r, at, trigger.id, trigger.text) for trigger in tried for r in unsafe if (at := cue[r.id]) is not None]
-    results = intervene(doors, prompts, cases, sampling)
+    results = intervene(doors, prompts, cases, sampling, first=FRESH)  # not the draws by which triggers are measured later
     rescues: dict[str, tuple[int, int]] = {}
     for (done, _), verdict in zip(results, judge(doors, prompts, [result for _, result in results]), strict=True):
         k, n = rescues.get(done.trigger_id, (0, 0))

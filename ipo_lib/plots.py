@@ -86,6 +86,9 @@ def groups(rows: Sequence[tuple[str, Sequence[Interval | None]]], ax: Axes, *, n
 
 
 def _point(ax: Axes, rate: Interval, y: float, colour: str) -> None:
+    if math.isnan(rate.value):
+        ax.text(0, y, "not measured", color=colour, fontsize=6, va="center")
+        return
     ax.plot([100 * rate.low, 100 * rate.high], [y, y], color=colour)
     ax.plot(100 * rate.value, y, "o", color=colour, markersize=3.5)
 
@@ -113,7 +116,6 @@ def bars(rows: Sequence[Interval], ax: Axes, *, title: str, alike: Sequence[floa
         ax.plot(0, reported, "D", color="black", fillstyle="none", markersize=4.5, label=REPORTED)
     ax.set(xlabel="safe traces in a group", ylabel="prompts (%)", xticks=list(at))
     ax.set_title(title, fontsize=8)
-    ax.set_ylim(0, 60)
     return ax
 
 
@@ -163,7 +165,9 @@ def claim(sentence: str, value: Interval, *, origin: str, percent: bool = True,
 
 
 def verdict(value: Interval, above: bool = True) -> str:
-    """``holds`` when the whole interval lies above 0 (below it, if not ``above``), else ``does not hold``."""
+    """``holds`` when the whole interval lies above 0 (below it, if not ``above``), else ``does not hold``; ``not measured``."""
+    if math.isnan(value.value):
+        return "not measured"
     return "holds" if (value.low > 0 if above else value.high < 0) else "does not hold"
 
 

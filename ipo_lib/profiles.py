@@ -71,8 +71,9 @@ class Profile:
     ``reveal``: the text is harmless and may be shown. Without ``detector`` or ``triggers``, a lexicon is learnt and a pool mined
     from the run's own judged rollouts. Where they exist: ``truth``, a detector that is never wrong; ``paraphrases``, trigger
     sentences that no part of the pipeline has seen; ``aligned``, the adapter of a model aligned on answers only;
-    ``null_world``, the profile of a world where cues and triggers cause nothing. ``min_coverage``: the share that must be
-    judged."""
+    ``null_world``, the profile of a world where cues and triggers cause nothing; ``second_judge``, for headlines.
+    ``calibrated``: the kinds of claims that the world was built or fitted for. ``beside``: the paper's benchmark whose numbers
+    stand beside a prompt set's. ``min_coverage``: the share that must be judged."""
 
     name: str
     about: str
@@ -85,6 +86,9 @@ class Profile:
     paraphrases: Part | None = None
     aligned: Part | None = None
     null_world: str = ""
+    second_judge: Part | None = None
+    calibrated: tuple[str, ...] = ()
+    beside: Mapping[str, str] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
     notebooks: tuple[str, ...] = ()
     expected: Expected = Expected()
@@ -182,6 +186,14 @@ class Bench:
         """The doors of the model aligned on answers only, where the profile has one."""
         return self.adapted(Path(made(part))) if (part := self.profile.aligned) else None
 
+    def origin(self, kind: str) -> str:
+        """Where a claim of this kind comes from in this profile: calibrated or emergent."""
+        return plots.ORIGINS[0] if kind in self.profile.calibrated else plots.ORIGINS[1]
+
+    def second(self, doors: Doors) -> Doors | None:
+        """The same doors with the profile's second judge, where it has one."""
+        return replace(doors, judge=made(part)) if (part := self.profile.second_judge) else None
+
     def adapted(self, adapter: Path | None) -> Doors:
         """The same doors with a trained adapter on the model (None: as it is)."""
         return replace(self.doors, sampler=sampler(self.profile.model, self.folder, self.doors.chat, adapter))
@@ -192,7 +204,10 @@ class Bench:
             raise BadInput(f"{sidecar} is missing; run the training notebook first")
         named, root = json.loads(sidecar.read_text("utf-8"))["artifacts"], self.doors.store.root / "adapters"
         found = {f"after {stage}": root / named[stage] / "files" for stage in ("stage 1", "stage 2")}
-        return {stage: path for stage, path in found.items() if (path / "adapter_config.json").is_file()}
+        there = {stage: path for stage, path in found.items() if (path / "adapter_config.json").is_file()}
+        if "after stage 1" not in there:
+            raise BadInput(f"{sidecar} names an adapter that is not in {root}; run the training notebook again with this store")
+        return there
 
     def save(self, figure: Any, name: str, claims: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Any]) -> None:
         """Write a figure of this profile with its claims, and the tokens that this notebook has asked for so far."""

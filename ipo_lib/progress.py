@@ -8,24 +8,26 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
-Item = TypeVar("Item")
 FILE = "IPO_PROGRESS"
 EVERY, LINE_EVERY, WIDTH = 1.0, 60.0, 30  # seconds between two looks, and between two lines of a log; characters of the bar
 
 
-def track(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """The items, while saying how many of ``total`` have come."""
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if time.monotonic() - last >= EVERY:
-            last = time.monotonic()
-            say(done, total, what)
+class Meter:
+    """Counts what is done of ``total`` and says so, at most once in EVERY seconds and at the end."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what, self.done, self.last = total, what, 0, time.monotonic()
+
+    def step(self) -> None:
+        """One more is done."""
+        self.done += 1
+        if self.done == self.total or time.monotonic() - self.last >= EVERY:
+            self.last = time.monotonic()
+            say(self.done, self.total, self.what)
 
 
 def say(done: int, total: int, what: str) -> None:

@@ -47,9 +47,10 @@ def reproduce(
     started, plan = time.monotonic(), planned(profile, parameter or [], store, figures)
     for job in jobs(plan):
         run(job, plan, again)
-    page = plan.runs / "report.html"
     marks = [(book.stem, last(book, plan.runs)) for book in plan.books]
-    page.write_text(report.page(plan.settings.name, plan.settings.about, marks, plan.figures), encoding="utf-8")
+    text, page = report.page(plan.settings.name, plan.settings.about, marks, plan.figures), plan.runs / "report.html"
+    if not page.is_file() or page.read_text("utf-8") != text:
+        page.write_text(text, encoding="utf-8")
     print(f"{plan.settings.name}: {len(plan.books)} notebooks in {time.monotonic() - started:.0f} s; figures in {plan.figures}")
     print(f"report: {page}\n{plan.settings.about}")
 
@@ -135,7 +136,9 @@ def planned(profile: str, parameter: list[str], store: str, figures: str) -> Pla
 
 def jobs(plan: Planned) -> Iterator[Job]:
     """The notebooks in order; the key of each covers the figures of those before it, as they are when it comes."""
-    so_far = [source(), repr(plan.settings)]
+    others = [repr(read(name)) for name in [plan.settings.null_world] if name]
+    tables = [path.read_text("utf-8") for path in sorted((house() / "figures" / "paper_tables").glob("*.csv"))]
+    so_far = [source(), repr(plan.settings), *others, digest(tables)]
     for book in plan.books:
         own = {
             name: value for name, value in plan.values[book].items() if name not in ("profile", "overrides", "store", "figures")
@@ -193,7 +196,7 @@ def run(job: Job, plan: Planned, again: bool) -> None:
 
     plan.runs.mkdir(parents=True, exist_ok=True)
     os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL.items()})
-    held = sizes(plan.root)
+    held, began = sizes(plan.root), time.time()
     try:
         with progress.watched(plan.runs / "progress.json", book.stem):
             papermill.execute_notebook(
@@ -204,6 +207,8 @@ def run(job: Job, plan: Planned, again: bool) -> None:
             raise BadInput(f"{book.stem}: {error.evalue}") from None
         print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
         raise SystemExit(1) from None
+    for left in (path for path in plan.figures.glob(f"{book.stem[:2]}-*") if path.stat().st_mtime < began):
+        left.unlink()  # a figure that this version of the notebook, or this run, no longer makes
     seconds = time.monotonic() - started
     done = {"key": job.key, "figures": produced(book, plan.figures), "seconds": round(seconds, 1)}
     mark(book, plan.runs).write_text(canonical({**done, "generated": generated(plan.root, held)}) + "\n")
@@ -234,8 +239,8 @@ def folders(root: Path) -> list[Path]:
 
 
 def sizes(root: Path) -> dict[Path, int]:
-    """The bytes of every ledger of a store."""
-    return {path: path.stat().st_size for path in root.glob("*/*/records.jsonl")}
+    """The bytes of whole lines in every ledger of a store; a torn last line is cut off by the next writer."""
+    return {path: path.read_bytes().rfind(b"\n") + 1 for path in root.glob("*/*/records.jsonl")}
 
 
 def generated(root: Path, before: Mapping[Path, int]) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from ipo_lib.chat import CLOSE, Chat, parsed
 from ipo_lib.dpo import NF4
+from ipo_lib.progress import Meter
 from ipo_lib.records import BadInput, Ids, canonical, digest
 
 if TYPE_CHECKING:
@@ -145,12 +146,14 @@ class TransformersSampler:
             longest[group] = max(longest.get(group, 0), length)
         # Requests of one prompt stay together, since they may share prefixes.
         order = sorted(range(len(requests)), key=lambda at: (groups[at][0], -longest[groups[at]], groups[at][1], -lengths[at]))
+        meter = Meter(len(order), "drawing")
         for first in range(0, len(order), AHEAD * self.batch_size):
             places = order[first : first + AHEAD * self.batch_size]
             limits = [int(min(sampling.max_tokens, context - lengths[place])) for place in places]
-            yield from self._decode([requests[place] for place in places], limits, sampling)
+            yield from self._decode([requests[place] for place in places], limits, sampling, meter)
 
-    def _decode(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling) -> Iterator[Completion]:
+    def _decode(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling,
+                meter: Meter) -> Iterator[Completion]:  # fmt: skip
         from ipo_lib.decoding import ARCHITECTURES, Decoder, generate
 
         rows = [_Row(request, limit, sampling.until, self.chat) for request, limit in zip(requests, limits, strict=True)]
@@ -163,7 +166,9 @@ class TransformersSampler:
             return nucleus_draw(logits, uniforms, sampling.temperature, sampling.top_p)
 
         def take(one: int, token: int) -> bool:
-            return rows[one].take(token)
+            if ended := rows[one].take(token):
+                meter.step()
+            return ended
 
         if self._model.config.model_type in ARCHITECTURES:
             Decoder(self._model, self.batch_size).decode(prefixes, draw, take)

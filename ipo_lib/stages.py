@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ipo_lib import csr as csr_
-from ipo_lib import progress
 from ipo_lib.chat import Chat, part_text, split
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, Trigger, accepted, replace
@@ -44,6 +43,7 @@ from ipo_lib.store import Store
 
 SAMPLE_VERSION = JUDGE_VERSION = 1  # raised when the meaning of a verb changes
 WRITE_EVERY = 64
+FRESH = 1_000  # CSR's draws are numbered from here: the draws by which a trace or prompt was chosen are no part of its curve
 Drawn = list[tuple[Rollout, Verdict]]
 
 
@@ -89,7 +89,7 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
     missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
     requests = [Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, seed) for key, start, seed in missing]
     batch: dict[str, dict[str, object]] = {}
-    for done in progress.track(doors.sampler.sample(requests, sampling), len(requests), stage) if requests else ():
+    for done in doors.sampler.sample(requests, sampling) if requests else ():
         start, draw = keyed[done.key]
         ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
         text = doors.chat.decode(ids)
@@ -180,7 +180,7 @@ def continuations(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: 
     """The draws behind CSR: by rollout id and cut, every continuation with its verdict."""
     places = [(rollout, cut) for rollout in rollouts for cut in csr_.cuts(*_spans(doors, rollout), settings)]
     starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
-    drawn = sample(doors, starts, sampling, settings.draws, stage="continuations")
+    drawn = sample(doors, starts, sampling, settings.draws, first=FRESH, stage="continuations")
     pairs = list(zip(drawn, judge(doors, prompts, drawn, settings.part), strict=True))
     found: dict[str, dict[int, Drawn]] = {rollout.id: {} for rollout in rollouts}
     for at, (rollout, cut) in enumerate(places):
@@ -218,8 +218,8 @@ class Case:
     round: int = 1
 
 
-def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: Sampling,
-              draws: int = 1) -> list[tuple[Intervention, Rollout]]:  # fmt: skip
+def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: Sampling, draws: int = 1,
+              first: int = 0) -> list[tuple[Intervention, Rollout]]:  # fmt: skip
     """Cut each case before its sentence, put the text there and let the model continue; ``draws`` results a case."""
     starts, cuts = [], []
     for case in cases:
@@ -227,7 +227,7 @@ def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: S
         cut, text = replace(case.rollout, spans[case.sentence], case.text, last=case.sentence == len(spans) - 1)
         starts.append(Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text)))
         cuts += [(case, cut)] * draws
-    drawn = zip(cuts, sample(doors, starts, sampling, draws, stage="interventions"), strict=True)
+    drawn = zip(cuts, sample(doors, starts, sampling, draws, first=first, stage="interventions"), strict=True)
     return [(Intervention(c.rollout.id, cut, c.trigger_id, result.id, c.round), result) for (c, cut), result in drawn]
 
 

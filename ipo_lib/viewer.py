@@ -22,27 +22,29 @@ STYLE = """<style>
 .ipo .m{font-size:11px;font-weight:600;color:#fff;padding:.05em .4em;border-radius:.6em;margin-right:.25em}
 .ipo .d{border-left:3px solid #ccc;margin:.2em 0 .4em 1em;padding-left:.7em;font-size:12.5px;max-height:18em;overflow:auto}
 .ipo .k{font-size:12px;color:#555;margin-top:.5em}</style>"""
+CSR, CSR_IS = "S", ", the share of continuations that end safe"
 Draws = Sequence[tuple[str | None, str]]  # (label, text)
 
 
 def show(rollout: Rollout, spans: Sequence[Sentence], values: Mapping[int, float], *,
          marks: Mapping[str, int | None] | None = None, draws: Mapping[int, Draws] | None = None,
-         reveal: bool = False) -> Any:  # fmt: skip
-    """The trace, each sentence tinted by ``values`` (by sentence index: 1 safe, 0 unsafe; CSR after it, or its verdict).
-    ``marks``: the index at which cue, trigger, turning point or any other word stands, None: nowhere. ``draws``: the (label,
-    text) behind the point after a sentence; a click on the sentence unfolds them."""
+         name: str = CSR, reveal: bool = False) -> Any:  # fmt: skip
+    """The trace, each sentence tinted by ``values`` (by sentence index: 1 safe, 0 unsafe), which ``name`` names: CSR after it,
+    or a verdict. ``marks``: the index at which cue, trigger, turning point or any other word stands, None: nowhere. ``draws``:
+    the (label, text) behind the point after a sentence; a click on the sentence unfolds them."""
     pieces = []
     for span in spans:
         named = [name for name, index in (marks or {}).items() if index == span.index]
-        pieces.append(_sentence(rollout, span, values.get(span.index), named, (draws or {}).get(span.index, ()), reveal))
-    key = "colour: share of continuations that end safe, from orange (0) to blue (1); grey: not measured"
+        pieces.append(_sentence(rollout, span, values.get(span.index), named, (draws or {}).get(span.index, ()), name, reveal))
+    key = f"colour: {name}{CSR_IS * (name == CSR)}, from orange (0) to blue (1); grey: not measured"
     note = key + ("; click a sentence for the draws behind it" if draws else "") + ("" if reveal else "; text redacted")
     return _html(f'{STYLE}<div class="ipo">{" ".join(pieces)}<div class="k">{note}</div></div>')
 
 
-def _sentence(rollout: Rollout, span: Sentence, value: float | None, marks: Sequence[str], draws: Draws, reveal: bool) -> str:
+def _sentence(rollout: Rollout, span: Sentence, value: float | None, marks: Sequence[str], draws: Draws, name: str,
+              reveal: bool) -> str:  # fmt: skip
     known = value is not None and not math.isnan(value)
-    title, colour = (f"S = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
+    title, colour = (f"{name} = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
     text = html.escape(shown(rollout.text[span.char_start : span.char_end], reveal))
     chips = "".join(_chip(mark, MARKS.get(mark, NEUTRAL_COLOUR)) for mark in marks)
     said = f'{chips}<span class="s" title="{title}" style="background:{colour}">{text}</span>'

@@ -28,7 +28,7 @@ from scripted import (
 from ipo_lib import findings, stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
-from ipo_lib.records import ANSWER, SAFE, UNSAFE, CsrPoint, Rollout, Sentence, TurningPoint
+from ipo_lib.records import ANSWER, SAFE, UNSAFE, BadInput, CsrPoint, Rollout, Sentence, TurningPoint
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Doors, Judged
 
@@ -105,6 +105,12 @@ def test_chosen_takes_one_trace_a_prompt_and_the_papers_filter(tmp_path: Path, c
     assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=False)] == ["p0-0", "p1-0", "p2-1"]
     assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=True)] == ["p1-0", "p2-1"]
     assert len(findings.chosen(seen, UNSAFE, 1, 0, only_mixed=True)) == 1
+    none = Judged(seen.prompts, rollouts[:2], seen.verdicts[:2])
+    with pytest.raises(BadInput, match=r"no unsafe trace on 0 prompts with traces of both kinds; raise"):
+        findings.chosen(none, UNSAFE, 1, 0, only_mixed=True)
+    assert [r.id for r in findings.losers(seen, {r.id: 0 if r.id == "p2-1" else None for r in rollouts})] == ["p2-1"]
+    with pytest.raises(BadInput, match="no unsafe trace with a cue"):
+        findings.losers(seen, dict.fromkeys((r.id for r in rollouts), None))
 
 
 def turn(sentence: int | None, *flags: str, token: int | None = 9, key: str = "r") -> TurningPoint:
@@ -132,9 +138,9 @@ def test_what_stands_at_a_cue(chat: Chat) -> None:
     points = {"a": curve("a", 0.8, 0.8, 0.7, 0.05, 0.0, 0.0)}
     (row,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(3, key="a")})
     assert (row.cue, row.turn, row.distance) == (20, 30, 1)
-    assert row.other in (0, 10)
+    assert row.other in (0, 10, 20, 30)
     assert row.at_cue == pytest.approx(0.65)
-    assert row.elsewhere == pytest.approx((0 + 0.1 + 0.05 + 0) / 4)
+    assert row.elsewhere == pytest.approx((0 + 0.1 + 0.05) / 3)  # the last sentence begins where S is settled
     assert findings.at_cues([one], {"a": SPANS}, {"a": None}, points, {"a": turn(3, key="a")}) == []
     (locked,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(None, "start-locked", token=0, key="a")})
     assert locked.turn is locked.distance is None
@@ -223,3 +229,22 @@ def test_merged_counts_keep_the_prompt_as_the_unit() -> None:
         "p1": (0, 1),
         "p2": (0, 0),
     }
+
+
+def test_what_nobody_could_judge_is_no_cure(tmp_path: Path, chat: Chat) -> None:
+    sampler = world(chat)
+    sampler.script = lambda request, _: Completion(request.key, chat.encode(UNJUDGED + CLOSE), "think")
+    bench, bad = doors(tmp_path, chat, sampler), losers(chat, 2)
+    found = findings.chain(bench, named(), bad, {"trigger": TRIGGER}, Phrase(), THINK, 2)
+    assert found == {"trigger": [{"p0": (1, 1), "p1": (1, 1)}] * 3}
+    cue = stages.cues(bench, named(), bad, Phrase())
+    assert findings.controls(bench, named(), bad, cue, {"trigger": [TRIGGER]}, THINK)["trigger"] == {"p0": (0, 1), "p1": (0, 1)}
+
+
+def test_common_sentences_come_by_frequency_then_text(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    texts = ("B here.", "A here.", "B here.", "C here.")
+    rollouts = [rollout(chat, f"{ASIDE}\n{text}\n{CLOSE}", id_=str(at)) for at, text in enumerate(texts)]
+    at = {"0": 1, "1": 1, "2": 1, "3": None}
+    assert findings.common(bench, rollouts, at, 9) == ["B here.", "A here."]
+    assert findings.common(bench, rollouts, at, 1) == ["B here."]

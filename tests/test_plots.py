@@ -130,6 +130,7 @@ def test_a_claim_says_where_it_comes_from() -> None:
 @pytest.mark.parametrize(("low", "high", "above", "says"), [
     (0.1, 0.2, True, "holds"), (-0.1, 0.2, True, "does not hold"), (-0.2, -0.1, True, "does not hold"),
     (-0.2, -0.1, False, "holds"), (-0.2, 0.1, False, "does not hold"), (0.0, 0.1, True, "does not hold"),
+    (math.nan, 1.0, True, "not measured"),
 ])  # fmt: skip
 def test_a_verdict_needs_the_whole_interval(low: float, high: float, above: bool, says: str) -> None:
     assert plots.verdict(Interval((low + high) / 2, low, high, 9, "t"), above) == says

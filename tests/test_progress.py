@@ -18,7 +18,9 @@ def test_a_kernel_writes_and_the_watcher_shows_a_line(
     monkeypatch.setattr(progress, "EVERY", 0.0)
     path = tmp_path / "progress.json"
     with progress.watched(path, "06_ipo_training"):
-        assert list(progress.track("abcd", 8, "rollouts")) == list("abcd")
+        meter = progress.Meter(8, "rollouts")
+        for _ in range(4):
+            meter.step()
         assert json.loads(path.read_text()) == ["rollouts", 4, 8]
         time.sleep(0.2)
     said = capfd.readouterr().err
@@ -46,3 +48,13 @@ def test_a_file_that_is_half_written_is_no_error(tmp_path: Path, monkeypatch: py
 def test_the_bar_is_full_at_the_end_and_never_longer() -> None:
     assert progress.line("x", 0, 0).count("#") == 0
     assert progress.line("x", 9, 9).count("#") == progress.line("x", 12, 9).count("#") == progress.WIDTH
+
+
+def test_a_meter_speaks_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[int, int, str]] = []
+    monkeypatch.setattr(progress, "say", lambda *what: said.append(what))
+    monkeypatch.setattr(progress, "EVERY", 3600.0)
+    meter = progress.Meter(3, "drawing")
+    for _ in range(3):
+        meter.step()
+    assert said == [(3, 3, "drawing")]

@@ -352,6 +352,26 @@ def test_the_source_of_a_run_is_the_whole_package(tmp_path: Path, monkeypatch: p
     assert reproduce.source() != first
 
 
+def test_a_figure_that_a_run_no_longer_makes_goes(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+    ipo(*small)
+    for name in ("ab-old.json", "cd-other.json"):
+        (tmp_path / "figures" / name).write_text("{}")
+        os.utime(tmp_path / "figures" / name, (1, 1))
+    ipo(*small)
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "ab-figure.json", "ab-figure.png", "cd-other.json", "log",
+    ]  # fmt: skip
+
+
+def test_the_key_covers_the_null_world_and_the_papers_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        return next(reproduce.jobs(reproduce.planned("tiny", ["notebooks=[00_quickstart]"], str(tmp_path), ""))).key
+
+    first, null, read = key(), profiles.read("tiny-null", {"seed": 5}), profiles.read
+    monkeypatch.setattr(reproduce, "read", lambda name, *given: null if name == "tiny-null" else read(name, *given))
+    assert key() != first
+
+
 # status, report, doctor
 
 
@@ -386,6 +406,11 @@ def test_generated_counts_the_new_tokens_of_the_store(tmp_path: Path) -> None:
     total = sum(len(one["token_ids"]) for one in records)
     assert reproduce.generated(tmp_path / "store", before) == total > 0
     assert reproduce.generated(tmp_path / "store", reproduce.sizes(tmp_path / "store")) == 0
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # a kill tore the last line; the next writer cuts it off and writes it again
+    before = reproduce.sizes(tmp_path / "store")
+    path.write_bytes(whole)
+    assert reproduce.generated(tmp_path / "store", before) == len(records[-1]["token_ids"])
 
 
 def test_doctor_finds_a_well_machine_and_names_each_mend(ipo: Ipo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,7 @@ def short_profile(folder: Path) -> Path:
     data["csr"]["draws"], data["plan"] = 6, {"draws": 4, "traces": 4, "pool": 3}
     data["stage1"]["epochs"] = data["stage2"]["epochs"] = data["evaluation"]["draws"] = 1
     data["stage2"]["min_refusals"], data["min_coverage"] = 2, 0.5
+    data["null_world"] = ""  # a second world is another run
     data["evaluation"] |= {"harmful": ["direct"], "benign": ["lookalike"], "capability": ["sums"]}
     short = folder / "short.yml"
     short.write_text(yaml.safe_dump(data))
@@ -195,7 +196,9 @@ def short_profile(folder: Path) -> Path:
 
 def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> None:
     folders = ["--store", str(tmp_path / "store"), "--figures", str(tmp_path / "figures")]
-    small = ["-p", "draws=4", "-p", "candidates=8"]
+    less = {"draws": 4, "candidates": 8, "group": 4, "safe_traces": 2, "unsafe_traces": 3, "placements": 5, "rounds": 1,
+            "cues": 1, "reverse_draws": 2, "swap_draws": 1, "mixed_only": False}  # fmt: skip
+    small = [part for name, value in less.items() for part in ("-p", f"{name}={value}")]
     command = [sys.executable, "-c", COMMAND, "reproduce", str(short_profile(tmp_path)), *small, *folders]
 
     def ipo() -> tuple[str, float]:
@@ -206,7 +209,10 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
 
     said, first = ipo()
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    figures = ("00-quickstart", "06-training", "07-evaluation")
+    figures = {
+        "00-quickstart", "01-fig2-gap", "01-fig3-joint", "02-fig4-diversity", "03-fig5a-safe-turns", "04-fig5b-cues",
+        "05-fig6-interventions", "05-fig6-triggers", "06-training", "06-harm-by-pairs", "07-table2",
+    } | ({"06-stage-2"} & {path.stem for path in (tmp_path / "figures").iterdir()})  # fmt: skip
     assert names == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png", "json")}
     for name in figures:
         sidecar = json.loads((tmp_path / "figures" / f"{name}.json").read_text("utf-8"))
@@ -217,7 +223,7 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
     assert 1 <= len(adapters) <= 2
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again, second = ipo()
-    assert again.count("up to date") == 3
+    assert again.count("up to date") == 8
     assert again.splitlines()[-1] == "False"  # no torch
     assert second < min(20, first)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == state
