@@ -23,7 +23,7 @@ SAFE_COLOUR, UNSAFE_COLOUR, NEUTRAL_COLOUR, AFTER_COLOUR = "#0072B2", "#D55E00",
 SERIES = (SAFE_COLOUR, UNSAFE_COLOUR, AFTER_COLOUR, "#CC79A7", "#E69F00")  # Okabe-Ito: safe for colour-blind readers
 GROUPS = (NEUTRAL_COLOUR, AFTER_COLOUR, "#CC79A7", SAFE_COLOUR)  # before, after stage 1, after stage 2
 REPORTED = "paper (second-hand)"
-LABEL = 26  # characters of a row's name before it goes on in a second line
+LABEL = 34  # characters of a row's name before it goes on in a second line
 STYLE = {
     "font.size": 8, "axes.labelsize": 8, "legend.fontsize": 7, "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
@@ -102,7 +102,8 @@ def _reported(ax: Axes, percent: float, y: float) -> None:
 def _rows(ax: Axes, names: Sequence[str], unit: str) -> None:
     """Names down the side, percent along the bottom."""
     ax.set(xlabel=unit, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103))
-    ax.set_yticklabels([textwrap.fill(name, LABEL) for name in names])
+    lines = [textwrap.fill(name, LABEL) for name in names]
+    ax.set_yticklabels(lines, fontsize=6 if any("\n" in line for line in lines) else None)
 
 
 def bars(rows: Sequence[Interval], ax: Axes, *, title: str, alike: Sequence[float] = (), reported: float | None = None) -> Axes:

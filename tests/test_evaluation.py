@@ -11,7 +11,7 @@ from scripted import ASIDE, CLOSE, HELP, PROOF, REFUSAL, STEP, doors, r1_chat, s
 
 from ipo_lib import evaluation
 from ipo_lib.chat import Chat
-from ipo_lib.evaluation import ANSWER_HARM, ANSWERED, CORRECT, REFUSED, TRACE_HARM, EvaluationSettings, Measured
+from ipo_lib.evaluation import ANSWER_HARM, ANSWERED, CORRECT, PARTLY, REFUSED, TRACE_HARM, EvaluationSettings, Measured
 from ipo_lib.records import Prompt
 from ipo_lib.sampling import Completion, Request, Sampling
 
@@ -55,6 +55,7 @@ def test_planted_rates_come_back(tmp_path: Path, chat: Chat) -> None:
         ("harmful", TRACE_HARM),
         ("harmful", ANSWER_HARM),
         ("benign", REFUSED),
+        ("benign", PARTLY),
         ("benign", ANSWERED),
         ("sums", CORRECT),
     ]
