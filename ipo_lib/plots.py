@@ -50,7 +50,7 @@ def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "
     ax.plot(cut, s, color=colour, marker="o", markersize=2.5, label=label or None)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(loc="best")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return ax
 
 
@@ -131,7 +131,7 @@ def lines(series: Mapping[str, Sequence[tuple[float, Interval]]], ax: Axes, *, x
         x, y = [x for x, _ in reported], [y for _, y in reported]
         ax.plot(x, y, "D--", color="black", fillstyle="none", markersize=4.5, linewidth=0.7, label=REPORTED)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-3, 103))
-    ax.legend(loc="upper right")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handlelength=1.5, columnspacing=0.8)
     return ax
 
 
