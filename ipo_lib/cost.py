@@ -1,7 +1,7 @@
 """What a profile costs before it runs: rollouts and generated tokens by notebook, from its settings and expected lengths.
 
-Counts are upper ends (every loser has a cue, no correction is accepted at once), but one text goes on in later rounds, lengths are
-means, and the null world that 05 runs beside is left out. What a run did ask for stands in the sidecars of its figures."""
+Counts are upper ends (every loser has a cue, no correction is accepted at once), but one text goes on in later rounds; lengths
+are means, and the null world that 05 runs beside is left out. What a run did ask for stands in the sidecars of its figures."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def folder(name: str) -> Path:
 
 
 def build(name: str, out: Path | None = None, log_every: int = 50) -> None:
-    """Train an organism and write it with its log: a minute (``tiny-answers``) to 80 (``sandbox``) on two CPU cores."""
+    """Train an organism and write it with its log: 1 (``tiny-answers``) to 80 minutes (``sandbox``) on two CPU cores."""
     body, out = BODIES[name], out or shipped(name)
     if isinstance(body, Finetuned):
         finetune.build(body, out, log_every)
