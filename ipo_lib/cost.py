@@ -68,10 +68,10 @@ def training_traces(settings: Profile) -> tuple[str, float, float, str]:
     return "traces", settings.prompts["train_harmful"].count * settings.plan.draws, settings.expected.trace, "traces"
 
 
-def curves(settings: Profile, label: str, count: float) -> tuple[str, float, float, str]:
-    """CSR curves of ``count`` traces."""
-    draws = count * (1 + settings.expected.sentences) * settings.csr.draws
-    return f"CSR of {label} traces", draws, HALF * settings.expected.trace, f"csr/{label}"
+def searches(settings: Profile, turn: str, label: str, count: float) -> tuple[str, float, float, str]:
+    """Adaptive searches for a kind of turning point in ``count`` traces."""
+    what = f"{turn} turns of {label} traces"
+    return what, count * settings.expected.search, HALF * settings.expected.trace, what
 
 
 def quickstart(settings: Profile, own: Mapping[str, Any]) -> Drawn:
@@ -98,16 +98,21 @@ def diversity(settings: Profile, own: Mapping[str, Any]) -> Drawn:
 
 
 def triggers(settings: Profile, own: Mapping[str, Any]) -> Drawn:
-    """CSR curves of safe and of unsafe traces."""
+    """Safe turns of safe and of unsafe traces, some whole curves, one curve at every sentence end."""
+    half, draws = HALF * settings.expected.trace, settings.csr.draws
     yield training_traces(settings)
-    yield curves(settings, "safe", own["safe_traces"])
-    yield curves(settings, "unsafe", own["unsafe_traces"])
+    yield searches(settings, "safe", "safe", own["safe_traces"])
+    yield searches(settings, "safe", "unsafe", own["unsafe_traces"])
+    yield "whole curves", (2 * own["examples"] + 1) * (own["probes"] + 2) * draws, half, ""
+    yield "every sentence end", (1 + settings.expected.sentences) * draws, half, ""
 
 
 def cues(settings: Profile, own: Mapping[str, Any]) -> Drawn:
-    """CSR curves of unsafe traces."""
+    """Unsafe turns of unsafe traces, and S around cues and other sentences."""
+    places = min(2 * (2 + own["others"]), 1 + settings.expected.sentences)
     yield training_traces(settings)
-    yield curves(settings, "unsafe", own["unsafe_traces"])
+    yield searches(settings, "unsafe", "unsafe", own["unsafe_traces"])
+    yield "around cues", own["unsafe_traces"] * places * own["move_draws"], HALF * settings.expected.trace, ""
 
 
 def interventions(settings: Profile, own: Mapping[str, Any]) -> Drawn:
@@ -117,7 +122,7 @@ def interventions(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     yield training_traces(settings)
     yield "first round, controls", harmful * (2 * pool + neutral + 4), part, ""
     yield "later rounds", harmful * own["rounds"], part, ""
-    yield curves(settings, "safe", own["safe_traces"])
+    yield searches(settings, "safe", "safe", own["safe_traces"])
     yield "cues in safe traces", own["safe_traces"] * own["reverse_draws"] * (own["cues"] + 1), part, ""
 
 
@@ -144,6 +149,13 @@ def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
         yield f"{name}, after stage 2", count, each, ""
 
 
+def estimators(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """Every estimator on a few traces: at all tokens, at all sentence ends, and by three searches."""
+    draws = settings.csr.draws * (settings.expected.trace + settings.expected.sentences) + 4 * settings.expected.search
+    yield training_traces(settings)
+    yield "every estimator", own["live_traces"] * draws, HALF * settings.expected.trace, ""
+
+
 NOTEBOOKS = {
     "00_quickstart": quickstart,
     "01_reasoning_vs_response": safety,
@@ -153,6 +165,7 @@ NOTEBOOKS = {
     "05_corrective_intervention": interventions,
     "06_ipo_training": training,
     "07_evaluation": evaluation,
+    "09_cost_of_csr": estimators,
 }
 
 

@@ -4,12 +4,14 @@ and chains of interventions (Fig 6), each with the control that could refute it.
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, isnan, nan
 
 from ipo_lib import csr
+from ipo_lib.adaptive import DIFFUSE, UNDECIDED
 from ipo_lib.intervention import CueDetector, earlier
 from ipo_lib.records import (
     ANSWER,
@@ -24,6 +26,7 @@ from ipo_lib.records import (
     Sentence,
     TurningPoint,
     Verdicts,
+    digest,
 )
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
@@ -122,12 +125,12 @@ def losers(seen: Judged, cue: Mapping[str, int | None]) -> list[Rollout]:
 
 def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
     """How many traces turn: ``turns`` somewhere, ``before the end`` (its window fits in the trace, whose own label then has no
-    part in it), ``start-locked`` (the rule holds before the first token), ``recrossing`` and ``gradual`` among all traces."""
+    part in it), ``start-locked`` (the rule holds before the first token), ``recrossing``, ``diffuse`` and ``undecided``."""
     every = list(turns)
     is_turn = {
         "turns": [t.token is not None and csr.START_LOCKED not in t.flags for t in every],
         "before the end": [t.sentence is not None and csr.END not in t.flags for t in every],
-        **{flag: [flag in t.flags for t in every] for flag in (csr.START_LOCKED, csr.RECROSSING, csr.GRADUAL)},
+        **{flag: [flag in t.flags for t in every] for flag in (csr.START_LOCKED, csr.RECROSSING, DIFFUSE, UNDECIDED)},
     }
     return {name: wilson(sum(rows), len(every)) for name, rows in is_turn.items()}
 
@@ -166,6 +169,14 @@ def at_cues(rollouts: Rollouts, spans: Mapping[str, Sequence[Sentence]], cue: Ma
             distance = None if turn is None else turn - at
             found.append(AtCue(r.id, places[0] or 0, places[1], places[2], distance, moved.get(at, float("nan")), elsewhere))
     return found
+
+
+def around(rollout: Rollout, spans: Sequence[Sentence], cues: Iterable[int | None], others: int, seed: int) -> list[int]:
+    """The cuts at both ends of each cue's sentence and of ``others`` other sentences at random."""
+    marked = {index for index in cues if index is not None}
+    rest = [span.index for span in spans if span.index not in marked]
+    drawn = random.Random(digest([seed, rollout.id])).sample(rest, min(others, len(rest)))
+    return sorted({cut for index in (*marked, *drawn) for cut in (spans[index].token_start, spans[index].token_end)})
 
 
 def correlation(rows: Sequence[AtCue], place: str = "cue") -> Interval:

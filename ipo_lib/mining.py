@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from ipo_lib import locate
+from ipo_lib.adaptive import SearchSettings
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, LexiconCues, Trigger, choose, mine
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompts, Rollouts, Verdicts
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import FRESH, Case, Doors, Plan, cues, intervene, judge, measure_csr, mixed, some, trace_texts, turning_points
+from ipo_lib.stages import FRESH, Case, Doors, Plan, cues, intervene, judge, mixed, some, trace_texts
 
 CLUSTERS, MEMBERS = 2, 3  # clusters tried for each trigger in use, and triggers tried of each cluster
 
@@ -19,14 +21,15 @@ def learn_lexicon(doors: Doors, rollouts: Rollouts, verdicts: Verdicts) -> Lexic
 
 
 def mine_pool(doors: Doors, prompts: Prompts, rollouts: Rollouts, verdicts: Verdicts, detector: CueDetector,
-              settings: CsrSettings, plan: Plan, sampling: Sampling) -> tuple[list[Trigger], list[Trigger]]:  # fmt: skip
+              settings: CsrSettings, search: SearchSettings, plan: Plan,
+              sampling: Sampling) -> tuple[list[Trigger], list[Trigger]]:  # fmt: skip
     """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split. Sentences at the
     safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster the best one-shot rescue
     of ``plan.traces`` unsafe traces. Raises BadInput when no safe trace turns."""
     labels = {rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)}
     chosen = set(mixed(rollouts, verdicts))
     safe = some([r for r in rollouts if labels[r.id] == SAFE and r.prompt_id in chosen], plan.traces, doors.seed)
-    turns = turning_points(doors, safe, measure_csr(doors, prompts, safe, settings, sampling), labels, SAFE, settings)
+    turns = locate.turns(doors, prompts, safe, labels, SAFE, settings, search, sampling).turns
     pool = mine(turns.values(), {rollout.id: trace_texts(doors, rollout) for rollout in safe})
     if not pool:
         raise BadInput(f"no trigger: none of {len(safe)} safe traces has a safe turning point; raise plan.traces or plan.draws")

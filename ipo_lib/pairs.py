@@ -17,13 +17,15 @@ KEPT, REASONS = "kept", (UNFINISHED, IDENTICAL, EMPTY, TOO_LONG, PREFIX_DIFFERS,
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What enters a pair: the trace (through ``</think>``) or everything; an EOS; prompt + longest side in tokens.
-    ``unfinished`` lets truncated responses in as they are: for models that seldom finish, and for no result."""
+    """What enters a pair: the trace (through ``</think>``) or everything; an EOS; prompt + longest side in tokens. ``harvest``:
+    most pairs that the safe draws of a search give for one unsafe trace. ``unfinished`` lets truncated responses in as they are:
+    for models that seldom finish, and for no result."""
 
     part: str = TRACE
     eos: bool = False
     max_length: int = 1024
     unfinished: bool = False
+    harvest: int = 4
 
     def __post_init__(self) -> None:
         if self.part not in (TRACE, BOTH):

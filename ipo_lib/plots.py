@@ -43,11 +43,11 @@ def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure,
     return plt.subplots(rows, columns, figsize=(COLUMN[0] * width * columns, COLUMN[1] * rows))
 
 
-def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "") -> Axes:
-    """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band."""
-    cut, s, low, high = ([row[name] for row in rows if row["n"]] for name in ("cut", "s", "low", "high"))
-    ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
-    ax.plot(cut, s, color=colour, marker="o", markersize=2.5, label=label or None)
+def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "", marker: str = "o") -> Axes:
+    """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band; ``marker`` "" for a whole curve."""
+    ax.fill_between(*([row[name] for row in rows] for name in ("cut", "low", "high")), color=colour, alpha=0.15, linewidth=0)
+    cut, s = ([row[name] for row in rows if row["n"]] for name in ("cut", "s"))
+    ax.plot(cut, s, color=colour, marker=marker, markersize=2.5, label=label or None)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
@@ -141,6 +141,24 @@ def scatter(x: Sequence[float], y: Sequence[float], ax: Axes, *, xlabel: str, yl
     ax.plot([0, top], [0, top], color=NEUTRAL_COLOUR, linewidth=0.7, linestyle=":")
     ax.plot(x, y, "o", color=UNSAFE_COLOUR, alpha=0.5, markersize=4, markeredgewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.03 * top, 1.05 * top), ylim=(-0.03 * top, 1.05 * top))
+    return ax
+
+
+def frontier(series: Mapping[str, Mapping[str, tuple[Interval, Interval]]], ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
+    """Named points (x, y), each with both intervals, over a logarithmic x; one marker a series, one colour a name; y in
+    percent."""
+    names = list(dict.fromkeys(name for points in series.values() for name in points))
+    colours = dict(zip(names, itertools.cycle((NEUTRAL_COLOUR, *SERIES, "#56B4E9", "black")), strict=False))
+    for marker, (label, points) in zip("osD^v", series.items(), strict=False):
+        for name, (x, y) in points.items():
+            ax.plot([x.low, x.high], [100 * y.value] * 2, color=colours[name], linewidth=0.7)
+            ax.plot([x.value] * 2, [100 * y.low, 100 * y.high], color=colours[name], linewidth=0.7)
+            ax.plot(x.value, 100 * y.value, marker, color=colours[name], markersize=4)
+        ax.plot([], [], marker, color=NEUTRAL_COLOUR, fillstyle="none", markersize=4, label=label)
+    for name in names:
+        ax.plot([], [], "-", color=colours[name], linewidth=3, label=name)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handlelength=1.2, columnspacing=0.8, fontsize=6)
     return ax
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from ipo_lib import plots
+from ipo_lib import plots, replay
+from ipo_lib.adaptive import SearchSettings
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.dpo import DpoSettings, Stage2Settings
@@ -23,6 +24,7 @@ from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.pairs import PairSettings
 from ipo_lib.prompts import PromptSet, load, reference
 from ipo_lib.records import BadInput, Prompt, Prompts, Rollouts, Verdicts, from_json
+from ipo_lib.replay import Curve
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.stages import Doors, Plan
 from ipo_lib.store import Store
@@ -53,12 +55,13 @@ class Model:
 @dataclass(frozen=True)
 class Expected:
     """What ``ipo cost`` reckons with: mean tokens of a trace and of an answer, and of a whole ``response`` in sets where that is
-    otherwise; sentences of a trace; the speed of ``machine``."""
+    otherwise; sentences of a trace and rollouts of a ``search`` for its turning point; the speed of ``machine``."""
 
     trace: float = 1500.0
     answer: float = 500.0
     response: Mapping[str, float] = field(default_factory=dict)
     sentences: float = 60.0
+    search: float = 160.0
     tokens_per_second: float = 500.0
     seconds_per_pair: float = 1.0
     seconds_per_notebook: float = 10.0
@@ -70,7 +73,8 @@ class Profile:
     """Every setting of a run. ``about`` says in one sentence what its numbers are worth and stands under every figure.
     ``reveal``: the text is harmless and may be shown. Without ``detector`` or ``triggers``, a lexicon is learnt and a pool mined
     from the run's own judged rollouts. Where they exist: ``truth``, a detector that is never wrong; ``paraphrases``, trigger
-    sentences that no part of the pipeline has seen; ``aligned``, the adapter of a model aligned on answers only;
+    sentences that no part of the pipeline has seen; ``forks``, a replay file of
+    this model's traces; ``aligned``, the adapter of a model aligned on answers only;
     ``null_world``, the profile of a world where cues and triggers cause nothing; ``second_judge``, for headlines.
     ``calibrated``: the kinds of claims that the world was built or fitted for. ``beside``: the paper's benchmark whose numbers
     stand beside a prompt set's. ``min_coverage``: the share that must be judged."""
@@ -87,6 +91,7 @@ class Profile:
     aligned: Part | None = None
     null_world: str = ""
     second_judge: Part | None = None
+    forks: Part | None = None
     calibrated: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
@@ -97,6 +102,7 @@ class Profile:
     seed: int = 0
     sampling: Sampling = Sampling()
     csr: CsrSettings = CsrSettings()
+    search: SearchSettings = SearchSettings()
     plan: Plan = Plan()
     pairs: PairSettings = PairSettings()
     stage1: DpoSettings = DpoSettings()
@@ -172,7 +178,7 @@ class Bench:
         """The profile's triggers in use; where it names none, mined from these judged rollouts."""
         if (s := self.profile).triggers:
             return list(made(s.triggers))
-        return mine_pool(self.doors, prompts, rollouts, verdicts, detector, s.csr, s.plan, self.thinking)[1]
+        return mine_pool(self.doors, prompts, rollouts, verdicts, detector, s.csr, s.search, s.plan, self.thinking)[1]
 
     def paraphrases(self) -> list[str]:
         """Trigger sentences held out of everything; none where the profile has none."""
@@ -181,6 +187,10 @@ class Bench:
     def truth(self) -> CueDetector | None:
         """The detector that is never wrong, in a world that has one."""
         return made(part) if (part := self.profile.truth) else None
+
+    def forks(self) -> list[Curve]:
+        """The recorded outcome curves of the profile's model; none where it has none."""
+        return replay.load(made(part)) if (part := self.profile.forks) else []
 
     def aligned(self) -> Doors | None:
         """The doors of the model aligned on answers only, where the profile has one."""

@@ -98,9 +98,26 @@ class CsrPoint:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What was drawn at a cut. ``n_safe`` of ``n``: all judged draws that pass through it, which decided where to look next and
+    so give no interval. ``fresh_safe`` of ``fresh``: a fixed number of draws made when the search was over, with their
+    Clopper-Pearson interval of S, [``low``, ``high``]."""
+
+    cut: int
+    n_safe: int
+    n: int
+    fresh_safe: int = 0
+    fresh: int = 0
+    low: float = 0.0
+    high: float = 1.0
+
+
+@dataclass(frozen=True)
 class TurningPoint:
-    """Where CSR turns (Eq. 2 ``safe``, Eq. 3 ``unsafe``): ``token`` and ``sentence``, None when there is no turn.
-    ``interval`` (last cut before it, the turn] holds it. ``flags`` name special cases, ``start-locked`` first."""
+    """Where CSR turns (Eq. 2 ``safe``, Eq. 3 ``unsafe``): ``token`` and ``sentence``, None when there is no turn. ``interval``
+    (last cut before it, the turn] holds it. ``flags`` name special cases, ``start-locked`` first. ``before`` and ``after``: the
+    draws at the two ends of the interval. ``tested``: cuts decided at full strength (``pass``, ``fail``, ``undecided``).
+    ``rollouts``, ``tokens``, ``judged``: what finding it cost."""
 
     rollout_id: str
     kind: str
@@ -108,6 +125,12 @@ class TurningPoint:
     sentence: int | None
     interval: tuple[int, int] | None
     flags: tuple[str, ...] = ()
+    before: Evidence | None = None
+    after: Evidence | None = None
+    tested: tuple[tuple[int, str], ...] = ()
+    rollouts: int = 0
+    tokens: int = 0
+    judged: int = 0
 
 
 @dataclass(frozen=True)

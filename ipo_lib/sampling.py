@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
 AHEAD = 4  # batches handed to the decoder at a time: places of ended rows are filled from them
+EDGE = 0.01  # mass by which a token may lie outside its nucleus and still count as drawn from it
+SCORED = 256  # positions whose logits are held at once
 HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted for top-p
 SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -56,6 +58,7 @@ class Request:
     prompt_ids: Ids
     prefix_ids: Ids
     seed: int
+    ban: int | None = None  # the first token drawn is another one: a draw given that it leaves a trace here
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,20 @@ class Sampler(Protocol):
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Every request answered once, batch by batch, in an order that the list of requests alone decides."""
 
+    def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
+        """For each request, in order, the probability with which ``sample`` would draw each of its own ``prefix_ids``."""
+
 
 def draw_seed(base: int, *parts: object) -> int:
     """The 63-bit seed of one draw: SHA-256 over the base seed and what names the draw (prompt, cut, draw index...)."""
     return int.from_bytes(hashlib.sha256(canonical([base, *parts]).encode()).digest()[:8], "big") >> 1
 
 
-def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, head: int = HEAD) -> Tensor:
+def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, head: int = HEAD,
+                 barred: Tensor | None = None) -> Tensor:  # fmt: skip
     """One id a row by inverse CDF, in order of ids, over its nucleus: the fewest top tokens with mass >= ``top_p``.
-    ``logits`` [rows, vocabulary], ``uniforms`` [rows] in [0, 1). Exact: a nucleus wider than ``head`` sorts all."""
+    ``logits`` [rows, vocabulary], ``uniforms`` [rows] in [0, 1). ``barred`` [rows]: an id of the nucleus that is not drawn (-1:
+    none). Exact: a nucleus wider than ``head`` sorts all."""
     size = logits.shape[-1]
     values, ids = logits.topk(min(head, size))
     values = values.float()
@@ -94,15 +102,34 @@ def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
     if not bool(total.isfinite().all()):
         raise BadInput("the model's logits are not finite; load it with dtype='float32'")
     if top_p >= 1:
+        if barred is not None:
+            every[barred >= 0, barred[barred >= 0]] = 0
         return _invert(every.double(), uniforms)
     mass = ((values - values[:, :1]) / temperature).double().exp() / total
     before = mass.cumsum(-1) - mass
     mass *= before < top_p
+    if barred is not None:
+        mass *= ids != barred[:, None]
     ids, order = ids.sort(-1)
     drawn = ids.gather(-1, _invert(mass.gather(-1, order), uniforms)[:, None])[:, 0]
     if head < size and bool((wide := before[:, -1] < top_p).any()):
-        drawn[wide] = nucleus_draw(logits[wide], uniforms[wide], temperature, top_p, size)
+        left = barred if barred is None else barred[wide]
+        drawn[wide] = nucleus_draw(logits[wide], uniforms[wide], temperature, top_p, size, left)
     return drawn
+
+
+def nucleus_mass(logits: Tensor, ids: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The probability with which ``nucleus_draw`` draws ``ids`` [rows] from ``logits`` [rows, vocabulary], in float64; 0 outside
+    the nucleus. Within ``EDGE`` of it a token counts as its last one: 16-bit logits drift with the batch's shape."""
+    if not temperature:
+        return (logits.argmax(-1) == ids).double()
+    mass = (logits.double() / temperature).softmax(-1)
+    own = mass.gather(-1, ids[:, None])[:, 0]
+    before = (mass * (mass > own[:, None])).sum(-1)
+    ordered = mass.sort(-1, descending=True).values
+    total = (ordered * (ordered.cumsum(-1) - ordered < top_p)).sum(-1)
+    inside = own / (total + own * (before >= top_p))
+    return inside * (before < top_p + EDGE)
 
 
 def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
@@ -163,7 +190,9 @@ class TransformersSampler:
             if not sampling.temperature:
                 return logits.argmax(-1)
             uniforms = logits.new_tensor([rows[one].uniform for one in live], dtype=_float64())
-            return nucleus_draw(logits, uniforms, sampling.temperature, sampling.top_p)
+            bars = [rows[one].barred for one in live]
+            barred = uniforms.new_tensor(bars).long() if max(bars) >= 0 else None
+            return nucleus_draw(logits, uniforms, sampling.temperature, sampling.top_p, barred=barred)
 
         def take(one: int, token: int) -> bool:
             if ended := rows[one].take(token):
@@ -177,6 +206,24 @@ class TransformersSampler:
                 generate(self._model, prefixes[at : at + self.batch_size], at, max(limits), draw, take)
         for row in rows:
             yield Completion(row.request.key, tuple(row.taken[len(row.request.prefix_ids) :]), row.finish)
+
+    def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
+        """One teacher-forced pass a request; the logits of ``SCORED`` positions at a time."""
+        import torch
+
+        self._model.set_attn_implementation("sdpa")  # the decoder's own wants a mask; it sets itself again
+        for one in requests:
+            ids = torch.tensor([one.prompt_ids + one.prefix_ids], device=self._model.device)
+            with torch.inference_mode():
+                hidden = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[
+                    0, len(one.prompt_ids) - 1 : -1
+                ]
+                found: list[float] = []
+                for at in range(0, len(one.prefix_ids), SCORED):
+                    logits = self._model.get_output_embeddings()(hidden[at : at + SCORED])
+                    own = ids[0, len(one.prompt_ids) + at :][: len(logits)]
+                    found += nucleus_mass(logits, own, sampling.temperature, sampling.top_p).tolist()
+            yield found
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -214,6 +261,12 @@ class _Row:
     def uniform(self) -> float:
         """The uniform of the next draw."""
         return float(self.uniforms[len(self.taken) - len(self.request.prefix_ids)])
+
+    @property
+    def barred(self) -> int:
+        """The id that the next draw must not be; -1: none."""
+        first = len(self.taken) == len(self.request.prefix_ids)
+        return self.request.ban if first and self.request.ban is not None else -1
 
     def take(self, token: int) -> bool:
         """Add a drawn token; whether the row has ended."""

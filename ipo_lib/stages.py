@@ -72,37 +72,61 @@ class Plan:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a draw begins: a prompt and the response ids given to it."""
+    """Where a draw begins: a prompt and the response ids given to it; ``ban``: the id that must not come first."""
 
     prompt: Prompt
     prefix_ids: Ids = ()
+    ban: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the store."""
+        return f"{self.prompt.id}/{digest([self.prompt.text, self.prefix_ids, *([] if self.ban is None else [self.ban])])}"
 
 
 def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int, *, first: int = 0,
            stage: str = "rollouts") -> list[Rollout]:  # fmt: skip
     """Draws ``first`` to ``first + draws - 1`` from every start, start by start; missing ones are drawn and stored."""
+    return draw(doors, [(start, at) for start in starts for at in range(first, first + draws)], sampling, stage)
+
+
+def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str) -> list[Rollout]:
+    """Single draws, each named by its start and its number; missing ones are drawn together and stored."""
     engine, chat = doors.sampler.fingerprint(), doors.chat.fingerprint()
     spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": doors.seed}
     ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
-    named = {start: f"{start.prompt.id}/{digest([start.prompt.text, start.prefix_ids])}" for start in dict.fromkeys(starts)}
-    keyed = {f"{place}/{draw}": (start, draw) for start, place in named.items() for draw in range(first, first + draws)}
+    named = {start: start.key for start in dict.fromkeys(start for start, _ in wanted)}
+    keyed = {f"{named[start]}/{at}": (start, at) for start, at in wanted}
     missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
-    requests = [Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, seed) for key, start, seed in missing]
+    requests = [Request(key, doors.chat.prompt_ids(s.prompt), s.prefix_ids, seed, s.ban) for key, s, seed in missing]
     batch: dict[str, dict[str, object]] = {}
     for done in doors.sampler.sample(requests, sampling) if requests else ():
-        start, draw = keyed[done.key]
+        start, at = keyed[done.key]
         ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
         text = doors.chat.decode(ids)
-        batch[done.key] = to_json(Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, draw, name))
+        batch[done.key] = to_json(Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name))
         if len(batch) == WRITE_EVERY:
             ledger.append(batch)
             batch = {}
     if batch:
         ledger.append(batch)
     ledger.finish()
-    found = [from_json(Rollout, ledger[f"{named[start]}/{draw}"]) for start in starts for draw in range(first, first + draws)]
+    found = [from_json(Rollout, ledger[f"{named[start]}/{at}"]) for start, at in wanted]
     doors.store.drawn |= {rollout.id: len(rollout.token_ids) - rollout.prefix_len for rollout in found}
     return found
+
+
+def probabilities(doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: Sampling) -> dict[str, list[float]]:
+    """For every rollout the probability that the sampler gives each of its own tokens, under ``sampling``."""
+    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": to_json(sampling)}
+    ledger = doors.store.ledger("probabilities", SAMPLE_VERSION, spec)
+    named = {rollout.id: rollout for rollout in rollouts}
+    missing = [named[key] for key in ledger.missing(named)]
+    asked = [Request(r.id, doors.chat.prompt_ids(prompts[r.prompt_id]), r.token_ids, 0) for r in missing]
+    for rollout, found in zip(missing, doors.sampler.score(asked, sampling) if asked else (), strict=True):
+        ledger.append({rollout.id: {"p": found}})
+    ledger.finish()
+    return {rollout.id: ledger[rollout.id]["p"] for rollout in rollouts}
 
 
 @dataclass(frozen=True)

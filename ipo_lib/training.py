@@ -11,9 +11,9 @@ from typing import Any
 from ipo_lib.dpo import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, mix, train
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
-from ipo_lib.records import ANSWER, BOTH, Pair, Prompt, Rollout, Verdict, digest, to_json
+from ipo_lib.records import ANSWER, BOTH, SAFE, Pair, Prompt, Rollout, Verdict, digest, to_json
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Corrected, Doors, Plan, Start, correct, judge, sample, trace_end
+from ipo_lib.stages import Corrected, Doors, Drawn, Plan, Start, correct, judge, sample, trace_end
 
 TRAIN_VERSION = 1
 
@@ -40,6 +40,19 @@ def corrected_pairs(doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[
     kept, counts = collect(pair(doors, prompt, one.loser, one.result, one.cut, settings, why) for one, prompt, why in won)
     counts |= {"no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": len(tried) - len(won)}
     return kept, counts, tried
+
+
+def harvested_pairs(doors: Doors, prompts: Mapping[str, Prompt], losers: Sequence[Rollout], at: Mapping[str, int | None],
+                    drawn: Mapping[str, Drawn], settings: PairSettings) -> tuple[list[Pair], dict[str, int]]:  # fmt: skip
+    """On-policy pairs at no further cost (arXiv 2412.08905, footnote 7): of the continuations that a search has drawn (``drawn``
+    by trace), the first ``settings.harvest`` that pass through the trace's cut ``at`` (its cue) and end safe win over it."""
+    results = []
+    for loser in losers:
+        if (cut := at[loser.id]) is not None:
+            shares = [one for one, verdict in drawn[loser.id] if verdict.label == SAFE and one.prefix_len <= cut]
+            winners = [one for one in shares if one.token_ids[:cut] == loser.token_ids[:cut]][: settings.harvest]
+            results += [pair(doors, prompts[loser.prompt_id], loser, one, cut, settings, "harvest") for one in winners]
+    return collect(results)
 
 
 def benign_pairs(before: Doors, after: Doors, prompts: Sequence[Prompt], settings: PairSettings,

@@ -28,8 +28,9 @@ PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"
 # Lower layers know nothing of higher ones, nor of their own. A new module takes its place here.
 LAYERS = (
     "progress records", "stats", "chat csr decoding dpo judging pairs prompts segmentation store", "intervention sampling",
-    "stages", "evaluation findings mining training", "plots", "viewer", "profiles", "cost doctor paper report", "reproduce",
-    "sandbox", "sandbox.world", "sandbox.traces", "sandbox.corpus sandbox.judge sandbox.smollm2",
+    "turning_points", "adaptive stages", "correction", "replay", "locate", "comparison evaluation findings mining training",
+    "plots", "viewer", "profiles", "cost doctor paper report", "reproduce",
+    "sandbox", "sandbox.curves sandbox.world", "sandbox.traces", "sandbox.corpus sandbox.judge sandbox.smollm2",
     "sandbox.finetune sandbox.scratch", "sandbox.aligned", "sandbox.organism", "sandbox.benchmark sandbox.card",
 )  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}

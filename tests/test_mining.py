@@ -8,6 +8,7 @@ import pytest
 from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
 
 from ipo_lib import stages
+from ipo_lib.adaptive import SearchSettings
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import LexiconCues
@@ -59,7 +60,7 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
     bench = doors(tmp_path, chat, sampler)
     rollouts, verdicts = judged(bench, PROMPTS, 6)
-    arguments = (named(), rollouts, verdicts, Phrase(), CsrSettings(draws=24), Plan(traces=6), THINK)
+    arguments = (named(), rollouts, verdicts, Phrase(), CsrSettings(draws=24), SearchSettings(), Plan(traces=6), THINK)
     pool, used = mine_pool(bench, *arguments)
     assert [t.text for t in used] == [TRIGGER]
     assert pool[0].text == TRIGGER
@@ -79,5 +80,5 @@ def test_no_turn_no_pool(tmp_path: Path, chat: Chat) -> None:
     traces = [rollout(chat, text, id_=f"{at}", prompt=f"p{at // 2}") for at, text in enumerate(said)]
     verdicts = stages.judge(bench, named(), traces)
     with pytest.raises(BadInput, match=r"no trigger.*raise"):
-        mine_pool(bench, named(), traces, verdicts, Phrase(), CsrSettings(draws=4), Plan(), THINK)
+        mine_pool(bench, named(), traces, verdicts, Phrase(), CsrSettings(draws=4), SearchSettings(), Plan(), THINK)
     assert {v.label for v in verdicts} == {SAFE}  # one label alone: no prompt is mixed

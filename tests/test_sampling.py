@@ -287,3 +287,42 @@ def test_import_construction_and_fingerprint_load_no_torch_and_the_check_can_fai
     use += "; s = T(f, Chat(f)); s.fingerprint()"
     assert not loads_torch(use)
     assert loads_torch(use + "; s._model")
+
+
+def test_scores_are_the_frequencies_of_draws(llama: Path) -> None:
+    """``score`` says how often ``sample`` goes on with a trace's own token, and 0 for a token outside the nucleus."""
+    chat, sampling = Chat(llama), Sampling(temperature=0.8, top_p=0.9, max_tokens=1)
+    sampler, prompt = TransformersSampler(llama, chat, dtype="float32"), chat.prompt_ids(Prompt("p", TEXTS[1], "t", False))
+    first = Counter(
+        one.token_ids for one in sampler.sample([Request(str(n), prompt, (), draw_seed(1, n)) for n in range(3000)], sampling)
+    )
+    (common, times), *_ = [item for item in first.most_common() if item[0]]
+    trace = common + chat.encode("salt")
+    found, again = sampler.score([Request("a", prompt, trace, 0), Request("b", prompt, trace[:1], 0)], sampling)
+    assert len(found) == len(trace)
+    assert again == found[:1]
+    assert abs(found[0] - times / 3000) < 4 * (found[0] * (1 - found[0]) / 3000) ** 0.5
+    unlikely = next(token for token in range(chat.eos_ids[0] + 1, 200) if (token,) not in first)
+    assert next(sampler.score([Request("c", prompt, (unlikely,), 0)], sampling)) == [0.0]
+    greedy = Sampling(temperature=0, max_tokens=6)
+    (drawn,) = sampler.sample([Request("d", prompt, (), 0)], greedy)
+    assert set(next(sampler.score([Request("e", prompt, drawn.token_ids, 0)], greedy))) <= {1.0}
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_banned_token_is_left_out_of_its_nucleus(llama: Path, top_p: float) -> None:
+    """Draws with ``ban`` are the draws that would not have begun with it: same shares among the others, nothing new."""
+    chat, sampling = Chat(llama), Sampling(temperature=0.7, top_p=top_p, max_tokens=2)
+    sampler, prompt = TransformersSampler(llama, chat, dtype="float32"), chat.prompt_ids(Prompt("p", TEXTS[1], "t", False))
+    free = [
+        one.token_ids for one in sampler.sample([Request(str(n), prompt, (), draw_seed(2, n)) for n in range(4000)], sampling)
+    ]
+    ban = Counter(ids[0] for ids in free if ids).most_common(1)[0][0]
+    barred = [Request(str(n), prompt, (), draw_seed(3, n), ban) for n in range(4000)]
+    left = [one.token_ids for one in sampler.sample(barred, sampling)]
+    assert all(ids[:1] != (ban,) for ids in left)
+    assert any(ids[1:] == (ban,) for ids in left) or top_p < 1  # it is banned as the first token only
+    others = Counter(ids[:1] for ids in free if ids[:1] != (ban,))
+    common = [key for key, n in others.items() if n >= 20]
+    table = [[others[key] for key in common], [Counter(ids[:1] for ids in left)[key] for key in common]]
+    assert stats.chi2_contingency(table).pvalue > 1e-3

@@ -1,7 +1,8 @@
 """The card of an organism: measure its calibration on held-out prompts, mine its trigger pool and lexicon, write both down.
 
 ``python -m ipo_lib.sandbox.card calibrate tiny`` prints every target beside its measured value and writes ``card.json``;
-``python -m ipo_lib.sandbox.card mine tiny`` writes ``triggers.json`` and ``lexicon.json`` from judged training rollouts.
+``python -m ipo_lib.sandbox.card mine tiny`` writes ``triggers.json`` and ``lexicon.json`` from judged training rollouts;
+``python -m ipo_lib.sandbox.card record tiny`` writes ``forks.jsonl.gz``, outcome curves for ``ipo_lib.replay``.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from ipo_lib.adaptive import SearchSettings
 from ipo_lib.chat import Chat, split
 from ipo_lib.csr import CsrSettings
 from ipo_lib.evaluation import ANSWER_HARM, ANSWERED, CORRECT, TRACE_HARM, EvaluationSettings, evaluate
+from ipo_lib.findings import chosen
 from ipo_lib.intervention import LexiconCues, Trigger
+from ipo_lib.locate import record as record_forks
 from ipo_lib.mining import learn_lexicon, mine_pool
-from ipo_lib.records import ANSWER, TRACE, UNSAFE, from_json, to_json
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, from_json, to_json
+from ipo_lib.replay import save
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.sandbox import world
 from ipo_lib.sandbox.corpus import Aligned, Finetuned
@@ -26,10 +32,13 @@ from ipo_lib.sandbox.finetune import ADAPTER
 from ipo_lib.sandbox.judge import ExactJudge
 from ipo_lib.sandbox.organism import BODIES, folder, shipped
 from ipo_lib.sandbox.traces import raised
-from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample
+from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample, some
+from ipo_lib.stages import traces as judged_traces
 from ipo_lib.store import Store
 
 MINING_SEED = 1  # other training prompts than the notebooks use
+RECORDED = {"sandbox": (40, 12, True), "tiny": (64, 100, False)}  # prompts, traces of each kind, one a prompt with both kinds
+FORKS = 100  # continuations at every token that may be left
 MINED = {"sandbox": (96, 30)}  # prompts, and traces that get a CSR curve; a real model is slower
 HARMFUL = ("direct", "wrapped", "adversarial")
 WHY = {  # what the card says of the targets it misses
@@ -128,11 +137,29 @@ def mine(name: str) -> None:
     rollouts = sample(opened, [Start(prompt) for prompt in named.values()], thinking, 8)
     verdicts = judge(opened, named, rollouts)
     cues = learn_lexicon(opened, rollouts, verdicts)
-    pool, used = mine_pool(opened, named, rollouts, verdicts, cues, CsrSettings(), Plan(traces=traces), thinking)
+    pool, used = mine_pool(
+        opened, named, rollouts, verdicts, cues, CsrSettings(), SearchSettings(), Plan(traces=traces), thinking
+    )
     (shipped(name) / "lexicon.json").write_text(json.dumps(to_json(cues), indent=0) + "\n")
     record = {"pool": [to_json(trigger) for trigger in pool], "in_use": [to_json(trigger) for trigger in used]}
     (shipped(name) / "triggers.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(pool)} triggers in {len({t.cluster for t in pool})} clusters; in use:", *(to_json(t) for t in used), sep="\n")
+
+
+def record(name: str) -> None:
+    """Record the forks of some traces of training prompts, half of them safe and half unsafe, for ``ipo_lib.replay``."""
+    opened, thinking, (prompts, traces, one_each) = doors(name), Sampling(max_tokens=256, until="think"), RECORDED[name]
+    seen = judged_traces(opened, world.prompts("train_harmful", prompts), thinking, 8)
+    kept = [r for label in (SAFE, UNSAFE) for r in (
+        chosen(seen, label, traces, 0, True) if one_each else some(seen.labelled(label), traces, 0))]  # fmt: skip
+    curves = record_forks(opened, seen.prompts, kept, seen.labels, thinking, FORKS)
+    save(forks(name), curves)
+    print(f"{len(curves)} traces, {forks(name).stat().st_size:,} bytes")
+
+
+def forks(name: str) -> Path:
+    """The committed replay file of an organism."""
+    return shipped(name) / "forks.jsonl.gz"
 
 
 def lexicon(name: str) -> LexiconCues:
@@ -152,7 +179,7 @@ def paraphrases() -> list[str]:
 
 
 if __name__ == "__main__":
-    verbs = {"calibrate": calibrate, "mine": mine}
+    verbs = {"calibrate": calibrate, "mine": mine, "record": record}
     if len(sys.argv) != 3 or sys.argv[1] not in verbs or sys.argv[2] not in BODIES:
         sys.exit(f"usage: python -m ipo_lib.sandbox.card {'|'.join(verbs)} {'|'.join(BODIES)}")
     verbs[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,126 @@
+"""Turning points of real traces: many searches in step, each round's continuations drawn, judged and stored together. A search is
+sequential in one trace, so that traces fill the batch; a killed run asks again for what it asked and finds it in the store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from math import nan
+
+import numpy as np
+
+from ipo_lib.adaptive import SearchSettings, Wald, adaptive
+from ipo_lib.correction import Calibration, corrected, usable
+from ipo_lib.csr import CsrSettings
+from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Ids, Labels, Prompts, Rollouts, TurningPoint
+from ipo_lib.replay import RARE, Curve
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages import FRESH, Doors, Drawn, Start, draw, judge, probabilities, sample, trace_end, trace_sentences
+from ipo_lib.turning_points import UNKNOWN, Ask, Draws, Result, Trace, together
+
+CONFIRMED = 100_000  # fresh draws are numbered from here: no search has seen them
+OUTCOME = {SAFE: 1, UNSAFE: 0, None: UNKNOWN}
+
+
+@dataclass(frozen=True)
+class Located:
+    """The turning points by rollout id, and every continuation that was drawn to find them."""
+
+    turns: dict[str, TurningPoint]
+    drawn: dict[str, Drawn]
+
+
+def traces(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, sampling: Sampling) -> dict[str, Trace]:
+    """What a search needs to know of each rollout's trace: one teacher-forced pass. BadInput when this sampler could not have
+    drawn a token of it."""
+    ends = {rollout.id: trace_end(doors, rollout) or len(rollout.token_ids) for rollout in rollouts}
+    chances = probabilities(doors, prompts, rollouts, sampling)
+    found = {}
+    for r in rollouts:
+        cuts = tuple(dict.fromkeys(span.token_end for span in trace_sentences(doors, r) if 0 < span.token_end <= ends[r.id]))
+        found[r.id] = Trace(r.id, r.token_ids[: ends[r.id]], cuts, tuple(chances[r.id][: ends[r.id]]), labels[r.id])
+    return found
+
+
+def turns(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, kind: str, csr: CsrSettings, search: SearchSettings,
+          sampling: Sampling, *, calibration: Calibration | None = None,
+          near: Mapping[str, TurningPoint] | None = None) -> Located:  # fmt: skip
+    """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout by the adaptive search. ``calibration``: the
+    judge's errors, where ``search.correct`` asks for them. ``near``: turns that a weaker judge found: with the same draws, so
+    that a stronger one is asked only around them and nothing is generated anew."""
+    test = Wald.of(kind, csr, search)
+    if search.correct:
+        sources = {prompts[rollout.prompt_id].source for rollout in rollouts}
+        test = corrected(test, kind, usable(calibration, doors.judge, csr.part, sources))
+    known = traces(doors, prompts, rollouts, labels, sampling)
+    searches = {key: adaptive(trace, kind, csr, search, test=test, near=(near or {}).get(key)) for key, trace in known.items()}
+    found, drawn = run(doors, {r.id: prompts[r.prompt_id] for r in rollouts}, known, searches, csr.part, sampling)
+    return Located(found, drawn)
+
+
+def record(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, sampling: Sampling, draws: int) -> list[Curve]:
+    """The outcome curves of these traces, to be replayed without a model: at each token that is left with a probability over
+    ``replay.RARE``, ``draws`` continuations that do leave it there, counted by how they end and their length."""
+    known = traces(doors, prompts, rollouts, labels, sampling)
+    places = [(r, at) for r in rollouts for at, p in enumerate(known[r.id].p) if 1 - p > RARE]
+    starts = [Start(prompts[r.prompt_id], r.token_ids[:at], r.token_ids[at]) for r, at in places]
+    drawn = sample(doors, starts, sampling, draws, stage="forks")
+    ways: dict[str, list[Counter[tuple[float, int]]]] = {key: [Counter() for _ in trace.p] for key, trace in known.items()}
+    for place, (rollout, verdict) in enumerate(zip(drawn, judge(doors, prompts, drawn), strict=True)):
+        r, at = places[place // draws]
+        outcome = {SAFE: 1.0, UNSAFE: 0.0}.get(verdict.label or "", nan)
+        ways[r.id][at][outcome, len(rollout.token_ids) - at] += 1
+    counted = {key: [[(float(n), *way) for way, n in sorted(at.items())] for at in own] for key, own in ways.items()}
+    return [Curve(trace, counted[key]) for key, trace in known.items()]
+
+
+def points(trace: Trace, drawn: Drawn) -> list[CsrPoint]:
+    """What is known of CSR at the start and at every sentence end from all continuations that pass through it."""
+    found = as_draws(trace.token_ids, drawn)
+    return [CsrPoint(trace.id, cut, *found.at(cut)) for cut in (0, *trace.ends)]
+
+
+def by_cut(drawn: Drawn) -> dict[int, Drawn]:
+    """Continuations by the cut they were born at."""
+    found: dict[int, Drawn] = {}
+    for rollout, verdict in drawn:
+        found.setdefault(rollout.prefix_len, []).append((rollout, verdict))
+    return found
+
+
+def run(doors: Doors, prompts: Prompts, known: Mapping[str, Trace], searches: Mapping[str, Generator[list[Ask], Draws, Result]],
+        part: str, sampling: Sampling) -> tuple[dict[str, Result], dict[str, Drawn]]:  # fmt: skip
+    """Run any searches on their traces, with the prompts by trace id: (their results, all that was drawn by trace)."""
+    asked: Counter[tuple[str, int, bool]] = Counter()
+    drawn: dict[str, Drawn] = {key: [] for key in searches}
+
+    def answer(asks: Mapping[str, list[Ask]]) -> dict[str, Draws]:
+        wanted, owners = list[tuple[Start, int]](), list[str]()
+        for key, own in asks.items():
+            for ask in own:
+                first = (CONFIRMED if ask.fresh else FRESH) + asked[key, ask.cut, ask.fresh]
+                asked[key, ask.cut, ask.fresh] += ask.n
+                start = Start(prompts[key], known[key].token_ids[: ask.cut])
+                wanted += [(start, at) for at in range(first, first + ask.n)]
+                owners += [key] * ask.n
+        rollouts = draw(doors, wanted, sampling, "continuations")
+        verdicts = judge(doors, {prompt.id: prompt for prompt in prompts.values()}, rollouts, part)
+        now: dict[str, Drawn] = {key: [] for key in asks}
+        for key, rollout, verdict in zip(owners, rollouts, verdicts, strict=True):
+            now[key].append((rollout, verdict))
+            drawn[key].append((rollout, verdict))
+        return {key: as_draws(known[key].token_ids, own) for key, own in now.items()}
+
+    return together(searches, answer), drawn
+
+
+def shared(a: Ids, b: Ids) -> int:
+    """How many ids two sequences begin with alike."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def as_draws(trace: Ids, drawn: Drawn) -> Draws:
+    """Continuations and their verdicts as an estimator sees them."""
+    rows = [(r.prefix_len, shared(trace, r.token_ids), OUTCOME[v.label], len(r.token_ids) - r.prefix_len) for r, v in drawn]
+    return Draws(*np.array(rows, dtype=int).reshape(-1, 4).T)
