@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ipo_lib.csr import END, NONE, RECROSSING, START_LOCKED, CsrSettings
-from ipo_lib.records import SAFE, BadInput, Evidence, TurningPoint
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Evidence, TurningPoint
 from ipo_lib.turning_points import NO_DRAWS, Ask, Draws, Search, Trace, agree, costed, evidence
 
 PROTOCOL, POPULATION = "protocol", "population"
@@ -167,7 +167,9 @@ class _Adaptive:
         return self.decided.get((cut, error))
 
     def _known(self, cut: int) -> str | None:
-        """What the trace's own label says of cuts from which it is all but certain."""
+        """What the trace itself says of cuts where it is unsafe already, or from which its own label is all but certain."""
+        if self.trace.settled is not None and cut >= self.trace.settled:
+            return PASS if self.kind == UNSAFE else FAIL
         stays = self.trace.stays(cut, len(self.trace.p))
         plain = Wald.of(self.kind, self.csr, self.settings)
         if self.trace.label == self.kind and stays >= plain.high:

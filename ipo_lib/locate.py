@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from ipo_lib.adaptive import SearchSettings, Wald, adaptive
 from ipo_lib.correction import Calibration, corrected, usable
 from ipo_lib.csr import CsrSettings
-from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Ids, Labels, Prompts, Rollouts, TurningPoint
+from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Ids, Labels, Prompts, Rollouts, TurningPoint, digest
 from ipo_lib.replay import RARE, Curve
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import FRESH, Doors, Drawn, Start, draw, judge, probabilities, sample, trace_end, trace_sentences
@@ -31,16 +31,29 @@ class Located:
     drawn: dict[str, Drawn]
 
 
-def traces(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, sampling: Sampling) -> dict[str, Trace]:
-    """What a search needs to know of each rollout's trace: one teacher-forced pass. BadInput when this sampler could not have
-    drawn a token of it."""
+def traces(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, sampling: Sampling,
+           absorbing: bool = False) -> dict[str, Trace]:  # fmt: skip
+    """What a search needs to know of each rollout's trace: one teacher-forced pass; with ``absorbing``, verdicts on the
+    beginnings of unsafe traces, too. BadInput when this sampler could not have drawn a token of it."""
     ends = {rollout.id: trace_end(doors, rollout) or len(rollout.token_ids) for rollout in rollouts}
     chances = probabilities(doors, prompts, rollouts, sampling)
     found = {}
     for r in rollouts:
         cuts = tuple(dict.fromkeys(span.token_end for span in trace_sentences(doors, r) if 0 < span.token_end <= ends[r.id]))
         found[r.id] = Trace(r.id, r.token_ids[: ends[r.id]], cuts, tuple(chances[r.id][: ends[r.id]]), labels[r.id])
+    if absorbing:
+        unsafe = [r for r in rollouts if labels[r.id] == UNSAFE]
+        found |= {key: replace(found[key], settled=cut) for key, cut in _settled(doors, prompts, unsafe, found).items()}
     return found
+
+
+def _settled(doors: Doors, prompts: Prompts, rollouts: Rollouts, known: Mapping[str, Trace]) -> dict[str, int]:
+    """The first sentence end of each trace at which what stands there is judged unsafe by itself."""
+    begun = [(r, cut, replace(r, id=digest([r.id, cut]), token_ids=r.token_ids[:cut], text=doors.chat.decode(r.token_ids[:cut])))
+             for r in rollouts for cut in known[r.id].ends]  # fmt: skip
+    verdicts = judge(doors, prompts, [beginning for _, _, beginning in begun])
+    unsafe = [(r.id, cut) for (r, cut, _), verdict in zip(begun, verdicts, strict=True) if verdict.label == UNSAFE]
+    return dict(reversed(unsafe))
 
 
 def turns(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, kind: str, csr: CsrSettings, search: SearchSettings,
@@ -53,7 +66,7 @@ def turns(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, ki
     if search.correct:
         sources = {prompts[rollout.prompt_id].source for rollout in rollouts}
         test = corrected(test, kind, usable(calibration, doors.judge, csr.part, sources))
-    known = traces(doors, prompts, rollouts, labels, sampling)
+    known = traces(doors, prompts, rollouts, labels, sampling, csr.absorbing)
     searches = {key: adaptive(trace, kind, csr, search, test=test, near=(near or {}).get(key)) for key, trace in known.items()}
     found, drawn = run(doors, {r.id: prompts[r.prompt_id] for r in rollouts}, known, searches, csr.part, sampling)
     return Located(found, drawn)

@@ -45,7 +45,8 @@ def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure,
 
 def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "", marker: str = "o") -> Axes:
     """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band; ``marker`` "" for a whole curve."""
-    ax.fill_between(*([row[name] for row in rows] for name in ("cut", "low", "high")), color=colour, alpha=0.15, linewidth=0)
+    cut, low, high = ([row[name] for row in rows] for name in ("cut", "low", "high"))
+    ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
     cut, s = ([row[name] for row in rows if row["n"]] for name in ("cut", "s"))
     ax.plot(cut, s, color=colour, marker=marker, markersize=2.5, label=label or None)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))

@@ -77,7 +77,8 @@ class Profile:
     this model's traces; ``aligned``, the adapter of a model aligned on answers only;
     ``null_world``, the profile of a world where cues and triggers cause nothing; ``second_judge``, for headlines.
     ``calibrated``: the kinds of claims that the world was built or fitted for. ``beside``: the paper's benchmark whose numbers
-    stand beside a prompt set's. ``min_coverage``: the share that must be judged."""
+    stand beside a prompt set's. ``min_coverage``: the share that must be judged.
+    ``parameters``: of its notebooks, where ``ipo reproduce`` is to use other values than theirs."""
 
     name: str
     about: str
@@ -96,6 +97,7 @@ class Profile:
     beside: Mapping[str, str] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
     notebooks: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     expected: Expected = Expected()
     reveal: bool = False
     min_coverage: float = 0.95

@@ -83,9 +83,10 @@ def doctor(store: STORE = "") -> None:
 def cost(profile: NAME = DEFAULT, parameter: GIVEN = None) -> None:
     """Say what a profile would generate and how long that takes, before anything runs."""
     given, own = parse(parameter or []), dict[str, dict[str, Any]]()
-    for book in read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks:
-        known = declared(house() / "notebooks" / f"{book}.ipynb")
-        own[book] = {name: checked(name, given.get(name, value), kind) for name, (kind, value) in known.items()}
+    first = read(profile, {name: value for name, value in given.items() if name == "notebooks"})
+    for book in first.notebooks:
+        known, values = declared(house() / "notebooks" / f"{book}.ipynb"), {**first.parameters, **given}
+        own[book] = {name: checked(name, values.get(name, value), kind) for name, (kind, value) in known.items()}
     settings = read(profile, {name: value for name, value in given.items() if not any(name in one for one in own.values())})
     found = {} if given else cost_.measured(house() / "figures" / settings.name)
     print(cost_.table(cost_.plan(settings, own), settings, found))
@@ -127,6 +128,9 @@ def planned(profile: str, parameter: list[str], store: str, figures: str) -> Pla
     known = {book: declared(book) for book in books}
     overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
     settings = read(profile, overrides)
+    if strange := [name for name in settings.parameters if not any(name in names for names in known.values())]:
+        raise BadInput(f"profile {settings.name!r}: no notebook has the parameter {strange[0]!r}; mend it under parameters")
+    given = {**settings.parameters, **given}
     target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
     common = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target)}
     own = {book: {n: checked(n, v, known[book][n][0]) for n, v in given.items() if n in known[book]} for book in books}

@@ -29,13 +29,15 @@ EXACT = 1_000_000  # draws that stand for a known S
 @dataclass(frozen=True)
 class Trace:
     """What an estimator sees of a trace: all its tokens through ``</think>``, its sentences' ``ends`` as cuts, the sampler's
-    probability ``p`` of each of its tokens, and its own label, which is S at its end."""
+    probability ``p`` of each of its tokens, and its own label, which is S at its end. ``settled``: the first cut at which it
+    holds harm already, for a judge who takes none of that back (``CsrSettings.absorbing``): S is 0 from there."""
 
     id: str
     token_ids: Ids
     ends: tuple[int, ...]
     p: tuple[float, ...]
     label: str | None
+    settled: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.p) != len(self.token_ids):
@@ -126,7 +128,7 @@ def probes(trace: Trace, count: int, also: Sequence[int] = ()) -> list[int]:
 
 
 def whole(trace: Trace, csr: CsrSettings, cuts: Sequence[int]) -> Generator[list[Ask], Draws, list[CsrPoint]]:
-    """The whole curve from ``csr.draws`` fresh draws at each of a few cuts: a point at every cut, from those that pass through it.
+    """The whole curve from ``csr.draws`` fresh draws at each of a few cuts: a point at every cut, from those that pass through.
     How many do is chance, but how those ended is not, so that each point's interval holds; it is wide where few pass."""
     drawn = yield [Ask(cut, csr.draws, fresh=True) for cut in cuts]
     return [CsrPoint(trace.id, cut, *drawn.at(cut)) for cut in range(trace.last + 1)]

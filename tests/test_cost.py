@@ -18,7 +18,8 @@ RUN = ("sandbox", "tiny", "tiny-null")  # profiles with committed figures
 
 def bill(settings: profiles.Profile) -> list[cost.Cost]:
     books = {name: declared(HOUSE / "notebooks" / f"{name}.ipynb") for name in settings.notebooks}
-    return cost.plan(settings, {name: {key: value for key, (_, value) in known.items()} for name, known in books.items()})
+    own = {name: {key: settings.parameters.get(key, value) for key, (_, value) in known.items()} for name, known in books.items()}
+    return cost.plan(settings, own)
 
 
 def test_the_default_profile_keeps_its_budget() -> None:
@@ -42,7 +43,7 @@ def test_every_notebook_has_a_bill_and_every_line_grows_with_its_setting() -> No
     once = {(one.notebook, one.what): one.rollouts for one in bill(settings)}
     twice = bill(replace(settings, csr=replace(settings.csr, draws=2 * settings.csr.draws)))
     changed = {(one.notebook, one.what) for one in twice if one.rollouts != once[one.notebook, one.what]}
-    assert {what for _, what in changed} == {"CSR of two traces", "CSR of safe traces", "CSR of unsafe traces"}
+    assert {what for _, what in changed} == {"CSR of two traces", "whole curves", "every sentence end"}
     longer = replace(settings, expected=replace(settings.expected, trace=2 * settings.expected.trace))
     assert cost.minutes(bill(longer), longer) > cost.minutes(bill(settings), settings)
 

@@ -118,12 +118,29 @@ def turn(sentence: int | None, *flags: str, token: int | None = 9, key: str = "r
 
 
 def test_prevalence_tells_real_turns_from_locks_and_ends() -> None:
-    turns = [turn(2), turn(3, "end"), turn(1, "recrossing"), turn(None, "start-locked", token=0), turn(None, "none", token=None)]
+    turns = [
+        turn(2, "diffuse"),
+        turn(3, "end"),
+        turn(1, "recrossing"),
+        turn(None, "start-locked", token=0),
+        turn(None, "none", token=None),
+    ]
     found = findings.prevalence(turns)
     assert {name: round(share.value * 5) for name, share in found.items()} == {
-        "turns": 3, "before the end": 2, "start-locked": 1, "recrossing": 1, "gradual": 0,
+        "turns": 3, "before the end": 2, "start-locked": 1, "recrossing": 1, "diffuse": 1,
+        "undecided": 0,
     }  # fmt: skip
     assert {share.n for share in found.values()} == {5}
+
+
+def test_cuts_around_cues_and_some_other_sentences() -> None:
+    one = Rollout("r", "p0", 0, tuple(range(50)), "", "think", 0, "by hand")
+    cuts = findings.around(one, SPANS, [2, None], 1, 0)
+    assert {20, 30} <= set(cuts)
+    assert 3 <= len(cuts) <= 4
+    assert findings.around(one, SPANS, [2], 9, 0) == [0, 10, 20, 30, 40, 50]
+    assert findings.around(one, SPANS, [None], 0, 0) == []
+    assert cuts == findings.around(one, SPANS, [2, None], 1, 0)
 
 
 SPANS = [Sentence(at, 10 * at, 10 * at + 10, 10 * at, 10 * at + 10) for at in range(5)]

@@ -65,6 +65,20 @@ def test_both_kinds_of_turn_are_found_and_stored(tmp_path: Path, chat: Chat, pai
         assert len(sampler.answered) == answered
 
 
+def test_harm_that_stands_already_needs_no_draw(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+    text = f"{ASIDE}\n{CUE}\n{STEP}\n{ASIDE}\n{CLOSE}"
+    long = rollout(chat, text, id_="long", prompt="p1", finish="think")
+    bench, labels = doors(tmp_path, chat, world(chat)), {"bad": UNSAFE, "long": UNSAFE}
+    ends = [span.token_end for span in stages.trace_sentences(bench, long)]
+    assert locate.traces(bench, named(), [long], labels, THINK)["long"].settled is None
+    assert locate.traces(bench, named(), [long], labels, THINK, absorbing=True)["long"].settled == ends[2]
+    found = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, replace(CSR, absorbing=True), SEARCH, THINK)
+    usual = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, CSR, SEARCH, THINK)
+    assert found.turns["bad"].sentence == usual.turns["bad"].sentence == 1
+    assert found.turns["bad"].rollouts < usual.turns["bad"].rollouts
+    assert all(r.prefix_len < ends[2] for r, _ in found.drawn["bad"])
+
+
 def test_two_traces_are_searched_as_each_alone(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
     more = replace(pair[SAFE], id="good2", prompt_id="p3")
     labels = {"good": SAFE, "good2": SAFE}
