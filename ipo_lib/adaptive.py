@@ -38,16 +38,16 @@ class SearchSettings:
     ``refine``: go on to tokens. ``correct``: move the rates by a measured judge's errors (``correction``)."""
 
     estimand: str = PROTOCOL
-    alpha: float = 0.05
-    look: float = 0.5
+    alpha: float = 0.03
+    look: float = 0.3
     hold: float = 0.05
     cap: int = 128
-    budget: int = 260
+    budget: int = 288
     batch: int = 5
-    screen: int = 8
+    screen: int = 6
     split: float = 0.4
     merge: float = 0.05
-    confirm: int = 16
+    confirm: int = 12
     refine: bool = False
     correct: bool = False
 
@@ -72,6 +72,12 @@ class Wald:
         mu = csr.mu if kind == SAFE else 1 - csr.eta
         below, above = LEVELS[settings.estimand]
         return cls(max(mu - below, 1 - CERTAIN), min(mu + above, CERTAIN), settings.alpha)
+
+    @property
+    def even(self) -> float:
+        """The rate at which neither side gains: there it passes about as often as it fails."""
+        gain, loss = math.log(self.high / self.low), math.log((1 - self.low) / (1 - self.high))
+        return loss / (gain + loss)
 
     def ratio(self, k: int, n: int) -> float:
         """The log-likelihood ratio of ``k`` of ``n``."""
@@ -206,10 +212,11 @@ class _Adaptive:
         return min(range(lo + 1, hi), key=lambda i: abs(self.hazard[self.cuts[i]] - wanted))
 
     def _verify(self, turn: int) -> Generator[list[Ask], Draws, int | None]:
-        """The turn or the end of its window, whichever does not pass; None when both do. An undecided end is let through, and
-        said."""
-        reach = turn + (self.csr.k if self.csr.window == "K+1" else self.csr.k - 1)
-        for cut, error in ((turn, self.settings.alpha), (min(reach, self.trace.last), self.settings.hold)):
+        """The turn, a sentence end in its window, or the window's end: the first that does not pass; None when all do. After the
+        turn itself an undecided cut is let through, and said."""
+        s, reach = self.settings, turn + (self.csr.k if self.csr.window == "K+1" else self.csr.k - 1)
+        inside = [(cut, s.look) for cut in self.cuts if turn < cut < reach]
+        for cut, error in ((turn, s.alpha), *inside, (min(reach, self.trace.last), s.hold)):
             yield from self._try([cut], error)
             if (state := self._state(cut, error)) == FAIL or (state == UNDECIDED and cut == turn):
                 return cut

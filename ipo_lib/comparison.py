@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from ipo_lib import locate, replay
-from ipo_lib.adaptive import FAIL, PASS, UNDECIDED, SearchSettings, adaptive
+from ipo_lib.adaptive import FAIL, PASS, UNDECIDED, SearchSettings, Wald, adaptive
 from ipo_lib.correction import Calibration, set_right
 from ipo_lib.csr import END, SENTENCE, START_LOCKED, TOKEN, CsrSettings
 from ipo_lib.records import SAFE, TRACE, Prompts, TurningPoint, from_json, to_json
@@ -23,7 +23,7 @@ from ipo_lib.turning_points import Ask, PivotalSettings, Search, Trace, exhausti
 Estimators = Mapping[str, Callable[[Trace], Search]]
 PROTOCOL_MU = 0.94  # the true S from which the paper's rule, at mu = 0.9, holds in half of all runs
 TOKENS, SENTENCES, ADAPTIVE, FAST = "32 a token", "32 a sentence", "adaptive", "adaptive, fast"
-QUICK = SearchSettings(alpha=0.1, look=0.6, hold=0.1, budget=200, batch=4, screen=4, confirm=0)
+QUICK = SearchSettings(alpha=0.1, look=0.5, hold=0.15, budget=200, batch=4, screen=3, confirm=0)
 EDGE = 1e-9  # of an interval that may end at S itself
 HIGH, LOW = 0.97, 0.85  # at or above the one a test must pass, at or below the other it must fail
 
@@ -108,13 +108,14 @@ def table(rows: Mapping[str, Sequence[Compared]]) -> dict[str, dict[str, str]]:
 def knobs(curves: Sequence[Curve], kind: str, csr: CsrSettings, search: SearchSettings, changes: Mapping[str, Sequence[float]],
           seed: int = 0) -> list[tuple[str, float, Interval, float]]:  # fmt: skip
     """The adaptive search with one setting changed at a time: (setting, value, within one sentence of the truth of the same mu,
-    eta and K, rollouts a trace). The truth lies as far above mu (below eta) as the protocol's does."""
-    found, margin = [], PROTOCOL_MU - CsrSettings().mu
+    eta and K, rollouts a trace). The truth turns where the search's own test has even odds."""
+    found = []
     for name, values in changes.items():
         for value in values:
             own = from_json(CsrSettings, to_json(csr) | {name: value}) if name in vars(csr) else csr
             used = search if name in vars(csr) else from_json(SearchSettings, to_json(search) | {name: value})
-            exact = replace(own, mu=min(own.mu + margin, 1.0), eta=max(own.eta - margin, 0.0))
+            even = Wald.of(kind, own, used).even
+            exact = replace(own, mu=even, eta=1 - even)
             turns = replay.locate(curves, partial(adaptive, kind=kind, csr=own, settings=used), seed)
             rows = [Compared(turns[c.trace.id], truth(c.trace, kind, exact, c.truth.tolist()), c) for c in curves]
             found.append((name, value, agreement(rows)["within one sentence"], costs(rows)["rollouts"]))

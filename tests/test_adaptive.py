@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_turning_points import step
+from test_turning_points import course, step
 
 from ipo_lib import comparison, replay
 from ipo_lib.adaptive import DIFFUSE, FAIL, LEVELS, PASS, POPULATION, PROTOCOL, UNDECIDED, SearchSettings, Wald, adaptive
@@ -14,6 +14,7 @@ from ipo_lib.csr import END, NONE, RECROSSING, START_LOCKED, CsrSettings
 from ipo_lib.records import SAFE, UNSAFE, BadInput, TurningPoint
 from ipo_lib.replay import Curve
 from ipo_lib.sandbox import curves as made_up
+from ipo_lib.turning_points import truth
 
 CSR, SEARCH = CsrSettings(), SearchSettings()
 
@@ -49,7 +50,9 @@ def test_the_sequential_test_keeps_its_errors(estimand: str) -> None:
 
 def test_even_odds_lie_where_the_estimand_does() -> None:
     for estimand, middle in ((PROTOCOL, 0.94), (POPULATION, 0.90)):
-        ends = decided(middle, Wald.of(SAFE, CSR, SearchSettings(estimand=estimand)), 0.05, 1000)
+        test = Wald.of(SAFE, CSR, SearchSettings(estimand=estimand))
+        assert test.even == pytest.approx(middle, abs=0.005)
+        ends = decided(middle, test, test.alpha, 1000)
         assert 0.35 <= ends.count(PASS) / len(ends) <= 0.65, estimand
     assert set(LEVELS) == {PROTOCOL, POPULATION}
 
@@ -121,11 +124,19 @@ def test_hovering_is_not_forced() -> None:
         assert all(state in (PASS, FAIL, UNDECIDED) for _, state in found[one.trace.id].tested)
 
 
-def test_recrossing_and_diffuse_are_flagged() -> None:
-    again = replay.locate(made_up.curves(60, 5, ["re-crossing"]), lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
+def test_a_pass_that_does_not_hold_is_left_behind_and_flagged() -> None:
+    again = course(0.2, 0.2, 0.99, 0.2, 0.2, 0.99, 0.99, 0.99, 0.99, 0.99)
+    true = truth(again.trace, SAFE, CsrSettings(mu=0.94), again.truth.tolist())
+    for seed in range(5):
+        found = find(again, seed=seed)
+        assert abs((found.sentence or 0) - (true.sentence or 0)) <= 1
+        assert (found.sentence or 0) >= 4
+    assert any(RECROSSING in find(again, seed=seed).flags for seed in range(20))
+
+
+def test_a_slow_rise_is_diffuse() -> None:
     slow = replay.locate(made_up.curves(60, 5, ["drifting"], 700), lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
     sharp = replay.locate(made_up.curves(60, 5, ["sharp"]), lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
-    assert sum(RECROSSING in turn.flags for turn in again.values()) > sum(RECROSSING in turn.flags for turn in sharp.values())
     assert sum(DIFFUSE in turn.flags for turn in slow.values()) > 20 > sum(DIFFUSE in turn.flags for turn in sharp.values())
 
 

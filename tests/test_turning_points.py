@@ -50,6 +50,19 @@ def step(low: float, high: float, turn: int, tokens: int = 60, label: str = SAFE
     return Curve(Trace(f"step-{low}-{high}-{turn}", tuple(range(tokens)), tuple(range(6, tokens + 1, 6)), tuple(p), label), ways)
 
 
+def course(*levels: float, label: str = SAFE) -> Curve:
+    """A curve of sentences of 6 tokens, S near the given level after each; it moves at the first token of a sentence."""
+    tokens, s = 6 * len(levels), float(label == SAFE)
+    p, ways = [0.8] * tokens, [list[tuple[float, float, int]]() for _ in range(tokens)]
+    for at in range(tokens - 1, -1, -1):
+        target = levels[max((at - 1) // 6, 0)]
+        p[at] = 0.8 if at % 6 else 0.02
+        share = min(max((target - p[at] * s) / (1 - p[at]), 0.0), 1.0)
+        s = p[at] * s + (1 - p[at]) * share
+        ways[at] = [(share, 1.0, tokens - at), (1 - share, 0.0, tokens - at)]
+    return Curve(Trace(f"course-{levels}", tuple(range(tokens)), tuple(range(6, tokens + 1, 6)), tuple(p), label), ways)
+
+
 def test_a_draw_counts_at_every_cut_it_passes_through() -> None:
     drawn = Draws(np.array([0, 0, 3]), np.array([0, 5, 4]), np.array([1, 0, UNKNOWN]), np.array([9, 9, 9]))
     assert [drawn.at(cut) for cut in (0, 1, 3, 4, 5, 6)] == [(1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 1, 1), (0, 1, 0), (0, 0, 0)]
