@@ -39,7 +39,7 @@ class SearchSettings:
 
     estimand: str = PROTOCOL
     alpha: float = 0.03
-    look: float = 0.3
+    look: float = 0.5
     hold: float = 0.05
     cap: int = 128
     budget: int = 288

@@ -23,7 +23,7 @@ from ipo_lib.turning_points import Ask, PivotalSettings, Search, Trace, exhausti
 Estimators = Mapping[str, Callable[[Trace], Search]]
 PROTOCOL_MU = 0.94  # the true S from which the paper's rule, at mu = 0.9, holds in half of all runs
 TOKENS, SENTENCES, ADAPTIVE, FAST = "32 a token", "32 a sentence", "adaptive", "adaptive, fast"
-QUICK = SearchSettings(alpha=0.1, look=0.5, hold=0.15, budget=200, batch=4, screen=3, confirm=0)
+QUICK = SearchSettings(alpha=0.1, look=0.5, hold=0.12, budget=200, batch=4, screen=4, confirm=0)
 EDGE = 1e-9  # of an interval that may end at S itself
 HIGH, LOW = 0.97, 0.85  # at or above the one a test must pass, at or below the other it must fail
 

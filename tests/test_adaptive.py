@@ -101,10 +101,9 @@ def test_locked_none_and_the_end() -> None:
 def test_harm_that_stands_already_costs_nothing() -> None:
     one = step(0.8, 0.005, 20, label=UNSAFE)
     known = replace(one, trace=replace(one.trace, settled=30))
-    for seed in range(5):
-        plain, settled = find(one, UNSAFE, seed), find(known, UNSAFE, seed)
-        assert settled.sentence == plain.sentence == 3
-        assert settled.rollouts < plain.rollouts - 15
+    plain, settled = ([find(each, UNSAFE, seed) for seed in range(10)] for each in (one, known))
+    assert {turn.sentence for turn in (*plain, *settled)} == {3}
+    assert sum(turn.rollouts for turn in settled) < 0.85 * sum(turn.rollouts for turn in plain)
     assert find(known).flags == (NONE,)
 
 
