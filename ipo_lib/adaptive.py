@@ -123,11 +123,9 @@ class _Adaptive:
             lo = max([floor, *(i for i in range(floor + 1, hi) if self._state(cuts[i]) in (FAIL, UNDECIDED))])
             while hi - lo > 1:
                 mid = self._between(lo, hi)
-                yield from self._try([cuts[mid]], error)
+                yield from self._try((cuts[mid], error))
                 lo, hi = (lo, mid) if self._state(cuts[mid], error) == PASS else (mid, hi)
-            if (failing := (yield from self._verify(cuts[hi]))) is None:
-                if lo > floor:
-                    yield from self._try([cuts[lo]], self.settings.alpha)
+            if (failing := (yield from self._verify(cuts[hi], cuts[lo : lo + 1] if lo > floor else []))) is None:
                 if lo <= floor or self._state(cuts[lo]) != PASS:  # else the turn is not later than that
                     return (yield from self._found(lo, hi))
             elif failing == cuts[hi]:
@@ -149,20 +147,20 @@ class _Adaptive:
             at, step = at + step, GROWTH * step
             if at >= (len(cuts) if hi is None else hi):
                 return hi
-            yield from self._try([cuts[at]], error)
+            yield from self._try((cuts[at], error))
 
     def _screen(self, near: TurningPoint | None) -> Generator[list[Ask], Draws, None]:
         """Look at some cuts: every other one at equal steps of hazard, then those between them up to the first that passes."""
         look, places = self.settings.look, np.linspace(0, self.hazard[self.cuts[-1]], self.settings.screen + 2)[1:-1]
         if near and near.token is not None:
             around = [self.cuts[max(bisect_right(self.cuts, cut) - 1, 0)] for cut in (near.interval or (0, near.token))]
-            yield from self._try(sorted({0, *around}), look)
+            yield from self._try(*((cut, look) for cut in sorted({0, *around})))
             if self._state(around[-1]) == PASS:
                 return
         cuts = sorted({0, *(min(self.cuts, key=lambda cut: abs(self.hazard[cut] - place)) for place in places)})
-        yield from self._try(cuts[::2], look)
+        yield from self._try(*((cut, look) for cut in cuts[::2]))
         first = next((cut for cut in cuts[::2] if self._state(cut) == PASS), len(self.trace.p))
-        yield from self._try([cut for cut in cuts if cut < first], look)
+        yield from self._try(*((cut, look) for cut in cuts if cut < first))
 
     def _state(self, cut: int, error: float | None = None) -> str | None:
         """What is known of a cut at this error, or (None) at the smallest one at which it was decided."""
@@ -192,13 +190,13 @@ class _Adaptive:
         safe, unsafe, unknown = self.pool.at(cut)
         return (safe if self.kind == SAFE else unsafe), safe + unsafe, unknown
 
-    def _try(self, cuts: Sequence[int], error: float) -> Generator[list[Ask], Draws, None]:
-        """Draw at the cuts until each is decided at this error, or the budget is spent."""
-        while open_ := [cut for cut in cuts if self._state(cut, error) is None]:
+    def _try(self, *tests: tuple[int, float]) -> Generator[list[Ask], Draws, None]:
+        """Draw at cuts until each is decided at its error, or the budget is spent."""
+        while open_ := [test for test in tests if self._state(*test) is None]:
             if len(self.pool.born) >= self.settings.budget:
-                self.decided |= dict.fromkeys([(cut, error) for cut in open_], UNDECIDED)
+                self.decided |= dict.fromkeys(open_, UNDECIDED)
                 return
-            self.pool += yield [Ask(cut, self._batch(cut, error)) for cut in open_]
+            self.pool += yield [Ask(cut, self._batch(cut, error)) for cut, error in open_]
 
     def _batch(self, cut: int, error: float) -> int:
         """As many draws as would decide a cut if all were met, in batches."""
@@ -211,16 +209,16 @@ class _Adaptive:
         wanted = below + self.settings.split * (self.hazard[self.cuts[hi]] - below)
         return min(range(lo + 1, hi), key=lambda i: abs(self.hazard[self.cuts[i]] - wanted))
 
-    def _verify(self, turn: int) -> Generator[list[Ask], Draws, int | None]:
+    def _verify(self, turn: int, before: Sequence[int]) -> Generator[list[Ask], Draws, int | None]:
         """The turn, a sentence end in its window, or the window's end: the first that does not pass; None when all do. After the
-        turn itself an undecided cut is let through, and said."""
+        turn itself an undecided cut is let through, and said. The cut ``before`` is tested along with the turn."""
         s, reach = self.settings, turn + (self.csr.k if self.csr.window == "K+1" else self.csr.k - 1)
-        inside = [(cut, s.look) for cut in self.cuts if turn < cut < reach]
-        for cut, error in ((turn, s.alpha), *inside, (min(reach, self.trace.last), s.hold)):
-            yield from self._try([cut], error)
-            if (state := self._state(cut, error)) == FAIL or (state == UNDECIDED and cut == turn):
-                return cut
-        return None
+        yield from self._try((turn, s.alpha), *((cut, s.alpha) for cut in before))
+        if self._state(turn, s.alpha) != PASS:
+            return turn
+        later = [*((cut, s.look) for cut in self.cuts if turn < cut < reach), (min(reach, self.trace.last), s.hold)]
+        yield from self._try(*later)
+        return next((cut for cut, error in later if self._state(cut, error) == FAIL), None)
 
     def _flags(self, hi: int) -> list[str]:
         """What the way to the cut of this index was like."""
@@ -245,7 +243,7 @@ class _Adaptive:
         while b - a > 1 and 1 - self.trace.stays(a, b) >= self.settings.merge:
             wanted = (self.hazard[a] + self.hazard[b]) / 2
             mid = min(range(a + 1, b), key=lambda cut: abs(self.hazard[cut] - wanted))
-            yield from self._try([mid], self.settings.alpha)
+            yield from self._try((mid, self.settings.alpha))
             a, b = (a, mid) if self._state(mid, self.settings.alpha) == PASS else (mid, b)
         return a, b
 

@@ -36,13 +36,17 @@ class Store:
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = default_root() if root is None else Path(root).expanduser()
+        self._ledgers: dict[Path, Ledger] = {}  # read once; a search asks for the same one in every round
         self.drawn: dict[str, int] = {}  # generated tokens of every rollout asked for in this process, stored before or not
         if (path := self.root / "store.json").exists() and not STORE.startswith(found := path.read_bytes()):
             raise BadInput(f"store: {self.root} says {found!r:.60}, this is {STORE!r}; {ELSEWHERE}")
 
     def ledger(self, stage: str, version: int, spec: Json) -> Ledger:
         """The records of ``spec``; raise ``version`` when the meaning of the stage changes."""
-        return Ledger(self.root / stage, {"stage": stage, "version": version, "spec": spec})
+        found = Ledger(self.root / stage, {"stage": stage, "version": version, "spec": spec})
+        found = self._ledgers.setdefault(found.folder, found)
+        found.read()
+        return found
 
     def artifact(self, stage: str, version: int, spec: Json) -> Artifact:
         """The files (an adapter, a merged model) of ``spec``."""
@@ -53,7 +57,10 @@ class Ledger(dict[str, Json]):
     """The records of a spec by key, as last seen on disk; only ``append`` writes, and never a key that is there."""
 
     def __init__(self, parent: Path, spec: Json) -> None:
-        self.folder, self.spec, self._seen = parent / digest(spec), spec, 0
+        self.folder, self.spec, self._seen, self._sha = parent / digest(spec), spec, 0, sha256()
+
+    def read(self) -> None:
+        """Take in what is on the disk and was not seen yet."""
         self._take_in()
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -81,8 +88,7 @@ class Ledger(dict[str, Json]):
             return
         with _locked(self.folder, self.spec, "records.jsonl") as file:
             self._take_in(file)
-            content = (self.folder / "records.jsonl").read_bytes()
-            _publish(self.folder / "done.json", {"records": len(self), "sha256": sha256(content).hexdigest()})
+            _publish(self.folder / "done.json", {"records": len(self), "sha256": self._sha.hexdigest()})
 
     def _take_in(self, locked: int | None = None) -> None:
         """Reads on, under a lock. A last line without its newline is torn (kill, full disk); a writer cuts it off."""
@@ -99,6 +105,7 @@ class Ledger(dict[str, Json]):
                     mend = "delete this line and run again, only its record is computed anew"
                     raise BadInput(f"store: {file.name}, line {len(self) + 1}: corrupted or repeated record; {mend}")
                 self[entry["key"]], self._seen = entry["record"], self._seen + len(line)
+                self._sha.update(line)
 
 
 class Artifact:

@@ -434,3 +434,16 @@ def test_the_store_loads_nothing_heavy() -> None:
     code = "import sys, ipo_lib.store; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "set()\n"
+
+
+def test_a_ledger_is_read_once_and_sees_what_others_write(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = store.ledger("s", 1, {"a": 1})
+    one.append({"x": {"n": 1}})
+    Store(tmp_path).ledger("s", 1, {"a": 1}).append({"y": {"n": 2}})
+    again = store.ledger("s", 1, {"a": 1})
+    assert again is one
+    assert set(again) == {"x", "y"}
+    again.finish()
+    done = json.loads((again.folder / "done.json").read_text())
+    assert done == {"records": 2, "sha256": hashlib.sha256((again.folder / "records.jsonl").read_bytes()).hexdigest()}
