@@ -80,6 +80,12 @@ def compare(curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSetti
     return {name: [Compared(turns[c.trace.id], true[c.trace.id], c) for c in curves] for name, turns in found.items()}
 
 
+def against(rows: Iterable[Compared], csr: CsrSettings, mu: float) -> list[Compared]:
+    """The same findings beside the truth of another threshold."""
+    exact = replace(csr, mu=mu, eta=1 - mu)
+    return [replace(r, true=truth(r.curve.trace, r.found.kind, exact, r.curve.truth.tolist())) for r in rows]
+
+
 def live(doors: Doors, prompts: Prompts, curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSettings,
          sampling: Sampling, mu: float = PROTOCOL_MU) -> dict[str, list[Compared]]:  # fmt: skip
     """The same on the model itself: every estimator draws its own continuations of these recorded traces (``prompts`` by trace

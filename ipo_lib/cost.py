@@ -70,8 +70,8 @@ def training_traces(settings: Profile) -> tuple[str, float, float, str]:
 
 def searches(settings: Profile, turn: str, label: str, count: float) -> tuple[str, float, float, str]:
     """Adaptive searches for a kind of turning point in ``count`` traces."""
-    what = f"{turn} turns of {label} traces"
-    return what, count * settings.expected.search, HALF * settings.expected.trace, what
+    what, at = f"{turn} turns of {label} traces", settings.expected.search
+    return what, count * at.get(turn if turn == label else "none", 0.0), HALF * settings.expected.trace, what
 
 
 def quickstart(settings: Profile, own: Mapping[str, Any]) -> Drawn:
@@ -151,7 +151,9 @@ def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
 
 def estimators(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Every estimator on a few traces: at all tokens, at all sentence ends, and by three searches."""
-    draws = settings.csr.draws * (settings.expected.trace + settings.expected.sentences) + 4 * settings.expected.search
+    draws = settings.csr.draws * (settings.expected.trace + settings.expected.sentences) + 4 * max(
+        settings.expected.search.values()
+    )
     yield training_traces(settings)
     yield "every estimator", own["live_traces"] * draws, HALF * settings.expected.trace, ""
 

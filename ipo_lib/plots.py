@@ -43,11 +43,12 @@ def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure,
     return plt.subplots(rows, columns, figsize=(COLUMN[0] * width * columns, COLUMN[1] * rows))
 
 
-def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "", marker: str = "o") -> Axes:
-    """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band; ``marker`` "" for a whole curve."""
+def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "", marker: str = "o", least: int = 1) -> Axes:
+    """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band. A whole curve goes without ``marker``,
+    its line only through points of at least ``least`` draws."""
     cut, low, high = ([row[name] for row in rows] for name in ("cut", "low", "high"))
     ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
-    cut, s = ([row[name] for row in rows if row["n"]] for name in ("cut", "s"))
+    cut, s = ([row[name] for row in rows if row["n"] >= least] for name in ("cut", "s"))
     ax.plot(cut, s, color=colour, marker=marker, markersize=2.5, label=label or None)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:

@@ -55,13 +55,14 @@ class Model:
 @dataclass(frozen=True)
 class Expected:
     """What ``ipo cost`` reckons with: mean tokens of a trace and of an answer, and of a whole ``response`` in sets where that is
-    otherwise; sentences of a trace and rollouts of a ``search`` for its turning point; the speed of ``machine``."""
+    otherwise; sentences of a trace; rollouts of a ``search`` for a safe turn of a safe trace, an unsafe turn of an unsafe one,
+    and ``none`` where the kinds differ; the speed of ``machine``."""
 
     trace: float = 1500.0
     answer: float = 500.0
     response: Mapping[str, float] = field(default_factory=dict)
     sentences: float = 60.0
-    search: float = 160.0
+    search: Mapping[str, float] = field(default_factory=lambda: {"safe": 160.0, "unsafe": 160.0, "none": 50.0})
     tokens_per_second: float = 500.0
     seconds_per_pair: float = 1.0
     seconds_per_notebook: float = 10.0
