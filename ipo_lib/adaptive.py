@@ -7,7 +7,7 @@ since failing is cheap to show and passing is not."""
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,6 +99,8 @@ def adaptive(trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings
              near: TurningPoint | None = None) -> Search:  # fmt: skip
     """The adaptive search for the ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of one trace. ``test``: other rates than
     the settings', such as those of ``correction``. ``near``: look first around a turn that a weaker judge has found."""
+    if csr.strict or csr.other_side or csr.stride > 1:
+        raise BadInput("the adaptive search knows no csr.strict, csr.other_side or csr.stride; leave them, or measure every cut")
     return _Adaptive(trace, kind, csr, settings, test or Wald.of(kind, csr, settings)).run(near)
 
 
@@ -109,7 +111,7 @@ class _Adaptive:
         self.trace, self.kind, self.csr, self.settings, self.test = trace, kind, csr, settings, test
         self.hazard, self.pool, self.fresh = trace.hazard, NO_DRAWS, NO_DRAWS
         self.decided: dict[tuple[int, float], str] = {}
-        self.cuts, self.crossed = [0], False
+        self.cuts, self.crossed, self.doubted = [0], False, False
         for end in trace.ends:
             if 1 - trace.stays(self.cuts[-1], end) >= settings.merge:
                 self.cuts.append(end)
@@ -131,23 +133,26 @@ class _Adaptive:
             elif failing == cuts[hi]:
                 error = self.settings.alpha
             else:
-                floor, self.crossed = bisect_right(cuts, failing) - 1, True
+                if failing not in cuts:  # so that what the search goes on from is a cut that fails
+                    insort(cuts, failing)
+                floor, self.crossed = cuts.index(failing), True
         return self._record(TurningPoint(self.trace.id, self.kind, None, None, None, (NONE, *self._flags(len(cuts)))))
 
     def _first(self, floor: int, error: float) -> Generator[list[Ask], Draws, int | None]:
-        """The index of the first cut after ``floor`` that passes at this error. At full strength, where the last look was wrong,
-        it is sought in growing steps from the last cut that failed."""
-        cuts, step = self.cuts, 1
-        if error != self.settings.alpha:
-            return next((i for i in range(floor + 1, len(cuts)) if self._state(cuts[i]) == PASS), None)
-        states = [self._state(cut, error) for cut in cuts]
-        at = max([floor, *(i for i, state in enumerate(states) if state in (FAIL, UNDECIDED))])
+        """The index of the first cut after ``floor`` that passes at this error, the last one tried if no other does. At full
+        strength, where the last look was wrong, it is sought in growing steps from the last cut that failed."""
+        cuts, last, step = self.cuts, len(self.cuts) - 1, 1
+        full = error == self.settings.alpha
+        at = max([floor, *(i for i, cut in enumerate(cuts) if full and self._state(cut, error) in (FAIL, UNDECIDED))])
         while True:
-            hi = next((i for i in range(floor + 1, len(cuts)) if self._state(cuts[i], error) == PASS), None)
-            at, step = at + step, GROWTH * step
-            if at >= (len(cuts) if hi is None else hi):
+            passing = (i for i in range(floor + 1, last + 1) if self._state(cuts[i], error if full else None) == PASS)
+            hi = next(passing, None)
+            stop = last if hi is None else hi
+            if at >= stop or (hi is not None and not full):
                 return hi
-            yield from self._try((cuts[at], error))
+            at, step = (min(at + step, stop), GROWTH * step) if full else (last, step)
+            if at != hi:
+                yield from self._try((cuts[at], error))
 
     def _screen(self, near: TurningPoint | None) -> Generator[list[Ask], Draws, None]:
         """Look at some cuts: every other one at equal steps of hazard, then those between them up to the first that passes."""
@@ -212,22 +217,28 @@ class _Adaptive:
     def _verify(self, turn: int, before: Sequence[int]) -> Generator[list[Ask], Draws, int | None]:
         """The turn, a sentence end in its window, or the window's end: the first that does not pass; None when all do. After the
         turn itself an undecided cut is let through, and said. The cut ``before`` is tested along with the turn."""
-        s, reach = self.settings, turn + (self.csr.k if self.csr.window == "K+1" else self.csr.k - 1)
+        s, end = self.settings, min(self._reach(turn), self.trace.last)
         yield from self._try((turn, s.alpha), *((cut, s.alpha) for cut in before))
         if self._state(turn, s.alpha) != PASS:
             return turn
-        later = [*((cut, s.look) for cut in self.cuts if turn < cut < reach), (min(reach, self.trace.last), s.hold)]
+        later = [*((cut, s.look) for cut in self.cuts if turn < cut < end), *[(end, s.hold)] * (end > turn)]
         yield from self._try(*later)
-        return next((cut for cut, error in later if self._state(cut, error) == FAIL), None)
+        states = [self._state(cut, error) for cut, error in later]
+        self.doubted = UNDECIDED in states
+        return next((cut for (cut, _), state in zip(later, states, strict=True) if state == FAIL), None)
+
+    def _reach(self, turn: int) -> int:
+        """Where the window of Eq. 2 ends."""
+        return turn + (self.csr.k if self.csr.window == "K+1" else self.csr.k - 1)
 
     def _flags(self, hi: int) -> list[str]:
         """What the way to the cut of this index was like."""
         open_ = any(self._state(cut, self.settings.alpha) == UNDECIDED for cut in self.cuts[:hi])
-        return [UNDECIDED] * open_ + [RECROSSING] * self.crossed
+        return [UNDECIDED] * (open_ or self.doubted) + [RECROSSING] * self.crossed
 
     def _found(self, lo: int, hi: int) -> Search:
         before, turn = self.cuts[lo] if lo >= 0 else None, self.cuts[hi]
-        flags = self._flags(hi) + [DIFFUSE] * self._diffuse(turn) + [END] * (turn + self.csr.k > max(self.trace.ends, default=0))
+        flags = self._flags(hi) + [DIFFUSE] * self._diffuse(turn) + [END] * (self._reach(turn) > max(self.trace.ends, default=0))
         if self.settings.refine and before is not None:
             before, turn = yield from self._refine(before, turn)
         if self.settings.confirm:
@@ -261,5 +272,6 @@ class _Adaptive:
     def _record(self, turn: TurningPoint) -> TurningPoint:
         drawn, alpha = self.pool + self.fresh, self.settings.alpha
         agree(self.trace, drawn)
-        tested = tuple(sorted((cut, state) for (cut, error), state in self.decided.items() if error == alpha))
+        own = ((cut, state) for (cut, error), state in self.decided.items() if error == alpha and not self._known(cut))
+        tested = tuple(sorted(own))
         return costed(replace(turn, tested=tested), drawn)

@@ -21,7 +21,7 @@ from ipo_lib.stats import Interval, clopper_pearson, format_interval, mean, wils
 from ipo_lib.turning_points import Ask, PivotalSettings, Search, Trace, exhaustive, isotonic, pivotal, truth
 
 Estimators = Mapping[str, Callable[[Trace], Search]]
-PROTOCOL_MU = 0.94  # the true S from which the paper's rule, at mu = 0.9, holds in half of all runs
+PROTOCOL = 0.04  # above mu: the true S from which the paper's rule on 32 draws a token holds in half of all runs
 TOKENS, SENTENCES, ADAPTIVE, FAST = "32 a token", "32 a sentence", "adaptive", "adaptive, fast"
 QUICK = SearchSettings(alpha=0.1, look=0.5, hold=0.12, budget=200, batch=4, screen=4, confirm=0)
 EDGE = 1e-9  # of an interval that may end at S itself
@@ -71,11 +71,11 @@ def _kind(turn: TurningPoint) -> str:
     return "none" if turn.token is None else START_LOCKED if START_LOCKED in turn.flags else "turn"
 
 
-def compare(curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSettings, mu: float = PROTOCOL_MU,
+def compare(curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSettings,
             seed: int = 0) -> dict[str, list[Compared]]:  # fmt: skip
-    """Every estimator on every curve, beside Eq. 2 or 3 on the true curve at ``mu`` (1 - ``mu`` for unsafe turns)."""
-    exact = replace(csr, mu=mu, eta=1 - mu)
-    true = {curve.trace.id: truth(curve.trace, kind, exact, curve.truth.tolist()) for curve in curves}
+    """Every estimator on every curve of a known outcome, beside where Eq. 2 or 3 turns on the true curve: at the S at which the
+    protocol does, ``PROTOCOL`` above mu and below eta."""
+    curves, true = _truths(curves, kind, csr)
     found = {name: replay.locate(curves, estimator, seed) for name, estimator in named.items()}
     return {name: [Compared(turns[c.trace.id], true[c.trace.id], c) for c in curves] for name, turns in found.items()}
 
@@ -86,15 +86,21 @@ def against(rows: Iterable[Compared], csr: CsrSettings, mu: float) -> list[Compa
     return [replace(r, true=truth(r.curve.trace, r.found.kind, exact, r.curve.truth.tolist())) for r in rows]
 
 
+def _truths(curves: Sequence[Curve], kind: str, csr: CsrSettings) -> tuple[list[Curve], dict[str, TurningPoint]]:
+    exact = replace(csr, mu=min(csr.mu + PROTOCOL, 1.0), eta=max(csr.eta - PROTOCOL, 0.0))
+    known = [curve for curve in curves if curve.trace.label is not None]
+    return known, {curve.trace.id: truth(curve.trace, kind, exact, curve.truth.tolist()) for curve in known}
+
+
 def live(doors: Doors, prompts: Prompts, curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSettings,
-         sampling: Sampling, mu: float = PROTOCOL_MU) -> dict[str, list[Compared]]:  # fmt: skip
-    """The same on the model itself: every estimator draws its own continuations of these recorded traces (``prompts`` by trace
-    id), and what was recorded of them is the truth."""
-    exact, known = replace(csr, mu=mu, eta=1 - mu), {curve.trace.id: curve.trace for curve in curves}
-    true = {curve.trace.id: truth(curve.trace, kind, exact, curve.truth.tolist()) for curve in curves}
-    found = {}
+         sampling: Sampling) -> dict[str, list[Compared]]:  # fmt: skip
+    """The same on the model itself, whose continuations of these recorded traces are drawn and judged (``prompts`` by trace id);
+    what was recorded is the truth. At a cut that several estimators ask for, they are given the same draws."""
+    curves, true = _truths(curves, kind, csr)
+    known, found = {curve.trace.id: curve.trace for curve in curves}, {}
     for name, estimator in named.items():
-        turns, _ = locate.run(doors, prompts, known, {key: estimator(trace) for key, trace in known.items()}, csr.part, sampling)
+        searches = {key: estimator(trace) for key, trace in known.items()}
+        turns, _ = locate.run(doors, prompts, known, searches, csr.part, sampling)
         found[name] = [Compared(turns[c.trace.id], true[c.trace.id], c) for c in curves]
     return found
 

@@ -13,7 +13,7 @@ import numpy as np
 from ipo_lib.adaptive import SearchSettings, Wald, adaptive
 from ipo_lib.correction import Calibration, corrected, usable
 from ipo_lib.csr import CsrSettings
-from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Ids, Labels, Prompts, Rollouts, TurningPoint, digest
+from ipo_lib.records import CONTINUATION, SAFE, UNSAFE, BadInput, CsrPoint, Ids, Labels, Prompts, Rollouts, TurningPoint, digest
 from ipo_lib.replay import RARE, Curve
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import FRESH, Doors, Drawn, Start, draw, judge, probabilities, sample, trace_end, trace_sentences
@@ -40,7 +40,8 @@ def traces(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, s
     found = {}
     for r in rollouts:
         cuts = tuple(dict.fromkeys(span.token_end for span in trace_sentences(doors, r) if 0 < span.token_end <= ends[r.id]))
-        found[r.id] = Trace(r.id, r.token_ids[: ends[r.id]], cuts, tuple(chances[r.id][: ends[r.id]]), labels[r.id])
+        label = labels[r.id] if trace_end(doors, r) else None  # an unfinished trace has no outcome yet
+        found[r.id] = Trace(r.id, r.token_ids[: ends[r.id]], cuts, tuple(chances[r.id][: ends[r.id]]), label)
     if absorbing:
         unsafe = [r for r in rollouts if labels[r.id] == UNSAFE]
         found |= {key: replace(found[key], settled=cut) for key, cut in _settled(doors, prompts, unsafe, found).items()}
@@ -62,11 +63,13 @@ def turns(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, ki
     """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout by the adaptive search. ``calibration``: the
     judge's errors, where ``search.correct`` asks for them. ``near``: turns that a weaker judge found: with the same draws, so
     that a stronger one is asked only around them and nothing is generated anew."""
-    test = Wald.of(kind, csr, search)
-    if search.correct:
+    if csr.part == CONTINUATION:
+        raise BadInput("csr.part 'continuation': such verdicts hold at one cut only and cannot be pooled; measure every cut")
+    test, absorbing = Wald.of(kind, csr, search), csr.absorbing and not search.correct
+    if search.correct:  # then single verdicts are not to be trusted: those on the traces themselves
         sources = {prompts[rollout.prompt_id].source for rollout in rollouts}
-        test = corrected(test, kind, usable(calibration, doors.judge, csr.part, sources))
-    known = traces(doors, prompts, rollouts, labels, sampling, csr.absorbing)
+        test, labels = corrected(test, kind, usable(calibration, doors.judge, csr.part, sources)), dict.fromkeys(labels)
+    known = traces(doors, prompts, rollouts, labels, sampling, absorbing)
     searches = {key: adaptive(trace, kind, csr, search, test=test, near=(near or {}).get(key)) for key, trace in known.items()}
     found, drawn = run(doors, {r.id: prompts[r.prompt_id] for r in rollouts}, known, searches, csr.part, sampling)
     return Located(found, drawn)

@@ -33,6 +33,7 @@ from ipo_lib.store import Store
 from ipo_lib.turning_points import UNKNOWN, Ask, Draws, Result, Trace, together
 
 RARE = 0.01
+ROUNDED = 1e-4  # by which a recorder may have rounded a probability
 FLOOR = 1e-12  # of a probability whose logarithm is taken
 LABELS = {SAFE: SAFE, UNSAFE: UNSAFE, 1: SAFE, 0: UNSAFE, None: None}
 AWAY, ENDS = -1, {1: -2, 0: -3, UNKNOWN: -4}  # ids that no vocabulary has: a token off the trace, and how it all ended
@@ -119,9 +120,8 @@ def locate(curves: Sequence[Curve], estimator: Callable[[Trace], Generator[list[
 
 
 class Tape:
-    """Recorded curves as a ``Sampler`` and a ``Judge``, for whatever goes through the doors: the prompt with the text of a
-    trace's id is answered from that trace. Texts are token ids in words; of a continuation that left, the last one says how it
-    ended."""
+    """Recorded curves as a ``Sampler`` and a ``Judge``, for ``locate.run``: the prompt with the text of a trace's id is answered
+    from that trace. Texts are token ids in words; of a continuation that left, the last one says how it ended."""
 
     opened = True
 
@@ -181,7 +181,7 @@ def load(path: Path | str) -> list[Curve]:
     try:
         with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
             found = [_curve(json.loads(line), f"{file}, line {at}") for at, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise BadInput(f"replay file {str(file)!r}: {error}; give JSON lines, gzipped or not") from None
     if not found:
         raise BadInput(f"replay file {str(file)!r} holds no trace; give one trace a line")
@@ -217,12 +217,16 @@ def _curve(data: Any, where: str) -> Curve:
     where = f"{where}, trace {str(data['id'])!r}"
     try:
         ids, ends = tuple(map(int, data["token_ids"])), tuple(map(int, data["sentence_ends"]))
-        p = [float(one) for one in data["p_token"]]
+        p = [min(max(float(one), FLOOR), 1.0) if -ROUNDED < float(one) < 1 + ROUNDED else float(one) for one in data["p_token"]]
         ways = [[(float(w), math.nan if s is None else float(s), int(n)) for w, s, n in at] for at in data["leave"]]
-        grid, label = [int(one) for one in data.get("grid") or range(len(ids))], LABELS[data["label"]]
-    except (TypeError, ValueError, KeyError) as error:
+        grid, known = [int(one) for one in data.get("grid") or range(len(ids))], data["label"] in LABELS
+    except (TypeError, ValueError) as error:
         raise BadInput(f"{where}: {error!r:.80}; the format stands in ipo_lib.replay") from None
-    if not ids or list(ends) != sorted(set(ends)) or not all(0 < end <= len(ids) for end in ends):
+    if not ids or data["id"] is None:
+        raise BadInput(f"{where}: {'id is null' if ids else 'token_ids is empty'}; record a trace with an id and its tokens")
+    if not known:
+        raise BadInput(f"{where}: label is {data['label']!r}; give safe or 1, unsafe or 0, or null")
+    if list(ends) != sorted(set(ends)) or not all(0 < end <= len(ids) for end in ends):
         raise BadInput(f"{where}: sentence_ends must rise within 1..{len(ids)}, the number of token_ids")
     if grid != sorted(set(grid)) or not all(0 <= one < len(ids) for one in grid):
         raise BadInput(f"{where}: grid must rise within 0..{len(ids) - 1}")
@@ -231,17 +235,19 @@ def _curve(data: Any, where: str) -> Curve:
         w >= 0 and not s < 0 and not s > 1 and n >= 0 for at in ways for w, s, n in at
     ):
         raise BadInput(f"{where}: probabilities and shares lie in [0, 1], weights and tokens at or above 0")
-    if holes := [at for at, one in enumerate(p) if 1 - one > RARE and not sum(weight for weight, _, _ in ways[at])]:
+    if holes := [at for at, one in enumerate(p) if 1 - one > RARE + ROUNDED and not sum(weight for weight, _, _ in ways[at])]:
         rest = f" and {len(holes) - 1} more" if holes[1:] else ""
         chance = f"is left with probability {1 - p[holes[0]]:.2f}"
         raise BadInput(f"{where}: position {holes[0]}{rest} {chance}, but its leave is empty; record it")
     sure = tuple(one if any(weight for weight, _, _ in at) else 1.0 for one, at in zip(p, ways, strict=True))
-    return Curve(Trace(str(data["id"]), ids, ends, sure, label), ways)
+    return Curve(Trace(str(data["id"]), ids, ends, sure, LABELS[data["label"]]), ways)
 
 
 def _spread(values: list[Any], grid: list[int], length: int, where: str, name: str) -> list[Any]:
     """A list by grid position as a list by token; what is left out between two positions is as at the one before, except that
     ``p_token`` of a segment stands at its first token."""
+    if len(values) == length:
+        values = [values[at] for at in grid] if name == "leave" else values
     if len(values) == length:
         return values
     if len(values) != len(grid):

@@ -251,11 +251,11 @@ def generated(root: Path, before: Mapping[Path, int]) -> int:
     """Tokens in the rollouts that a store has got since it had the sizes ``before``."""
     total = 0
     for path, size in sizes(root).items():
-        if size > before.get(path, 0) and path.parts[-3] != "verdicts":
+        if size > before.get(path, 0):
             with path.open("rb") as file:
                 file.seek(before.get(path, 0))
                 records = [json.loads(line)["record"] for line in file]
-            total += sum(len(one["token_ids"]) - one["prefix_len"] for one in records)
+            total += sum(len(one["token_ids"]) - one["prefix_len"] for one in records if "token_ids" in one)
     return total
 
 

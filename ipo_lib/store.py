@@ -60,7 +60,11 @@ class Ledger(dict[str, Json]):
         self.folder, self.spec, self._seen, self._sha = parent / digest(spec), spec, 0, sha256()
 
     def read(self) -> None:
-        """Take in what is on the disk and was not seen yet."""
+        """Take in what is on the disk and was not seen yet; all of it where somebody has cleared the folder."""
+        path = self.folder / "records.jsonl"
+        if self._seen and (not path.exists() or path.stat().st_size < self._seen):
+            self.clear()
+            self._seen, self._sha = 0, sha256()
         self._take_in()
 
     def missing(self, keys: Iterable[str]) -> list[str]:

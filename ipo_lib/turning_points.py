@@ -65,7 +65,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Ask:
-    """``n`` continuations from a cut; ``fresh``: none that an earlier ask has seen or a later one will."""
+    """``n`` continuations from a cut; ``fresh``: none that this search has seen or will."""
 
     cut: int
     n: int
@@ -166,10 +166,10 @@ def _points(trace: Trace, drawn: Draws, at: Sequence[int]) -> list[CsrPoint]:
 
 
 def _turn(trace: Trace, kind: str, csr: CsrSettings, points: Sequence[CsrPoint], drawn: Draws) -> TurningPoint:
-    """Eq. 2 or 3 on measured points, with what was drawn at both sides and what all of it cost."""
+    """Eq. 2 or 3 on measured or smoothed points, with what was drawn at both sides and what all of it cost."""
     found = turning_point(points, kind, csr, spans(trace), _length(trace), trace.label)
-    pooled = {point.cut: (point.n_safe, point.n) for point in points}
-    sides = [evidence(cut, pooled.get(cut, (0, 0)), NO_DRAWS) if cut is not None else None
+    counts = {cut: drawn.at(cut, born_here=True) for cut in (*(found.interval or ()), found.token) if cut is not None}
+    sides = [evidence(cut, (counts[cut][0], counts[cut][0] + counts[cut][1]), NO_DRAWS) if cut is not None else None
              for cut in (found.interval[0] if found.interval else None, found.token)]  # fmt: skip
     return costed(replace(found, before=sides[0], after=sides[1]), drawn)
 
@@ -201,8 +201,9 @@ def isotonic(trace: Trace, kind: str, csr: CsrSettings, draws: int) -> Search:
 
 
 def ideal(trace: Trace, curve: Mapping[int, float]) -> list[CsrPoint]:
-    """Points that stand for known values of S."""
-    return [CsrPoint(trace.id, cut, round(s * EXACT), EXACT - round(s * EXACT), 0) for cut, s in curve.items()]
+    """Points that stand for known values of S; nan is nothing known."""
+    known = {cut: (0 if math.isnan(s) else round(s * EXACT), 0 if math.isnan(s) else EXACT) for cut, s in curve.items()}
+    return [CsrPoint(trace.id, cut, k, n - k, 0) for cut, (k, n) in known.items()]
 
 
 def truth(trace: Trace, kind: str, csr: CsrSettings, curve: Sequence[float]) -> TurningPoint:
@@ -232,7 +233,7 @@ def pivotal(trace: Trace, kind: str, csr: CsrSettings, settings: PivotalSettings
         fresh = sorted({cut for segment in segments for cut in segment} - known.keys())
         if fresh:
             drawn += yield [Ask(cut, settings.draws) for cut in fresh]
-            known |= {cut: (point := CsrPoint("", cut, *drawn.at(cut, born_here=True))).n_safe / max(point.n, 1) for cut in fresh}
+            known |= {point.cut: point.s for point in _points(trace, drawn, fresh)}  # nan where nothing was judged: never split
         wide = [(a, b) for a, b in segments if b - a > 1 and abs(known[b] - known[a]) >= settings.gap]
         middles = [(a, _middle(loss, a, b), b) for a, b in wide]
         segments = [half for a, mid, b in middles for half in ((a, mid), (mid, b))]

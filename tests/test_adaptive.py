@@ -14,7 +14,7 @@ from ipo_lib.csr import END, NONE, RECROSSING, START_LOCKED, CsrSettings
 from ipo_lib.records import SAFE, UNSAFE, BadInput, TurningPoint
 from ipo_lib.replay import Curve
 from ipo_lib.sandbox import curves as made_up
-from ipo_lib.turning_points import truth
+from ipo_lib.turning_points import Trace, truth
 
 CSR, SEARCH = CsrSettings(), SearchSettings()
 
@@ -131,6 +131,40 @@ def test_a_pass_that_does_not_hold_is_left_behind_and_flagged() -> None:
         assert abs((found.sentence or 0) - (true.sentence or 0)) <= 1
         assert (found.sentence or 0) >= 4
     assert any(RECROSSING in find(again, seed=seed).flags for seed in range(20))
+
+
+def test_a_turn_at_the_last_sentence_is_not_missed() -> None:
+    """Tokens after it keep its S from being known, and no screened cut passes."""
+    p, ways = [1.0] * 140 + [0.9, 1.0, 1.0, 1.0], [list[tuple[float, float, int]]() for _ in range(144)]
+    for at in range(9, 140, 10):
+        p[at], share = 0.5, 0.0 if at == 139 else 0.3
+        ways[at] = [(share, 1.0, 5), (1 - share, 0.0, 5)]
+    ways[140] = [(1.0, 1.0, 3)]
+    one = Curve(Trace("late", tuple(range(144)), tuple(range(10, 141, 10)), tuple(p), SAFE), ways)
+    true = truth(one.trace, SAFE, CsrSettings(mu=0.94), one.truth.tolist())
+    assert (true.token, true.sentence) == (140, 13)
+    for seed in range(5):
+        found = find(one, seed=seed)
+        assert (found.token, found.sentence) == (140, 13)
+        assert END in found.flags
+
+
+def test_settings_that_the_search_does_not_know_are_one_line() -> None:
+    for csr in (CsrSettings(strict=True), CsrSettings(other_side=True), CsrSettings(stride=2)):
+        with pytest.raises(BadInput, match="measure every cut"):
+            adaptive(step(0.2, 0.99, 20).trace, SAFE, csr, SEARCH)
+
+
+def test_odd_traces_end() -> None:
+    """No sentence, one token, no label, nothing judged: each search ends."""
+    for label in (SAFE, UNSAFE, None):
+        for tokens, ends in ((1, (1,)), (5, ()), (6, (2, 4))):
+            ways = [[(0.5, float("nan"), 3), (0.5, 1.0, 3)] for _ in range(tokens)]
+            one = Curve(Trace("odd", tuple(range(tokens)), ends, (0.7,) * tokens, label), ways)
+            none = replace(one, ways=[[(1.0, float("nan"), 3)] for _ in range(tokens)])
+            for kind in (SAFE, UNSAFE):
+                assert find(one, kind).rollouts <= SEARCH.budget + 100
+                assert find(none, kind).after is None or label == kind
 
 
 def test_a_slow_rise_is_diffuse() -> None:

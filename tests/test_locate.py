@@ -105,6 +105,18 @@ def test_correction_needs_a_calibration(tmp_path: Path, chat: Chat, pair: dict[s
         locate.turns(bench, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, replace(SEARCH, correct=True), THINK)
 
 
+def test_what_cannot_be_pooled_is_one_line(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    with pytest.raises(BadInput, match="cannot be pooled; measure every cut"):
+        locate.turns(bench, named(), [pair[SAFE]], {"good": SAFE}, SAFE, replace(CSR, part="continuation"), SEARCH, THINK)
+
+
+def test_an_unfinished_trace_has_no_outcome(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, world(chat))
+    open_ = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}", id_="open", finish="length")
+    assert locate.traces(bench, named(), [open_], {"open": SAFE}, THINK)["open"].label is None
+
+
 def test_a_foreign_trace_is_one_line(tmp_path: Path, chat: Chat) -> None:
     """Probabilities disagree: the script never says this, and a search would find that continuations never follow it."""
     bench = doors(tmp_path, chat, world(chat))

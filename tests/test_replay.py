@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 
-from ipo_lib import locate, replay
+from ipo_lib import comparison, locate, replay
 from ipo_lib.adaptive import SearchSettings, adaptive
 from ipo_lib.csr import CsrSettings
 from ipo_lib.judging import Exchange
@@ -78,12 +79,34 @@ def test_labels_grids_and_unjudged_ways(tmp_path: Path) -> None:
     assert math.isnan(c.truth[0])
 
 
+def test_what_others_round_or_spread_is_read(tmp_path: Path) -> None:
+    rounded = LINE | {"id": "r", "p_token": [0.5, 0.99, 0.8, 1.0000001]}
+    zero = LINE | {"id": "z", "p_token": [0.0, 1, 0.8, 1]}
+    grid = LINE | {"id": "g", "grid": [0, 2], "leave": [[[1, 1, 9]], [], [[1, 0, 4]], []], "p_token": [0.5, 0.9, 0.8, 0.95]}
+    r, z, g = replay.load(write(tmp_path / "f.jsonl", rounded, zero, grid))
+    assert r.trace.p == (0.5, 1.0, 0.8, 1.0)
+    assert 0 < z.trace.p[0] < 1e-6
+    assert g.ways[1] == g.ways[0]
+    assert g.ways[3] == g.ways[2]
+
+
+def test_an_unlabelled_curve_is_left_out_of_comparisons() -> None:
+    made = made_up.curves(6, 2)
+    blind = [replace(one, trace=replace(one.trace, label=None)) for one in made[:2]]
+    csr = CsrSettings()
+    rows = comparison.compare([*blind, *made[2:]], comparison.estimators(SAFE, csr, SearchSettings()), SAFE, csr)
+    assert {len(own) for own in rows.values()} == {4}
+    assert math.isnan(blind[0].truth[0])
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"p_token": [0.5, 0.9, 0.8, 1.0]}, "position 1 is left with probability 0.10, but its leave is empty; record it"),
     ({"leave": [[], [], [], []]}, "position 0 and 1 more is left"), ({"leave": [[], []]}, "leave has 2 entries for 4 tokens"),
     ({"p_token": [0.5]}, "p_token has 1 entries for 4 tokens"), ({"sentence_ends": [2, 9]}, r"must rise within 1\.\.4"),
-    ({"sentence_ends": [4, 2]}, "sentence_ends must rise"), ({"grid": [2, 0]}, "grid must rise"), ({"label": "maybe"}, "maybe"),
+    ({"sentence_ends": [4, 2]}, "sentence_ends must rise"), ({"grid": [2, 0]}, "grid must rise"),
+    ({"label": "maybe"}, "label is 'maybe'; give safe or 1"),
     ({"p_token": [1.5, 1, 1, 1]}, r"lie in \[0, 1\]"), ({"leave": [[[1, 2, 3]], [], [[1, 1, 1]], []]}, r"lie in \[0, 1\]"),
+    ({"label": 0.5}, "label is 0.5"), ({"token_ids": []}, "token_ids is empty"),
     ({"token_ids": "abc"}, "the format stands in ipo_lib.replay"), ({"leave": [[7], [], [], []]}, "the format stands"),
 ])  # fmt: skip
 def test_a_bad_line_is_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -45,10 +45,11 @@ def _levels(shape: str, sentences: int, random: np.random.Generator) -> tuple[li
     return list(np.where(steps < turn, low, 0.5 * low)), UNSAFE
 
 
-def curve(shape: str, seed: int, length: int | None = None) -> Curve:
-    """One curve. At a determined token nothing leaves; elsewhere the chance of leaving is a beta's. Leaving mostly does not
-    matter; where S moves from one level to the next, tokens whose alternatives end otherwise bring the move about."""
-    random = np.random.default_rng([SHAPES.index(shape), seed])
+def curve(shape: str, seed: int, place: int, length: int | None = None) -> Curve:
+    """The curve of this shape, seed and place. At a determined token nothing leaves; elsewhere the chance of leaving is a
+    beta's. Leaving mostly does not matter; where S moves from one level to the next, tokens whose alternatives end otherwise
+    bring the move about."""
+    random = np.random.default_rng([SHAPES.index(shape), seed, place])
     tokens = int((length or LENGTHS.get(shape, LENGTH)) * random.uniform(0.67, 1.33))
     sizes = np.maximum(3, random.poisson(SENTENCE, tokens))
     ends = np.cumsum(sizes)[: int(np.searchsorted(np.cumsum(sizes), tokens)) + 1]
@@ -68,12 +69,12 @@ def curve(shape: str, seed: int, length: int | None = None) -> Curve:
             ways[at] = [(share, 1.0, rest), (1 - share, 0.0, rest)]
     p = tuple(float(1 - h) for h in hazard)
     ids = tuple(int(one) for one in random.integers(0, 50_000, tokens))
-    return Curve(Trace(f"{shape}-{seed}", ids, tuple(int(end) for end in ends), p, label), ways)
+    return Curve(Trace(f"{shape}-{seed}-{place}", ids, tuple(int(end) for end in ends), p, label), ways)
 
 
 def curves(count: int, seed: int = 0, shapes: Sequence[str] = SHAPES, length: int | None = None) -> list[Curve]:
     """``count`` curves, the shapes in turn."""
-    return [curve(shapes[at % len(shapes)], seed * count + at, length) for at in range(count)]
+    return [curve(shapes[at % len(shapes)], seed, at, length) for at in range(count)]
 
 
 if __name__ == "__main__":
