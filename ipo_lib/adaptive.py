@@ -18,7 +18,7 @@ from ipo_lib.records import SAFE, UNSAFE, BadInput, Evidence, TurningPoint
 from ipo_lib.turning_points import NO_DRAWS, Ask, Draws, Search, Trace, agree, costed, evidence
 
 PROTOCOL, POPULATION = "protocol", "population"
-LEVELS = {PROTOCOL: (0.02, 0.075), POPULATION: (0.05, 0.04)}  # the rates tested, below and above mu: even odds at 0.94, at 0.90
+LEVELS = {PROTOCOL: (0.02, 0.08), POPULATION: (0.05, 0.04)}  # the rates tested, below and above mu: even odds at 0.943, at 0.90
 UNDECIDED, DIFFUSE = "undecided", "diffuse"
 PASS, FAIL = "pass", "fail"
 CERTAIN = 0.995  # the highest rate a test asks for
@@ -44,7 +44,7 @@ class SearchSettings:
     cap: int = 128
     budget: int = 288
     batch: int = 5
-    screen: int = 6
+    screen: int = 9
     split: float = 0.4
     merge: float = 0.05
     confirm: int = 12

@@ -98,7 +98,7 @@ def test_the_test_moves_as_rogan_and_gladen_say() -> None:
 
 def test_a_weak_judge_is_refused_with_its_rates() -> None:
     weak = Calibration("j", TRACE, ("w",), 90, 100, 88, 100, 1.0)
-    with pytest.raises(BadInput, match=r"sensitivity 90.0 % \[.*cannot tell 0.880 from 0.975; use a better judge"):
+    with pytest.raises(BadInput, match=r"sensitivity 90.0 % \[.*cannot tell 0.880 from 0.980; use a better judge"):
         corrected(Wald.of(SAFE, CSR, SEARCH), SAFE, weak)
 
 
