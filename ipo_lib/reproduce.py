@@ -128,7 +128,8 @@ def planned(profile: str, parameter: list[str], store: str, figures: str) -> Pla
     known = {book: declared(book) for book in books}
     overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
     settings = read(profile, overrides)
-    if strange := [name for name in settings.parameters if not any(name in names for names in known.values())]:
+    every = {name for book in (house() / "notebooks").glob("*.ipynb") for name in declared(book)}
+    if strange := sorted(set(settings.parameters) - every):
         raise BadInput(f"profile {settings.name!r}: no notebook has the parameter {strange[0]!r}; mend it under parameters")
     given = {**settings.parameters, **given}
     target = Path(figures).expanduser() if figures else house() / "figures" / settings.name

@@ -428,3 +428,12 @@ def test_doctor_finds_a_well_machine_and_names_each_mend(ipo: Ipo, tmp_path: Pat
     assert re.search(r"no-such-package +missing +-> pip install no-such-package==2.0", said)
     assert re.search(r"store .*-> free some space", said)
     assert errors == "ipo: 3 of 7 checks need a hand; the mends stand above\n"
+
+
+def test_a_profile_parameter_that_no_notebook_has_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
+    text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
+    path = tmp_path / "odd.yml"
+    path.write_text(re.sub(r"parameters: \{.*\}", "parameters: {live_tracks: 8}", text))
+    code, _, said = ipo("status", str(path))
+    assert code == 2
+    assert "no notebook has the parameter 'live_tracks'" in said
