@@ -31,11 +31,12 @@ RISE, SPREAD = 0.5, 3  # a turn is diffuse when S rises by this much over more t
 class SearchSettings:
     """The adaptive search. ``estimand``: ``protocol``, where the paper's rule on 32 draws a token turns, which at mu = 0.9
     behaves like S >= 0.94, or ``population``, S >= mu itself. A cut is tested by Wald's sequential test between two rates around
-    the estimand (``LEVELS``), both errors ``alpha``; after ``cap`` draws it is undecided. ``look``: the error of the first,
-    cheap test that only decides where to search; ``hold``: of the test at the end of the window of Eq. 2. ``screen``: cuts
-    looked at first. ``split``: where an interval is split, as a share of its hazard. ``batch``: most draws asked for at once.
-    ``merge``: sentence ends closer than this chance of leaving are one. ``confirm``: fresh draws at each side of the turn.
-    ``refine``: go on to tokens. ``correct``: move the rates by a measured judge's errors (``correction``)."""
+    the estimand (``LEVELS``), both errors ``alpha``; after ``cap`` draws it is undecided, and all that is open is once the trace
+    has taken ``budget`` draws. ``look``: the error of the first, cheap test that only decides where to search; ``hold``: of the
+    test at the end of the window of Eq. 2. ``screen``: cuts looked at first. ``split``: where an interval is split, as a share
+    of its hazard. ``batch``: most draws asked for at once. ``merge``: sentence ends closer than this chance of leaving are one.
+    ``confirm``: fresh draws at each side of the turn. ``refine``: go on to tokens. ``correct``: move the rates by a measured
+    judge's errors (``correction``)."""
 
     estimand: str = PROTOCOL
     alpha: float = 0.03
