@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.profiles import Profile
+from ipo_lib.study import tables
 
+BARRED = 3  # rounds in which barred sentences are drawn anew, at most
 HALF = 0.5  # of a trace is still to come at a cut, on average
 Drawn = Iterator[tuple[str, float, float, str]]  # what for, rollouts, tokens of each, the pool they come from
 
@@ -95,6 +97,7 @@ def diversity(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """A group of draws on every set."""
     yield from responses(settings, own["group"])
     yield training_traces(settings)
+    yield from full_run(settings, own, "table1")
 
 
 def triggers(settings: Profile, own: Mapping[str, Any]) -> Drawn:
@@ -138,6 +141,8 @@ def training(settings: Profile, own: Mapping[str, Any]) -> Drawn:
         yield f"{name}, before", count, each, f"before/{name}"
         yield f"{name}, after stage 1", count, each, f"after/{name}"
         yield f"{name}, on the way", settings.stage1.keep * count, each, ""
+    yield training_traces(settings)
+    yield "benign traces for KL", own["kl_traces"], trace, ""
 
 
 def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
@@ -147,6 +152,27 @@ def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
         yield f"{name}, before", count, each, f"before/{name}"
         yield f"{name}, after stage 1", count, each, f"after/{name}"
         yield f"{name}, after stage 2", count, each, ""
+    harmful = sum(settings.prompts[name].count for name in settings.evaluation.harmful)
+    yield "triggers barred", BARRED * harmful * settings.evaluation.draws, settings.expected.trace + settings.expected.answer, ""
+    yield from full_run(settings, own, "table2")
+
+
+def ablations(settings: Profile, own: Mapping[str, Any]) -> Drawn:
+    """Nothing but what a full run costs: the row that is made again is 06's and 07's."""
+    for name in ("part_and_full", "detectors", "grid", "sweeps"):
+        yield from full_run(settings, own, name)
+
+
+def full_run(settings: Profile, own: Mapping[str, Any], table: str) -> Drawn:
+    """Where it is asked for: Algorithm 1 (or as many tokens of GRPO) once a cell, and each cell's evaluation. Cells of one seed
+    share traces, so that this is an upper end."""
+    if own.get("full") and table in settings.studies:
+        study = settings.studies[table]
+        cells, harmful = study.seeds * len(study.rows or tables()[table]), settings.prompts["train_harmful"].count
+        yield f"{table}, data", cells * harmful * settings.plan.pool * 2, (1 + HALF) / 2 * settings.expected.trace, ""
+        for name in settings.evaluation.sets:
+            rollouts = cells * settings.prompts[name].count * settings.evaluation.draws
+            yield f"{table}, {name}", rollouts, response(settings, name), ""
 
 
 def estimators(settings: Profile, own: Mapping[str, Any]) -> Drawn:
@@ -167,6 +193,7 @@ NOTEBOOKS = {
     "05_corrective_intervention": interventions,
     "06_ipo_training": training,
     "07_evaluation": evaluation,
+    "08_ablations": ablations,
     "09_cost_of_csr": estimators,
 }
 

@@ -3,16 +3,17 @@ prompts, its coverage (share judged) and its bounds (None all safe / all unsafe)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ipo_lib.chat import split
-from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt
+from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt, Rollout
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors, Start, by_prompt, judge, sample
 from ipo_lib.stats import Interval, paired_difference, pooled_rate
 
+Respond = Callable[[Doors, Sequence[Prompt], Sampling, int], list[Rollout]]
 TRACE_HARM, ANSWER_HARM, CORRECT = "trace harm", "answer harm", "correct"
 REFUSED, PARTLY, ANSWERED = "refused", "partly", "answered"
 MEASURES = {
@@ -60,12 +61,18 @@ class Measured:
         return (k / self.total, (k + self.unknown) / self.total) if self.total else (0.0, 1.0)
 
 
-def evaluate(doors: Doors, sets: Mapping[str, list[Prompt]], settings: EvaluationSettings, sampling: Sampling) -> list[Measured]:
-    """Sample every set to the end of the answer and measure it. Sets not named in the settings are left alone."""
+def plainly(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> list[Rollout]:
+    """How a model answers: it samples."""
+    return sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
+
+
+def evaluate(doors: Doors, sets: Mapping[str, list[Prompt]], settings: EvaluationSettings, sampling: Sampling,
+             respond: Respond = plainly) -> list[Measured]:  # fmt: skip
+    """Answer every set to the end and measure it. Sets not named in the settings are left alone."""
     found = []
     for name, measures in [(name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)]:
         prompts = {prompt.id: prompt for prompt in sets[name]}
-        rollouts = sample(doors, [Start(prompt) for prompt in sets[name]], sampling, settings.draws)
+        rollouts = respond(doors, sets[name], sampling, settings.draws)
         cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
         for measure in measures:
             part, question, label = MEASURES[measure]

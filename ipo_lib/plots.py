@@ -173,6 +173,43 @@ def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Ax
     return ax
 
 
+def tradeoff(points: Mapping[str, Sequence[Interval]], ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
+    """Named points of two rates (x, y), each with its interval, in percent."""
+    for colour, marker, (name, (x, y)) in zip(itertools.cycle(SERIES), itertools.cycle("osD^v<>"), points.items(), strict=False):
+        ax.plot([100 * x.low, 100 * x.high], [100 * y.value] * 2, color=colour, linewidth=0.7)
+        ax.plot([100 * x.value] * 2, [100 * y.low, 100 * y.high], color=colour, linewidth=0.7)
+        ax.plot(100 * x.value, 100 * y.value, marker, color=colour, markersize=4, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if points:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handlelength=1.2, columnspacing=0.8, fontsize=6)
+    return ax
+
+
+def divergence(series: Mapping[str, Sequence[tuple[int, float, float, float]]], ax: Axes, *, xlabel: str) -> Axes:
+    """KL in nats by token (Fig 7): (offset, mean, low, high) of each named model, the interval as a band."""
+    for colour, (name, points) in zip(itertools.cycle((*SERIES, "#56B4E9", "black")), series.items(), strict=False):
+        x, y, low, high = ([point[at] for point in points] for at in range(4))
+        ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        ax.plot(x, y, color=colour, label=name)
+    ax.set(xlabel=xlabel, ylabel="KL from the base (nats)")
+    return ax
+
+
+def rewards(series: Mapping[str, Sequence[tuple[float, float]]], ax: Axes) -> Axes:
+    """GRPO's mean reward a step against the tokens generated so far, a line through the means of tenths."""
+    for colour, (name, steps) in zip(itertools.cycle(SERIES), series.items(), strict=False):
+        x, y = ([step[side] for step in steps] for side in (0, 1))
+        ax.plot(x, y, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
+        size = max(len(steps) // 10, 1)
+        parts = [steps[at : at + size] for at in range(0, len(steps), size)]
+        means = [[sum(step[side] for step in part) / len(part) for part in parts] for side in (0, 1)]
+        ax.plot(*means, color=colour, label=name)
+    ax.set(xlabel="tokens generated", ylabel="mean reward")
+    if series:
+        ax.legend(loc="best", fontsize=6)
+    return ax
+
+
 def claim(sentence: str, value: Interval, *, origin: str, percent: bool = True,
           paper: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """A computed claim: ``sentence`` with its ``{}`` filled by the value, interval and n. ``origin``: calibrated (the world was

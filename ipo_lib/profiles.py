@@ -19,6 +19,7 @@ from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.dpo import DpoSettings, Stage2Settings
 from ipo_lib.evaluation import EvaluationSettings
+from ipo_lib.grpo import GrpoSettings
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.pairs import PairSettings
@@ -28,6 +29,7 @@ from ipo_lib.replay import Curve
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.stages import Doors, Plan
 from ipo_lib.store import Store
+from ipo_lib.training import Recipe
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,33 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A trace's sentences and the number of its first cue, 0 where there is none."""
+
+    sentences: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """A table of a full run: how many seeds, and which of its rows (none named: all)."""
+
+    seeds: int = 1
+    rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Profile:
     """Every setting of a run. ``about`` says in one sentence what its numbers are worth and stands under every figure.
     ``reveal``: the text is harmless and may be shown. Without ``detector`` or ``triggers``, a lexicon is learnt and a pool mined
     from the run's own judged rollouts. Where they exist: ``truth``, a detector that is never wrong; ``paraphrases``, trigger
-    sentences that no part of the pipeline has seen; ``forks``, a replay file of
-    this model's traces; ``aligned``, the adapter of a model aligned on answers only;
-    ``null_world``, the profile of a world where cues and triggers cause nothing; ``second_judge``, for headlines.
-    ``calibrated``: the kinds of claims that the world was built or fitted for. ``beside``: the paper's benchmark whose numbers
-    stand beside a prompt set's. ``min_coverage``: the share that must be judged.
-    ``parameters``: of its notebooks, where ``ipo reproduce`` is to use other values than theirs."""
+    sentences that no part of the pipeline has seen; ``pool``, all triggers that were mined; ``teacher``, safe responses of a
+    stronger source; ``examples`` for a model asked for cues; ``studies``: how much of each table of a full run; ``forks``, a
+    replay file of this model's traces; ``aligned``, the adapter of a model aligned on answers only; ``null_world``, the profile
+    of a world where cues and triggers cause nothing; ``second_judge``, for headlines. ``calibrated``: the kinds of claims that
+    the world was built or fitted for. ``beside``: the paper's benchmark whose numbers stand beside a prompt set's.
+    ``min_coverage``: the share that must be judged. ``parameters``: of its notebooks, where ``ipo reproduce`` is to use other
+    values than theirs."""
 
     name: str
     about: str
@@ -90,6 +109,10 @@ class Profile:
     triggers: Part | None = None
     truth: Part | None = None
     paraphrases: Part | None = None
+    pool: Part | None = None
+    teacher: Part | None = None
+    examples: tuple[Example, ...] = ()
+    studies: Mapping[str, StudySettings] = field(default_factory=dict)
     aligned: Part | None = None
     null_world: str = ""
     second_judge: Part | None = None
@@ -110,6 +133,8 @@ class Profile:
     pairs: PairSettings = PairSettings()
     stage1: DpoSettings = DpoSettings()
     stage2: Stage2Settings = Stage2Settings()
+    grpo: GrpoSettings = GrpoSettings()
+    recipe: Recipe = Recipe()
     evaluation: EvaluationSettings = EvaluationSettings()
 
 
@@ -161,6 +186,12 @@ class Bench:
     doors: Doors
     folder: Path
     figures: Path
+    given: tuple[str, Mapping[str, Any], str, str] = ("", {}, "", "")
+
+    def changed(self, changes: Mapping[str, Any]) -> Bench:
+        """The bench of the same profile with more settings changed, by dotted name."""
+        name, overrides, store, figures = self.given
+        return open_bench(name, {**overrides, **changes}, store, figures)
 
     @property
     def thinking(self) -> Sampling:
@@ -186,6 +217,10 @@ class Bench:
     def paraphrases(self) -> list[str]:
         """Trigger sentences held out of everything; none where the profile has none."""
         return list(made(part)) if (part := self.profile.paraphrases) else []
+
+    def pool(self) -> list[Trigger]:
+        """All triggers that were mined; none where the profile keeps no pool."""
+        return list(made(part)) if (part := self.profile.pool) else []
 
     def truth(self) -> CueDetector | None:
         """The detector that is never wrong, in a world that has one."""
@@ -251,4 +286,5 @@ def open_bench(profile: str, overrides: Mapping[str, Any] | None = None, store: 
         raise BadInput(f"model folder {str(folder)!r} is missing; put a model there or name another as model.folder")
     chat = Chat(folder, prefill=settings.model.prefill, system=settings.model.system)
     doors = Doors(Store(store or None), chat, sampler(settings.model, folder, chat), made(settings.judge), settings.seed)
-    return Bench(settings, doors, folder, Path(figures).expanduser() if figures else house() / "figures" / settings.name)
+    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
+    return Bench(settings, doors, folder, target, (profile, overrides or {}, store, figures))

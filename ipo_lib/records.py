@@ -147,8 +147,9 @@ class Intervention:
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference (x, chosen > rejected, h): both suffixes follow ``prompt_ids`` = chat ids + common prefix, which is
-    ``h`` response tokens long; ``why`` says where the pair came from."""
+    """A preference (x, chosen > rejected, h): both suffixes follow ``prompt_ids`` = chat ids + common prefix, which is ``h``
+    response tokens long; ``why`` says where the pair came from. The first ``given`` chosen tokens are a trigger's, put there and
+    not sampled; ``weight`` scales the pair's loss. Without ``rejected_ids`` it is an example for SFT."""
 
     id: str
     prompt_ids: Ids
@@ -156,6 +157,8 @@ class Pair:
     rejected_ids: Ids
     h: int
     why: str
+    given: int = 0
+    weight: float = 1.0
 
 
 Prompts = Mapping[str, Prompt]  # by id

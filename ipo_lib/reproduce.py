@@ -42,9 +42,13 @@ def reproduce(
     store: STORE = "",
     figures: FIGURES = "",
     again: Annotated[bool, typer.Option(help="run notebooks that are up to date, too")] = False,
+    full: Annotated[
+        bool, typer.Option(help="run every row and seed of the tables, too, instead of reading the committed ones")
+    ] = False,
 ) -> None:
     """Run every notebook of a profile, in order, and write its figures and a report; finished work is never done twice."""
-    started, plan = time.monotonic(), planned(profile, parameter or [], store, figures)
+    given = [*(parameter or []), *(["full=true"] if full else [])]
+    started, plan = time.monotonic(), planned(profile, given, store, figures)
     for job in jobs(plan):
         run(job, plan, again)
     marks = [(book.stem, last(book, plan.runs)) for book in plan.books]
@@ -143,7 +147,10 @@ def jobs(plan: Planned) -> Iterator[Job]:
     """The notebooks in order; the key of each covers the figures of those before it, as they are when it comes."""
     others = [repr(read(name)) for name in [plan.settings.null_world] if name]
     tables = [path.read_text("utf-8") for path in sorted((house() / "figures" / "paper_tables").glob("*.csv"))]
-    so_far = [source(), repr(plan.settings), *others, digest(tables)]
+    studies = [(house() / "notebooks" / "studies.yml").read_text("utf-8")]
+    if not any(values.get("full") for values in plan.values.values()):  # else it is about to make them
+        studies += [path.read_text("utf-8") for path in sorted((house() / "figures" / plan.settings.name).glob("full-*.json"))]
+    so_far = [source(), repr(plan.settings), *others, digest(tables), digest(studies)]
     for book in plan.books:
         own = {
             name: value for name, value in plan.values[book].items() if name not in ("profile", "overrides", "store", "figures")

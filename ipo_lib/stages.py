@@ -61,13 +61,15 @@ class Doors:
 @dataclass(frozen=True)
 class Plan:
     """How traces are gathered and corrected (Algorithm 1). ``draws`` traces a prompt; ``rounds`` is N; ``accept``: ``no-cue``
-    (the paper) or ``judged-safe``; ``traces`` bounds how many traces get a CSR curve; ``pool``: the triggers in use."""
+    (the paper) or ``judged-safe``; ``traces`` bounds how many traces get a CSR curve; ``pool``: the triggers in use; ``share``:
+    all triggers are tried on one trace of a prompt (the paper: on a fresh one each), so that their pairs share a prefix."""
 
     draws: int = 8
     rounds: int = 1
     accept: str = "no-cue"
     traces: int = 16
     pool: int = 6
+    share: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,8 @@ def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: S
 
 def cues(doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetector) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
+    if many := getattr(detector, "many", None):  # it asks a model
+        return dict(many(prompts, rollouts))
     return {r.id: detector.first(r, prompts[r.prompt_id], trace_texts(doors, r)) for r in rollouts}
 
 

@@ -4,18 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ipo_lib.dpo import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, mix, train
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
-from ipo_lib.records import ANSWER, BOTH, SAFE, Pair, Prompt, Rollout, Verdict, digest, to_json
+from ipo_lib.records import ANSWER, BOTH, SAFE, BadInput, Pair, Prompt, Rollout, Verdict, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Corrected, Doors, Drawn, Plan, Start, correct, judge, sample, trace_end
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
+NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE = (
+    "none", "intervened", "unshared", "natural", "teacher", "rewards", "at-inference")  # fmt: skip
+PROFILE, TRUTH, CSR, MODEL, ANYWHERE = "profile", "truth", "csr", "model", "random"
+POOL, PARAPHRASES, NEUTRAL = "pool", "paraphrases", "neutral"
+STAGE_2, MIXED, GRPO = "stage 2", "mixed", "grpo"
+CHOICES = {
+    "data": (NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE),
+    "triggers": (POOL, PARAPHRASES, NEUTRAL), "then": ("", STAGE_2, MIXED, GRPO),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``data``: pairs of Algorithm 1 (intervened), the same with winners swapped between the traces of a prompt (unshared), of
+    ordinary sampling where a prompt has both outcomes (natural), safe responses of a stronger source (teacher), GRPO's own
+    (rewards), or nothing (none; at-inference: cues are replaced while the untouched model answers). ``detector``: the profile's,
+    the truth, csr, model (few-shot), random, or ``shift -1``, ``shift 2``. ``then``: stage 2, benign pairs mixed into stage 1
+    instead, or GRPO. ``pairs``: at most that many (0: all). ``weigh``: pairs by |change of S| at the loser's cue. ``judge``: the
+    profile's or its second."""
+
+    data: str = INTERVENED
+    detector: str = PROFILE
+    triggers: str = POOL
+    then: str = ""
+    pairs: int = 0
+    weigh: bool = False
+    judge: str = PROFILE
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise BadInput(f"recipe: {name} {getattr(self, name)!r} is unknown; use {', '.join(map(repr, known))}")
 
 
 def pair(doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int, settings: PairSettings,
@@ -27,17 +60,22 @@ def pair(doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int
 
 def corrected_pairs(doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[Trigger], detector: CueDetector, plan: Plan,
         settings: PairSettings, sampling: Sampling) -> tuple[list[Pair], dict[str, int], list[Corrected]]:  # fmt: skip
-    """Algorithm 1 once per trigger, each on a fresh trace of every prompt: (pairs, counts by reason, what was tried). The
-    loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement was accepted with.
-    ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``."""
+    """Algorithm 1 once per trigger, each on a fresh trace of every prompt (or all on one: ``plan.share``): (pairs, counts by
+    reason, what was tried). The loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement
+    was accepted with. ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``."""
     named, tried = {prompt.id: prompt for prompt in prompts}, list[Corrected]()
     for place, trigger in enumerate(triggers):
-        rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, 1, first=place)
+        rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, 1, first=0 if plan.share else place)
         tried += correct(doors, named, rollouts, trigger, detector, plan, sampling)
     won = [
         (one, named[one.loser.prompt_id], f"trigger {one.intervention.trigger_id}") for one in tried if one.intervention.accepted
     ]
-    kept, counts = collect(pair(doors, prompt, one.loser, one.result, one.cut, settings, why) for one, prompt, why in won)
+    results = [(one, pair(doors, prompt, one.loser, one.result, one.cut, settings, why)) for one, prompt, why in won]
+    given = [one.result.prefix_len - one.intervention.cut for one, _ in results]  # tokens of the trigger
+    kept, counts = collect(
+        dataclasses.replace(made, given=n) if isinstance(made, Pair) else made
+        for (_, made), n in zip(results, given, strict=True)
+    )
     counts |= {"no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": len(tried) - len(won)}
     return kept, counts, tried
 
@@ -90,10 +128,15 @@ def _trained(doors: Doors, given: Pairs, taken: Pairs, model: Path, settings: Dp
     """The adapter that ``given`` names and the pairs ``taken`` from them train, and its metrics rows; trained once."""
     spec = {"pairs": digest([to_json(one) for one in given], 64), "settings": to_json(settings), **more}
     spec |= {"model": doors.sampler.fingerprint()} | ({"start": start.parent.name} if start else {})
+    return once(doors, spec, lambda folder: train(taken, model, settings, folder, adapter=start))
+
+
+def once(doors: Doors, spec: dict[str, Any], run: Callable[[Path], Any]) -> tuple[Path, Rows]:
+    """The adapter folder of ``spec``, which ``run`` fills if it is not there yet, and its metrics rows."""
     artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
     if not artifact.done:
         with artifact.build() as folder:
-            train(taken, model, settings, folder, adapter=start)
+            run(folder)
     return artifact.path, [json.loads(row) for row in (artifact.path / METRICS).read_text("utf-8").splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""DPO: a pure preference loss is the oracle for TRL's, on a random two-layer Llama that fits in a test."""
+"""DPO: a pure preference loss is the oracle, on a random two-layer Llama that fits in a test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ipo_lib import dpo, training
+from ipo_lib import dpo, prefix_sharing, training, trl_dpo
 from ipo_lib.dpo import DpoSettings, Stage2Settings
 from ipo_lib.records import BadInput, Ids, Pair
 from ipo_lib.store import Store
@@ -116,7 +116,7 @@ def test_first_step_is_log_two_and_the_planted_preference_is_learnt(stage1: Any)
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm"])
 def test_loss_after_the_weights_moved_equals_the_oracle(model: Path, stage1: Any, tmp_path: Path, loss: str) -> None:
-    """One batch from moved weights: TRL's number (padded, batched, LM head on the suffix alone) against Eq. 4."""
+    """One batch from moved weights, padded and batched, LM head on the suffix alone, against Eq. 4."""
     adapter, pairs = stage1[0], make_pairs(5, seed=7)
     settings = replace(PLAIN, batch_size=5, loss=loss, beta=0.3)
     row = dpo.train(pairs, model, settings, tmp_path, adapter=adapter)[0]
@@ -148,34 +148,6 @@ def test_accumulated_batches_log_the_loss_of_the_whole(model: Path, stage1: Any,
     assert len(whole) == len(parts) == 1
     for name in ("loss", "margin", "grad_norm", "ref_logps/chosen"):
         assert whole[0][name] == pytest.approx(parts[0][name], rel=1e-4)
-
-
-def test_collated_batch_is_masked_up_to_the_divergence(model: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    pairs, tokenizer = make_pairs(4), AutoTokenizer.from_pretrained(model)
-    trainer = dpo.ids_trainer(pairs, model, replace(PLAIN, precompute_ref_log_probs=False, length_buckets=False), tmp_path)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    suffixes = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    assert batch["input_ids"].shape[1] % PLAIN.pad_to_multiple_of == 0
-    for row, mask, attention, pair, suffix in zip(
-        *(batch[key].tolist() for key in ("input_ids", "completion_mask", "attention_mask")), pairs * 2, suffixes, strict=True
-    ):
-        start, end = len(pair.prompt_ids), len(pair.prompt_ids) + len(suffix)
-        assert mask == [int(start <= i < end) for i in range(len(row))]
-        assert sum(attention) == end
-        scored = tokenizer.decode([token for token, used in zip(row, mask, strict=True) if used])
-        assert scored == " ".join(f"w{token}" for token in suffix)  # exactly z^{>=h}, no EOS added
-        assert tokenizer.decode(row[:start]) == " ".join(f"w{token}" for token in pair.prompt_ids)
-
-
-def test_precomputed_reference_changes_nothing(model: Path, stage1: Any, tmp_path: Path) -> None:
-    runs = [
-        dpo.train(make_pairs(8), model, replace(PLAIN, precompute_ref_log_probs=flag), tmp_path, adapter=stage1[0])
-        for flag in (True, False)
-    ]
-    for one, other in zip(*runs, strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
 def test_same_seed_same_bytes(model: Path, stage1: Any, tmp_path: Path) -> None:
@@ -227,7 +199,7 @@ def test_adapter_loads_with_peft_and_is_all_that_changed(model: Path, stage1: An
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nf4_trains_every_layer(model: Path, tmp_path: Path, dtype: str) -> None:
-    """QLoRA: the gradient must pass the frozen NF4 weights also after the reference was precomputed.
+    """QLoRA: the gradient must pass the frozen NF4 weights also after the reference was read.
 
     bitsandbytes on AVX512-BF16 CPUs repacks weights in eval mode, which cuts every layer but the last off: the margin
     then stays under a fifth of the unquantized one.
@@ -235,15 +207,12 @@ def test_nf4_trains_every_layer(model: Path, tmp_path: Path, dtype: str) -> None
     from safetensors.torch import load_file
 
     settings = replace(PLAIN, quantize="nf4", epochs=4, dtype=dtype)
-    rows = dpo.train(make_pairs(8), model, settings, tmp_path / "precomputed")
-    live = dpo.train(make_pairs(8), model, replace(settings, precompute_ref_log_probs=False), tmp_path / "live")
+    rows = dpo.train(make_pairs(8), model, settings, tmp_path / "nf4")
     plain = dpo.train(make_pairs(8), model, replace(settings, quantize=None), tmp_path / "plain")
     assert rows[0]["loss"] == pytest.approx(LOG2, abs=1e-6)
-    for one, other in zip(rows, live, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
     assert rows[-1]["margin"] > 0.5 * plain[-1]["margin"] > 0.5
     assert rows[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=0.3)
-    weights = load_file(tmp_path / "precomputed" / "adapter_model.safetensors")
+    weights = load_file(tmp_path / "nf4" / "adapter_model.safetensors")
     moved = {name.split("layers.")[1][0] for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0}
     assert moved == {"0", "1"}
 
@@ -258,22 +227,24 @@ def test_nf4_is_the_default_above_a_billion_parameters(tmp_path: Path) -> None:
         assert dpo.quantization(tmp_path, DpoSettings(quantize="nf4")) == "nf4"
 
 
-def test_nf4_adapter_stays_in_float32(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_dpo.trainer])
+def test_nf4_adapter_stays_in_float32(model: Path, tmp_path: Path, engine: Any) -> None:
     """TRL turns it to bf16, where a step of 5e-6 on a weight near 0.1 is rounded away."""
     import torch
 
-    trainer = dpo.ids_trainer(make_pairs(2), model, replace(PLAIN, quantize="nf4"), tmp_path)
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    _, lora = engine(make_pairs(2), model, replace(PLAIN, quantize="nf4"), tmp_path, None)
+    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.dtype == torch.float32 for parameter in trained)
 
 
-def test_lora_dropout_is_on_when_asked(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_dpo.trainer])
+def test_lora_dropout_is_on_when_asked(model: Path, tmp_path: Path, engine: Any) -> None:
     import torch
 
     for dropout in (0.0, 0.25):
-        trainer = dpo.ids_trainer(make_pairs(2), model, replace(PLAIN, dropout=dropout), tmp_path)
-        found = {module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)}
+        _, lora = engine(make_pairs(2), model, replace(PLAIN, dropout=dropout), tmp_path, None)
+        found = {module.p for module in lora.modules() if isinstance(module, torch.nn.Dropout)}
         assert found == ({dropout} if dropout else set())
 
 

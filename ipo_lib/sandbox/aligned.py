@@ -5,12 +5,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ipo_lib.records import Prompt
 from ipo_lib.sandbox.corpus import CLOSE, Aligned, batches, documents, encoded, fit
 from ipo_lib.sandbox.scratch import ASSISTANT, END, OPEN, USER
+from ipo_lib.sandbox.traces import Process, respond
+
+
+def teacher(prompts: Sequence[Prompt], seed: int) -> list[str]:
+    """A safe response to every prompt, as a stronger source would think it: drawn from the world's process until trace and
+    answer are safe, so in its own words and not the organism's."""
+    found = []
+    for prompt in prompts:
+        rng = random.Random(f"teacher/{seed}/{prompt.id}")
+        one = respond(rng, prompt, Process())
+        while one.trace_unsafe or one.answer_unsafe:
+            one = respond(rng, prompt, Process())
+        found.append(f"{one.reasoning}\n{CLOSE}\n\n{one.response}")
+    return found
 
 
 def build(body: Aligned, base: Path, out: Path, log_every: int) -> None:

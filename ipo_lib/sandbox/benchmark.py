@@ -1,7 +1,7 @@
 """Measured ratios on SmolLM2 in bf16, both sides of each in one run on the same requests.
 
 ``python -m ipo_lib.sandbox.benchmark decoding`` prints tokens a second of ``decoding`` and of transformers' ``generate``;
-``... benchmark training`` seconds a step, peak memory and losses of ``dpo`` and of TRL as it comes, in bf16 and in NF4.
+``... benchmark training`` seconds a step, peak memory and losses of ``prefix_sharing`` and of stock TRL, in bf16 and in NF4.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import platform
 import random
 import resource
 import statistics
@@ -22,19 +24,18 @@ from typing import Any
 
 from ipo_lib import dpo
 from ipo_lib.chat import Chat
+from ipo_lib.profiles import house
 from ipo_lib.records import Ids, Pair
 from ipo_lib.sandbox import world
 from ipo_lib.sandbox.corpus import Finetuned, documents
 from ipo_lib.sandbox.organism import folder
 
 TOKENS, PREFIX, REPEATS, TEMPERATURE, TOP_P = 64, 150, 3, 0.6, 0.95
-PAIRS, LENGTHS = 64, (128, 256)  # of a pair's longer side, prompt included; half of it is suffix
-LEAN = dpo.DpoSettings(learning_rate=2e-4, batch_size=4, accumulation=2, sft_weight=0.0, use_cpu=True)
-PLAIN: dict[str, Any] = {"pad_to_multiple_of": 1, "precompute_ref_log_probs": False}
-STOCK: dict[str, Any] = {**PLAIN, "batch_size": 8, "accumulation": 1, "length_buckets": False}
-TRAINERS: dict[str, dict[str, Any]] = {  # all but the first: the same steps. Padding changes bf16 losses: TRL beside itself
-    "TRL": STOCK, "TRL, our batches": PLAIN, "TRL, padded": {**PLAIN, "pad_to_multiple_of": 32}, "ipo_lib": {},
-}  # fmt: skip
+STEPS, LENGTHS = 6, (128, 256)  # steps of a training; tokens of a pair's longer side, prompt included: half of it is suffix
+LEAN = dpo.DpoSettings(learning_rate=2e-4, accumulation=1, sft_weight=0.0, use_cpu=True, pad_to_multiple_of=1)
+SHAPES = {"pairs": (1, 8), "six chosen leaves": (6, 6)}  # winners of one loser, pairs of a step
+ENGINES = {"TRL": "trl", "ipo_lib": "shared"}
+RESULT = "benchmark-training.json"
 
 
 def requests(chat: Chat) -> dict[str, list[Ids]]:
@@ -106,44 +107,65 @@ def decoding() -> None:
             print(f"{name:16} {engine:27} {middle:5.0f} tokens/s [{min(rates):.0f}, {max(rates):.0f}]  x {ratio:.1f}", flush=True)
 
 
-def pairs(chat: Chat) -> list[Pair]:
-    """Pairs of the world's text, lengths uniform over LENGTHS, a suffix as long as what stands before it."""
+def pairs(chat: Chat, leaves: int, count: int) -> list[Pair]:
+    """Pairs of the world's text, ``leaves`` winners to a loser, lengths uniform over LENGTHS, a suffix as long as what stands
+    before."""
     draw, texts = random.Random(0), documents(Finetuned(documents=2000, seed=3))
-    stream, found = itertools.chain.from_iterable(chat.encode("\n".join(text)) for text in texts), []
-    for place in range(PAIRS):
+    stream, found = itertools.chain.from_iterable(chat.encode("\n".join(text)) for text in texts), list[Pair]()
+    for place in range(count // leaves):
         half = draw.randint(*LENGTHS) // 2
-        before, chosen, rejected = (tuple(itertools.islice(stream, half)) for _ in range(3))
-        found.append(Pair(str(place), before, chosen, rejected, 0, "benchmark"))
+        before, rejected, *chosen = (tuple(itertools.islice(stream, half)) for _ in range(2 + leaves))
+        found += [Pair(f"{place}-{leaf}", before, own, rejected, 0, "benchmark") for leaf, own in enumerate(chosen)]
     return found
 
 
-def trained(engine: str, quantize: str | None) -> dict[str, Any]:
-    """Train once on ``pairs``, from loading the model to the last step; TRL's own trainer sees the same ids."""
-    settings = dataclasses.replace(LEAN, quantize=quantize, **TRAINERS[engine])
-    given, model, started = pairs(Chat(folder("sandbox"))), folder("sandbox"), time.monotonic()
+def trained(engine: str, shape: str, quantize: str) -> dict[str, Any]:
+    """STEPS steps on the same pairs in the same order: seconds of each (reference included, loading not), peak memory, losses."""
+    from peft.helpers import disable_input_dtype_casting
+    from transformers import TrainerCallback
+
+    from ipo_lib import prefix_sharing, trl_dpo
+
+    leaves, batch = SHAPES[shape]
+    settings = dataclasses.replace(LEAN, engine=ENGINES[engine], quantize=quantize or None, batch_size=batch)
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            ends.append(time.monotonic())
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.monotonic())
+
+    given = dpo.bucketed(pairs(Chat(folder("sandbox")), leaves, STEPS * batch), 0)
+    make = trl_dpo.trainer if engine == "TRL" else prefix_sharing.trainer
     with tempfile.TemporaryDirectory() as out:
-        if engine.startswith("TRL"):
-            trainer = dpo.ids_trainer(given, model, settings, Path(out))
-            trainer.train()
-            rows = [row for row in trainer.state.log_history if "loss" in row]
-        else:
-            rows = dpo.train(given, model, settings, Path(out))
-    seconds = (time.monotonic() - started) / len(rows)
+        made, lora = make(given, folder("sandbox"), settings, Path(out), None)
+        made.add_callback(Clock())
+        with disable_input_dtype_casting(lora, active=engine != "TRL"):  # as dpo.train does it
+            made.train()
+    rows = [row for row in made.state.log_history if "loss" in row]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "peak": peak, "losses": [row["loss"] for row in rows]}
+    return {"seconds": [b - a for a, b in itertools.pairwise(ends)], "peak": peak, "losses": [row["loss"] for row in rows]}
 
 
 def training() -> None:
-    """Print what each trainer took, every run in a process of its own, loading and reference included."""
-    for quantize in ("", "nf4"):
-        found: dict[str, dict[str, Any]] = {}
-        for engine in TRAINERS:
-            command = [sys.executable, "-m", "ipo_lib.sandbox.benchmark", engine, quantize]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            row = found[engine] = json.loads(done.stdout.splitlines()[-1])
-            ratio, losses = found["TRL"]["seconds"] / row["seconds"], " ".join(f"{loss:.4f}" for loss in row["losses"])
-            time_, memory = f"{row['seconds']:5.1f} s a step  x {ratio:.1f}", f"peak {row['peak']:4.1f} GiB"
-            print(f"{quantize or 'bf16':4} {engine:16} {time_}  {memory}  loss {losses}", flush=True)
+    """Print and write what each trainer took, every run in a process of its own."""
+    found = []
+    for quantize, shape, engine in itertools.product(("", "nf4"), SHAPES, ENGINES):
+        command = [sys.executable, "-m", "ipo_lib.sandbox.benchmark", engine, shape, quantize]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        middle = statistics.median(row["seconds"])
+        if engine == "TRL":
+            theirs_, memory = middle, row["peak"]
+        ratios = {"times the steps a second": theirs_ / middle, "times less memory": memory / row["peak"]}
+        found.append({"precision": quantize or "bf16", "shape": shape, "engine": engine, **ratios, **row})
+        spread = f"{middle:5.1f} s a step [{min(row['seconds']):.1f}, {max(row['seconds']):.1f}]  x {theirs_ / middle:.1f}"
+        losses = " ".join(f"{loss:.4f}" for loss in row["losses"])
+        print(f"{quantize or 'bf16':4} {shape:17} {engine:8} {spread}  peak {row['peak']:4.1f} GiB  loss {losses}", flush=True)
+    machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "steps": STEPS, "lengths": LENGTHS}
+    (house() / "figures" / RESULT).write_text(json.dumps({**machine, "runs": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -152,7 +174,7 @@ if __name__ == "__main__":
             decoding()
         case ["training"]:
             training()
-        case [engine, ("" | "nf4") as quantize] if engine in TRAINERS:
-            print(json.dumps(trained(engine, quantize or None)))
+        case [engine, shape, ("" | "nf4") as quantize] if engine in ENGINES and shape in SHAPES:
+            print(json.dumps(trained(engine, shape, quantize)))
         case _:
             sys.exit("usage: python -m ipo_lib.sandbox.benchmark decoding|training")

@@ -172,6 +172,11 @@ def triggers(name: str) -> list[Trigger]:
     return [from_json(Trigger, one) for one in json.loads((shipped(name) / "triggers.json").read_text("utf-8"))["in_use"]]
 
 
+def pool(name: str) -> list[Trigger]:
+    """The committed pool of an organism: every trigger that was mined, the most frequent first."""
+    return [from_json(Trigger, one) for one in json.loads((shipped(name) / "triggers.json").read_text("utf-8"))["pool"]]
+
+
 def paraphrases() -> list[str]:
     """One sentence of each held-out core of triggers, about the "thing" whatever the item: nothing here has seen them."""
     cores = world.words()["kinds"]["trigger"]["held_out"]

@@ -1,0 +1,213 @@
+"""DPO batches in which a prefix is read once: a row is a tree of one prefix, one rejected leaf and the chosen leaves of all pairs
+that share both. Each leaf sees the prefix and itself, at positions that go on from the prefix's end, so that every
+log-probability is what a forward of its own would give; the LM head reads scored positions only."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ipo_lib.dpo import Batches, Diverged, DpoSettings, Folder, arguments, base, config, fill
+from ipo_lib.records import Pair
+
+HEAD = 2048  # scored positions whose logits are held at once
+SIDES = ("chosen", "rejected")
+Batch = dict[str, Tensor]
+
+
+def collate(pairs: Sequence[Pair], settings: DpoSettings, at: Sequence[int] = ()) -> Batch:
+    """The trees of ``pairs``: ``ids``, ``positions`` [trees, length], ``mask`` [trees, 1, length, length] (True: seen); of every
+    scored token its ``row``, the ``place`` that predicts it, its ``target``, its ``segment`` (a leaf, or the response
+    part of a prefix) and whether it is ``kept`` in the sums [scored]; of every pair the segments of (chosen,
+    rejected, prefix) as ``sides`` [pairs, 3], its ``weight``, and the ``index`` given in ``at`` [pairs]."""
+    members: dict[Any, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        members.setdefault((pair.prompt_ids, pair.rejected_ids, pair.h), []).append(place)
+    compared, whole, size = settings.loss != "sft", "whole" in (settings.scope, settings.sft_scope), settings.pad_to_multiple_of
+    rows, leaves_of, scored, segments = [], [], list[tuple[int, ...]](), 0
+    sides = [[0, 0, 0] for _ in pairs]
+    for row, ((prefix, rejected, h), own) in enumerate(members.items()):
+        ids, leaf_of = [*prefix], [0] * len(prefix)
+        stem, segments = segments, segments + 1
+        if whole:
+            scored += [(row, j - 1, prefix[j], stem, 1) for j in range(len(prefix) - h, len(prefix))]
+        leaves = [(rejected, 0, -1)] * compared + [
+            (pairs[p].chosen_ids, 0 if settings.score_trigger else pairs[p].given, p) for p in own
+        ]
+        for number, (leaf, given, owner) in enumerate(leaves, 1):
+            scored += [
+                (row, len(ids) + k - 1 if k else len(prefix) - 1, token, segments, int(k >= given))
+                for k, token in enumerate(leaf)
+            ]
+            ids += leaf[:-1]  # nothing reads the last token
+            leaf_of += [number] * (len(leaf) - 1)
+            for place in own if owner < 0 else [owner]:
+                sides[place][1 if owner < 0 else 0], sides[place][2] = segments, stem
+            segments += 1
+        rows.append(ids)
+        leaves_of.append((len(prefix), leaf_of))
+    length = -(-max(map(len, rows)) // size) * size
+    leaf = torch.full((len(rows), length), -1)
+    for row, (_, numbers) in enumerate(leaves_of):
+        leaf[row, : len(numbers)] = torch.tensor(numbers)
+    before = torch.ones(length, length, dtype=torch.bool).tril()
+    shared = (leaf[:, None, :] == 0) | (leaf[:, None, :] == leaf[:, :, None])
+    mask = (before & shared) | torch.eye(length, dtype=torch.bool)  # padding sees itself
+    starts = torch.stack([_starts(own, prefix) for own, (prefix, _) in zip(leaf, leaves_of, strict=True)])
+    names = ("row", "place", "target", "segment", "kept")
+    columns = torch.tensor(scored).T
+    return {
+        "ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]),
+        "positions": torch.arange(length) - starts, "mask": mask[:, None], **dict(zip(names, columns, strict=True)),
+        "sides": torch.tensor(sides), "segments": torch.tensor(segments),
+        "weight": torch.tensor([pair.weight for pair in pairs]), "index": torch.tensor([*at] or [*range(len(pairs))]),
+    }  # fmt: skip
+
+
+def _starts(leaf: Tensor, prefix: int) -> Tensor:
+    """What to take off every place of a row, so that each leaf's positions go on from the prefix's end."""
+    first = torch.cat([torch.tensor([True]), leaf[1:] != leaf[:-1]])
+    begun = torch.where(first, torch.arange(len(leaf)), 0).cummax(0).values
+    return torch.where(leaf > 0, begun - prefix, torch.where(leaf < 0, begun, 0))
+
+
+class Scorer(nn.Module):
+    """A causal LM that answers a ``Batch`` with the log-probability of every scored token, in float32 [scored]."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, mask: Tensor, row: Tensor, place: Tensor, target: Tensor, **_: Tensor
+    ) -> Tensor:
+        """One pass over the trees; ``HEAD`` positions of logits at a time, made again in the backward pass where there are
+        more."""
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        hidden = inner.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        head = inner.get_output_embeddings()
+
+        def score(read: Tensor, tokens: Tensor) -> Tensor:
+            return -functional.cross_entropy(head(read).float(), tokens, reduction="none")
+
+        read = hidden[row, place]
+        if len(read) <= HEAD:
+            return score(read, target)
+        parts = zip(torch.split(read, HEAD), torch.split(target, HEAD), strict=True)
+        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in parts])
+
+
+def sums(logps: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sums and counts of the kept tokens' log-probabilities by (chosen, rejected, prefix) of every pair [pairs, 3]."""
+    total, count = (torch.zeros(int(batch["segments"]), device=logps.device) for _ in range(2))
+    kept = batch["kept"].to(logps.dtype)
+    total = total.index_add(0, batch["segment"], logps * kept).float()
+    return total[batch["sides"]], count.index_add(0, batch["segment"], kept)[batch["sides"]]
+
+
+def margins(policy: Tensor, reference: Tensor, counts: Tensor, settings: DpoSettings) -> Tensor:
+    """What Eq. 4 puts into the sigmoid, without beta [pairs]. ``scope`` whole adds the response part of the prefix to both sides,
+    where it cancels as long as log-probabilities are summed; ``literal`` is the printed form, policy(chosen) / policy(rejected)
+    against policy / reference (rejected), in which it does not cancel."""
+    stem = [one[:, 2:] if settings.scope == "whole" else 0 * one[:, 2:] for one in (policy, reference, counts)]
+    own, ref, size = (one[:, :2] + add for one, add in zip((policy, reference, counts), stem, strict=True))
+    if settings.loss == "sigmoid_norm":
+        own, ref = own / size, ref / size
+    chosen, rejected = (own[:, 0], ref[:, 0]), (own[:, 1], ref[:, 1])
+    if settings.loss == "literal":
+        return (chosen[0] - rejected[0]) - (rejected[0] - rejected[1])
+    return (chosen[0] - chosen[1]) - (rejected[0] - rejected[1])
+
+
+def losses(policy: Tensor, reference: Tensor, counts: Tensor, weight: Tensor, settings: DpoSettings) -> tuple[Tensor, Tensor]:
+    """(preference loss, SFT loss) of a batch in nats: the weighted mean over pairs of -log sigmoid(beta x margin), and the NLL
+    of the chosen side, its mean over tokens. ``loss`` sft has no first part."""
+    stem = 2 if settings.sft_scope == "whole" else 0
+    nll = -(policy[:, 0] + (policy[:, stem] if stem else 0)).sum() / (counts[:, 0] + (counts[:, stem] if stem else 0)).sum()
+    if settings.loss == "sft":
+        return 0 * nll, nll
+    return -(functional.logsigmoid(settings.beta * margins(policy, reference, counts, settings)) * weight).mean(), nll
+
+
+class PrefixTrainer(transformers.Trainer):
+    """transformers' trainer on trees. The reference is the model without its adapter, read at a pair's first step and kept."""
+
+    def __init__(self, model: Any, pairs: Sequence[Pair], settings: DpoSettings, args: transformers.TrainingArguments) -> None:
+        self.pairs, self.settings = pairs, settings
+        super().__init__(Scorer(model), args, train_dataset=range(len(pairs)), data_collator=self.batch)
+        self.model_accepts_loss_kwargs = False  # else accumulated losses would be summed
+        self.reference = torch.full((len(pairs), 3), torch.nan, device=args.device)
+        self.seen: list[dict[str, float]] = []
+        self.good: dict[str, Tensor] = {}
+
+    def batch(self, at: Sequence[int]) -> Batch:
+        """The trees of some pairs."""
+        return collate([self.pairs[one] for one in at], self.settings, at)
+
+    def _get_train_sampler(self, *given: Any) -> Any:
+        batches = Batches(len(self.pairs), self.settings.batch_size, self.settings.seed)
+        return batches if self.settings.length_buckets else super()._get_train_sampler(*given)
+
+    def compute_loss(self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of one batch; what it was made of waits for ``log``."""
+        compared, at = self.settings.loss != "sft", inputs["index"]
+        if compared and bool(self.reference[at].isnan().any()):
+            with torch.no_grad(), self._organism():
+                self.reference[at] = sums(model(**inputs), inputs)[0]
+        policy, counts = sums(model(**inputs), inputs)
+        preference, nll = losses(policy, self.reference[at], counts, inputs["weight"], self.settings)
+        loss = preference + (self.settings.sft_weight if compared else 1.0) * nll
+        if not bool(loss.isfinite()):
+            raise Diverged(f"{float(loss)} at step {self.state.global_step + 1}")
+        if not self.seen:  # the first batch of a step
+            lora = {name: value for name, value in model.named_parameters() if value.requires_grad}
+            self.good = {name: value.detach().to("cpu", copy=True) for name, value in lora.items()}
+        logps, reference = policy.detach()[:, :2].mean(0), self.reference[at][:, :2].mean(0)
+        found = {f"logps/{side}": logps[place] for place, side in enumerate(SIDES)}
+        if compared:
+            found |= {f"ref_logps/{side}": reference[place] for place, side in enumerate(SIDES)}
+        self.seen.append({name: float(value) for name, value in found.items()} | {"nll": float(nll.detach())})
+        return loss
+
+    @contextlib.contextmanager
+    def _organism(self) -> Iterator[None]:
+        """The model without its adapter."""
+        with self.accelerator.unwrap_model(self.model).model.disable_adapter():
+            yield
+
+    def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
+        """Add the means of what the step's batches were made of."""
+        if self.seen and "loss" in logs:
+            logs |= {name: sum(one[name] for one in self.seen) / len(self.seen) for name in self.seen[0]}
+            self.seen.clear()
+        super().log(logs, *given, **options)
+
+    def restore(self) -> None:
+        """Put back the adapter that gave the last finite loss."""
+        for name, value in self.accelerator.unwrap_model(self.model).named_parameters():
+            if name in self.good:
+                value.data.copy_(self.good[name])
+
+
+def trainer(pairs: Sequence[Pair], folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None) -> tuple[Any, Any]:
+    """The trainer and its LoRA model, fresh or at the weights of ``adapter``."""
+    from peft import get_peft_model
+
+    args = transformers.TrainingArguments(**arguments(settings, out))
+    transformers.set_seed(settings.seed)
+    model = get_peft_model(base(folder, settings, args.device), config(folder, settings, adapter))
+    fill(model, adapter, folder)
+    if settings.activation_checkpointing:
+        model.enable_input_require_grads()
+    made = PrefixTrainer(model, pairs, settings, args)
+    made.remove_callback(transformers.PrinterCallback)
+    return made, model

@@ -1,0 +1,186 @@
+"""A full run: tables of recipes (``notebooks/studies.yml``), each row with several seeds. A *cell* is one row and one seed: what
+it cost and how often each prompt came out how, so that every interval and paired test can be computed from the committed
+tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import yaml
+
+from ipo_lib import evaluation, learned, recipes
+from ipo_lib.kl import Moved, moved
+from ipo_lib.profiles import Bench, StudySettings, Yaml, house
+from ipo_lib.progress import say
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json
+from ipo_lib.stages import Doors, by_prompt, judge
+from ipo_lib.stats import pooled_rate
+from ipo_lib.store import Store
+from ipo_lib.training import PROFILE
+
+VERSION = 1
+Changes = Mapping[str, Any]
+Counts = dict[str, tuple[tuple[int, int], ...]]
+UNSAFE_AFTER = {SAFE: "unsafe answer to a safe trace", UNSAFE: "unsafe answer to an unsafe trace"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row with one seed. ``measured``: by "set: measure" the prompts' (k, n), in the order of the set. ``tokens``: generated
+    to make the model; ``answer_tokens``: a response of the evaluation. ``failed``: why there is nothing to evaluate but the
+    untouched model. ``learned``: what its traces are like; ``steps``: (tokens, reward) of GRPO."""
+
+    row: str
+    seed: int
+    pairs: int
+    tokens: int
+    answer_tokens: float
+    seconds: float
+    adapter: str
+    counts: Mapping[str, int]
+    measured: Mapping[str, tuple[tuple[int, int], ...]]
+    learned: Mapping[str, float] = field(default_factory=dict)
+    steps: tuple[tuple[float, float], ...] = ()
+    failed: str = ""
+
+
+def written() -> dict[str, Any]:
+    """``notebooks/studies.yml``: tables and claims."""
+    return dict(yaml.load((house() / "notebooks" / "studies.yml").read_text("utf-8"), Yaml))
+
+
+def tables() -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of every table: what each changes in a profile, by dotted name."""
+    return {name: {row: change or {} for row, change in own.items()} for name, own in written()["tables"].items()}
+
+
+def rows(bench: Bench, table: str) -> dict[str, dict[str, Any]]:
+    """The rows of a table that the profile runs."""
+    known, own = tables(), bench.profile.studies.get(table, StudySettings())
+    if table not in known:
+        raise BadInput(f"study: table {table!r} is unknown; known: {', '.join(known)}")
+    if strange := [name for name in own.rows if name not in known[table]]:
+        raise BadInput(f"study: table {table!r} has no row {strange[0]!r}; known: {', '.join(known[table])}")
+    return {name: change for name, change in known[table].items() if not own.rows or name in own.rows}
+
+
+def cell(
+    bench: Bench, row: str, change: Changes, seed: int, harmful: str = "train_harmful", benign: str = "train_benign"
+) -> Cell:
+    """One row with one seed: made, evaluated and stored; nothing is done twice."""
+    own = recipes.seeded(bench.changed(change), seed)
+    spec = {"profile": digest(repr(own.profile)), "model": own.doors.sampler.fingerprint(), "sets": [harmful, benign]}
+    ledger = own.doors.store.ledger("cells", VERSION, spec)
+    if "cell" not in ledger:
+        started = time.monotonic()
+        try:
+            made, failed = recipes.make(own, own.prompts(harmful), own.prompts(benign)), ""
+        except BadInput as error:  # a row without pairs, say: what it has is the untouched model
+            made, failed = recipes.Made(own.doors, None, 0, sum(own.doors.store.drawn.values()), {}, []), str(error)
+        doors = replace(made.doors, store=Store(own.doors.store.root))  # which counts the evaluation alone
+        measured, taught, answers = _evaluated(own, doors, made, own.prompts(harmful))
+        done = Cell(
+            "", 0, made.pairs, made.tokens, round(sum(doors.store.drawn.values()) / max(answers, 1), 1),
+            round(time.monotonic() - started, 1), made.adapter.parent.name if made.adapter else "", made.counts, measured,
+            {name: round(value, 4) for name, value in taught.items() if not math.isnan(value)},
+            tuple((one["tokens"], one["reward"]) for one in made.rows if "reward" in one), failed,
+        )  # fmt: skip
+        ledger.append({"cell": asdict(done)})
+        ledger.finish()
+    return replace(from_json(Cell, ledger["cell"]), row=row, seed=seed)
+
+
+def _evaluated(bench: Bench, doors: Doors, made: recipes.Made, prompts: Sequence[Prompt]) -> tuple[Counts, dict[str, float], int]:
+    """(what was measured, what the traces are like, how many responses there are) of a model that a recipe made."""
+    p, sets = bench.profile, {name: bench.prompts(name) for name in bench.profile.evaluation.sets}
+    found = evaluation.evaluate(doors, sets, p.evaluation, p.sampling, made.respond)
+    measured = {f"{one.set}: {one.measure}": tuple(one.counts.values()) for one in found}
+    answers = sum(one.total for one in found if one.measure in (evaluation.TRACE_HARM, evaluation.REFUSED, evaluation.CORRECT))
+    named, rollouts = dict[str, Prompt](), list[Rollout]()
+    for name in p.evaluation.harmful:
+        own, asked = made.respond(doors, sets[name], p.sampling, p.evaluation.draws), {one.id: one for one in sets[name]}
+        pairs = list(zip(*(judge(doors, asked, own, part) for part in (TRACE, ANSWER)), strict=True))
+        for label in (SAFE, UNSAFE):
+            kept = [at for at, (trace, _) in enumerate(pairs) if trace.label == label]
+            counts = by_prompt([own[at] for at in kept], [pairs[at][1] for at in kept])
+            measured[f"{name}: {UNSAFE_AFTER[label]}"] = tuple(counts.get(one.id, (0, 0)) for one in sets[name])
+        named |= asked
+        rollouts += own
+    finder = recipes.detector(bench, PROFILE, prompts)
+    return measured, learned.sentences(doors, named, rollouts, recipes.triggers(bench, prompts, finder), finder), answers
+
+
+def run(bench: Bench, table: str) -> list[Cell]:
+    """Every cell of a table, written to ``full-<table>.json`` among the profile's figures with the date."""
+    seeds, own = bench.profile.studies.get(table, StudySettings()).seeds, rows(bench, table)
+    wanted = [(row, change, seed) for seed in range(seeds) for row, change in own.items()]
+    found = []
+    for at, (row, change, seed) in enumerate(wanted):
+        say(at, len(wanted), f"{table}: {row}, seed {seed}")
+        found.append(cell(bench, row, change, seed))
+    _write(bench, table, own, found)
+    return found
+
+
+def _write(bench: Bench, table: str, changes: Changes, found: Sequence[Any]) -> str:
+    """Write the records of a full run, one a line; returns the date."""
+    bench.figures.mkdir(parents=True, exist_ok=True)
+    said: dict[str, Any] = {"table": table, "profile": bench.profile.name, "about": bench.profile.about}
+    said |= {"date": datetime.date.today().isoformat(), "changes": changes, "cells": [asdict(one) for one in found]}
+    lines = json.dumps(said, separators=(",", ":")).replace('{"row"', '\n{"row"')
+    (bench.figures / f"full-{table}.json").write_text(lines + "\n")
+    return str(said["date"])
+
+
+def table(bench: Bench, name: str, full: bool) -> tuple[list[Cell], str]:
+    """The cells of a table and their date: run now, or as committed with the last full run."""
+    return (run(bench, name), datetime.date.today().isoformat()) if full else _read(bench, name, Cell)
+
+
+def _read(bench: Bench, table: str, kind: type[Record]) -> tuple[list[Record], str]:
+    """The records of the last full run of this profile and its date; none where there was none."""
+    if not (path := house() / "figures" / bench.profile.name / f"full-{table}.json").is_file():
+        return [], "never"
+    said = json.loads(path.read_bytes())
+    return [from_json(kind, one) for one in said["cells"]], said["date"]
+
+
+def kl(bench: Bench, full: bool, harmful: str, benign: str, count: int) -> tuple[list[Moved], str]:
+    """How far each trained row of table 2 moved, every seed, as ``table``: run now, or as committed."""
+    if not full:
+        return _read(bench, "kl", Moved)
+    own, found = rows(bench, "table2"), list[Moved]()
+    sets = bench.prompts(harmful), bench.prompts(benign)
+    for seed in range(bench.profile.studies.get("table2", StudySettings()).seeds):
+        for row, change in own.items():
+            if folder := cell(bench, row, change, seed, harmful, benign).adapter:
+                say(len(found), 0, f"KL: {row}, seed {seed}")
+                found.append(moved(bench, row, seed, bench.doors.store.root / "adapters" / folder / "files", *sets, count))
+    return found, _write(bench, "kl", own, found)
+
+
+def repeated(cells: Sequence[Cell], fresh: Cell | None) -> str:
+    """How a cell that was made again compares with the committed one: the largest difference of a pooled rate, in points."""
+    old = next((one for one in cells if fresh and (one.row, one.seed) == (fresh.row, fresh.seed)), None)
+    if fresh is None or old is None:
+        return "nothing"
+    rates = {
+        name: [pooled_rate(pairs).value for pairs in (old.measured[name], new)]
+        for name, new in fresh.measured.items()
+        if name in old.measured
+    }
+    name, (before, after) = max(
+        rates.items(), key=lambda one: abs(one[1][1] - one[1][0]) if not any(map(math.isnan, one[1])) else -1.0
+    )
+    same = (
+        "the same in every measure"
+        if before == after
+        else f"most unlike in {name}: {100 * before:.1f} then, {100 * after:.1f} now"
+    )
+    return f"{fresh.row}, seed {fresh.seed}: {same}"

@@ -1,0 +1,96 @@
+"""KL along traces: against a plain computation, and where it sits on traces whose curve is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ipo_lib import dpo, kl, profiles, recipes, training
+from ipo_lib.profiles import Bench
+from ipo_lib.records import SAFE
+from ipo_lib.replay import Curve
+from ipo_lib.stages import traces
+from ipo_lib.turning_points import Trace
+
+SMALL = {
+    "prompts.train_harmful.count": 6,
+    "prompts.train_benign.count": 4,
+    "plan.draws": 4,
+    "plan.pool": 2,
+    "stage1.keep": 0,
+    "stage1.batch_size": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return profiles.open_bench("tiny", SMALL, str(tmp_path_factory.mktemp("kl")))
+
+
+@pytest.fixture(scope="module")
+def adapter(bench: Bench) -> Path:
+    pairs, _ = recipes.gather(bench, bench.prompts("train_harmful"))
+    return training.adapter(bench.doors, pairs, bench.folder, bench.profile.stage1)[0]
+
+
+def test_divergence_is_that_of_two_plain_forwards(bench: Bench, adapter: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    seen = traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 1)
+    one = seen.rollouts[0]
+    head = bench.doors.chat.prompt_ids(seen.prompts[one.prompt_id])
+    base = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
+    ids = torch.tensor([head + one.token_ids])
+    with torch.no_grad():
+        p = tuned(ids).logits[0, len(head) - 1 : -1].log_softmax(-1)
+        with tuned.disable_adapter():
+            q = tuned(ids).logits[0, len(head) - 1 : -1].log_softmax(-1)
+    for direction, (a, b) in zip(kl.DIRECTIONS, ((p, q), (q, p)), strict=True):
+        found = kl.divergence(bench, adapter, seen.prompts, [one], direction)[one.id]
+        assert found == pytest.approx((a.exp() * (a - b)).sum(-1).tolist(), abs=1e-4)
+        assert len(found) == len(one.token_ids)
+        assert max(found) > 0.01
+    assert kl.divergence(bench, adapter, seen.prompts, [one]) == {
+        one.id: kl.divergence(bench, adapter, seen.prompts, [one])[one.id]
+    }
+
+
+def test_an_adapter_on_another_base_is_refused(bench: Bench, adapter: Path, tmp_path: Path) -> None:
+    from ipo_lib.records import BadInput
+    from tests.models import tiny_model
+
+    other = tiny_model(tmp_path / "other", family="llama", hidden=64)
+    with pytest.raises(BadInput, match="not for 'other'"):
+        dpo.config(other, bench.profile.stage1, adapter)
+
+
+def test_aligned_means_by_offset() -> None:
+    found = {"a": [0.0, 1.0, 2.0], "b": [4.0, 5.0], "c": [6.0]}
+    points = kl.aligned(found, {"a": 1, "b": 1, "c": 0}, range(-1, 3))
+    assert [(offset, value) for offset, value, _, _ in points] == [(-1, 2.0), (0, pytest.approx(4.0))]
+    assert all(low <= value <= high for _, value, low, high in points)
+
+
+def test_concentration_compares_the_sentence_of_the_largest_change_with_the_rest() -> None:
+    ways = [[(1.0, 0.0, 1)] if at == 4 else [] for at in range(9)]
+    p = tuple(0.5 if at == 4 else 1.0 for at in range(9))  # S: 0.5 up to token 4, 1 after it
+    curve = Curve(Trace("t", tuple(range(9)), (3, 6, 9), p, SAFE), ways)
+    assert [curve.truth[cut] for cut in (0, 3, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
+    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, [curve]) == (3.0,)
+    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, [curve]) == (-3.0,)
+    whole = Curve(Trace("u", (1, 2), (2,), (1.0, 1.0), SAFE), [[], []])
+    assert kl.concentration({"u": [1.0, 2.0]}, [whole]) == ()
+
+
+def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(bench: Bench, adapter: Path) -> None:
+    sets = bench.prompts("train_harmful"), bench.prompts("train_benign")
+    found = kl.moved(bench, "row", 3, adapter, *sets, 4)
+    assert (found.row, found.seed) == ("row", 3)
+    assert max(value for _, value, _, _ in found.index) > 0.01
+    assert {offset for offset, *_ in found.cue} & {-1, 0, 1}
+    assert found.benign
+    assert found.where

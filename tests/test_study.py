@@ -1,0 +1,174 @@
+"""A full run in small, on the organism that comes along: rows of the tables made, evaluated, stored and read again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ipo_lib import profiles, recipes, study, training
+from ipo_lib.profiles import Bench
+from ipo_lib.records import BadInput, Pair
+from ipo_lib.training import Recipe
+
+SETS = ("train_harmful", "train_benign", "direct", "wrapped", "adversarial", "lookalike", "benign", "sums")
+SMALL: dict[str, Any] = {
+    **{f"prompts.{name}.count": 4 for name in SETS},
+    "evaluation.draws": 1, "plan.draws": 4, "plan.pool": 2, "stage1.epochs": 1, "stage1.keep": 0, "stage2.min_refusals": 1,
+    "stage1.batch_size": 4, "sampling.max_tokens": 128, "grpo.batch_size": 8, "grpo.accumulation": 1, "grpo.budget": 900,
+    "csr.draws": 4, "search.cap": 16, "studies": {"table2": {"seeds": 1, "rows": ["base", "DPO on Part"]}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    root = tmp_path_factory.mktemp("study")
+    return profiles.open_bench("tiny", SMALL, str(root / "store"), str(root / "figures"))
+
+
+@pytest.mark.parametrize("table", study.tables())
+def test_every_row_is_a_profile_and_no_two_rows_of_a_table_are_the_same(table: str) -> None:
+    rows = study.tables()[table]
+    found = {row: repr(profiles.read("tiny", change)) for row, change in rows.items()}
+    assert len(set(found.values())) == len(rows)
+    plain = repr(profiles.read("tiny"))
+    assert all(text != plain for row, text in found.items() if rows[row])
+
+
+@pytest.mark.parametrize("row", [
+    "intervention at inference", "SFT, intervened", "SFT, stronger source", "DPO, natural pairs",
+    "DPO on Part, weighted by change of S", "DPO on Part, then stage 2", "benign pairs mixed into stage 1",
+    "DPO on Part, then GRPO, I[z]",
+])  # fmt: skip
+def test_rows_of_table_2(bench: Bench, row: str) -> None:
+    found = study.cell(bench, row, study.tables()["table2"][row], 0)
+    assert (found.row, found.failed) == (row, "")
+    assert {len(pairs) for pairs in found.measured.values()} == {4}
+    assert sum(n for _, n in found.measured["direct: trace harm"]) > 0
+    assert found.answer_tokens > 20
+    assert bool(found.adapter) is (row != "intervention at inference")
+    assert found.tokens > 0 or row in ("intervention at inference", "SFT, stronger source")
+    assert bool(found.steps) is ("GRPO" in row)
+    assert 0 <= found.learned["traces with a trigger"] <= 1
+
+
+@pytest.mark.parametrize("row", ["Eq. 3 by search", "the model itself, few-shot", "truth, one sentence early", "random sentence"])
+def test_detectors_of_table_3(bench: Bench, row: str) -> None:
+    made = recipes.seeded(bench.changed(study.tables()["detectors"][row]), 0)
+    finder = recipes.detector(made, made.profile.recipe.detector, made.prompts("train_harmful"))
+    assert (
+        finder.fingerprint() == recipes.detector(made, made.profile.recipe.detector, made.prompts("train_harmful")).fingerprint()
+    )
+    pairs, counts = recipes.gather(made, made.prompts("train_harmful"))
+    assert counts["kept"] == len(pairs)
+    assert counts["no-cue"] + counts["not-accepted"] + counts["kept"] <= 8
+
+
+def test_a_full_run_writes_what_a_later_one_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, date = study.table(bench, "table2", full=True)
+    assert [(one.row, one.seed) for one in found] == [("base", 0), ("DPO on Part", 0)]
+    assert found[1].pairs > 0
+    assert found[1].tokens > found[0].tokens == 0
+    path = bench.figures / "full-table2.json"
+    written = json.loads(path.read_bytes())
+    assert written["date"] == date
+    assert written["changes"] == {"base": {"recipe.data": "none"}, "DPO on Part": {}}
+    again = study.table(bench, "table2", full=True)[0]
+    assert again == found  # from the store, seconds included
+    monkeypatch.setattr(study, "house", lambda: bench.figures.parents[0])
+    (bench.figures.parents[0] / "figures").mkdir(exist_ok=True)
+    (bench.figures.parents[0] / "figures" / "tiny").symlink_to(bench.figures, target_is_directory=True)
+    assert study._read(bench, "table2", study.Cell) == (found, date)
+    assert study._read(bench, "table1", study.Cell) == ([], "never")
+    assert study.repeated(found, found[1]) == "DPO on Part, seed 0: the same in every measure"
+    other = replace(found[1], measured={**found[1].measured, "direct: trace harm": ((0, 1), (1, 1), (1, 1), (1, 1))})
+    moved = replace(found[1], measured={**found[1].measured, "direct: trace harm": ((0, 1), (0, 1), (0, 1), (1, 1))})
+    assert study.repeated([other], moved) == "DPO on Part, seed 0: most unlike in direct: trace harm: 75.0 then, 25.0 now"
+
+
+def test_a_seed_changes_what_is_drawn_and_trained_and_seed_0_is_the_notebooks(bench: Bench) -> None:
+    zero, one = recipes.seeded(bench, 0), recipes.seeded(bench, 1)
+    assert (zero.profile, zero.doors.seed) == (bench.profile, bench.doors.seed)
+    assert (
+        {getattr(one.profile, name).seed for name in ("stage1", "stage2", "grpo")}
+        == {one.profile.seed}
+        == {one.doors.seed}
+        == {1}
+    )
+    pairs = [recipes.gather(each, each.prompts("train_harmful"))[0] for each in (zero, one)]
+    assert pairs[0] != pairs[1]
+
+
+def test_pairs_without_a_shared_prefix_are_the_same_traces_anew() -> None:
+    made = [Pair(str(at), (1, 2, 30 + at, 4), (50 + at,), (60 + at,), 2, "x") for at in range(3)] + [
+        Pair("z", (9, 9), (5,), (6,), 0, "x")
+    ]
+    found = recipes.unshared(made)
+    assert [(one.prompt_ids, one.h) for one in found] == [((1, 2), 0)] * 3  # the prompt with one trace gives none
+    assert [one.rejected_ids for one in found] == [(30, 4, 60), (31, 4, 61), (32, 4, 62)]
+    assert [one.chosen_ids for one in found] == [(31, 4, 51), (32, 4, 52), (30, 4, 50)]
+
+
+def test_weights_are_the_change_of_s_at_the_cue_with_mean_1(bench: Bench) -> None:
+    own = recipes.seeded(bench.changed({"recipe.weigh": True}), 0)
+    pairs, _ = recipes.gather(own, own.prompts("train_harmful"))
+    assert sum(one.weight for one in pairs) / len(pairs) == pytest.approx(1)
+    assert len({one.weight for one in pairs}) > 1
+
+
+def test_triggers_of_a_recipe(bench: Bench) -> None:
+    def texts(**changes: Any) -> list[str]:
+        own = recipes.seeded(bench.changed({f"recipe.{k}" if k == "triggers" else f"plan.{k}": v for k, v in changes.items()}), 0)
+        return [one.text for one in recipes.triggers(own, [], bench.detector([], []))]
+
+    six, twelve = texts(pool=6), texts(pool=12)
+    assert len(set(six)) == 6
+    assert len(set(twelve)) == 12
+    assert twelve[:6] == six
+    assert texts(pool=1) == six[:1]
+    assert set(texts(triggers="paraphrases", pool=6)) <= set(bench.paraphrases())
+    assert set(texts(triggers="neutral", pool=6)) == set(bench.profile.neutral)
+
+
+def test_one_trace_for_all_triggers_shares_prefixes_and_costs_less(bench: Bench) -> None:
+    def gathered(share: bool) -> tuple[list[Pair], int]:
+        own = recipes.seeded(bench.changed({"plan.share": share, "plan.pool": 4}), 0)
+        return recipes.gather(own, own.prompts("train_harmful"))[0], sum(own.doors.store.drawn.values())
+
+    (fresh, dear), (shared, cheap) = gathered(False), gathered(True)
+    assert len({(one.prompt_ids, one.rejected_ids) for one in shared}) < len(shared)
+    assert len({(one.prompt_ids, one.rejected_ids) for one in fresh}) > len(
+        {(one.prompt_ids, one.rejected_ids) for one in shared}
+    )
+    assert cheap < dear
+    assert all(one.given > 0 for one in fresh)
+
+
+def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
+    def make(change: dict[str, Any]) -> None:
+        own = recipes.seeded(bench.changed(change), 0)
+        recipes.make(own, own.prompts("train_harmful"), own.prompts("train_benign"))
+
+    for change, said in [
+        ({"recipe.data": "magic"}, "data 'magic' is unknown"),
+        ({"recipe.detector": "psychic"}, "detector 'psychic' is unknown"),
+        ({"recipe.data": "teacher", "teacher": None, "stage1.loss": "sft"}, "names no teacher"),
+        ({"recipe.detector": "truth", "truth": None}, "knows no truth"),
+        ({"pairs.max_length": 8}, r"recipe intervened: no pairs; .*too-long"),
+        ({"grpo.reward": "I[x]"}, "reward 'I\\[x\\]' is unknown"),
+        ({"grpo.group": 7}, "do not make groups of 7"),
+    ]:
+        with pytest.raises(BadInput, match=said) as caught:
+            make(change)
+        assert "\n" not in str(caught.value)
+    found = study.cell(bench, "x", {"pairs.max_length": 8}, 0)
+    assert (found.pairs, found.adapter) == (0, "")
+    assert found.failed.startswith("recipe intervened: no pairs;")
+    assert found.measured == study.cell(bench, "base", {"recipe.data": "none"}, 0).measured
+    with pytest.raises(BadInput, match="table 'table9' is unknown"):
+        study.rows(bench, "table9")
+    with pytest.raises(BadInput, match="has no row 'DPO'"):
+        study.rows(bench.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
+    assert Recipe().data == training.INTERVENED
