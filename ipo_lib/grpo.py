@@ -13,8 +13,8 @@ from typing import Any
 from unittest import mock
 
 from ipo_lib.chat import part_text
-from ipo_lib.dpo import METRICS, SUMMARY, DpoSettings, Folder, Rows, _save, base, config, fill, quantization
 from ipo_lib.judging import Exchange
+from ipo_lib.lora import METRICS, SUMMARY, DpoSettings, Folder, Rows, base, config, fill, quantization, save
 from ipo_lib.progress import say
 from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Ids, Prompt, Rollout, canonical, digest
 from ipo_lib.sampling import Sampling
@@ -83,7 +83,7 @@ def train(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSetti
     if made.accelerator.is_main_process:
         summary = {"base": Path(model).name, "continued": bool(adapter), "quantized": quantization(model, lora)}
         summary |= {"generated": made.generated, "settings": asdict(settings), "lora": asdict(lora)}
-        _save(made.accelerator.unwrap_model(made.model), target := Path(out), Path(model).name)
+        save(made.accelerator.unwrap_model(made.model), target := Path(out), Path(model).name)
         (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
         (target / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ipo_lib.dpo import base, config, fill
+from ipo_lib.lora import base, config, fill
 from ipo_lib.profiles import Bench
 from ipo_lib.records import UNSAFE, Prompt, Prompts, Rollouts
 from ipo_lib.replay import Curve

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ipo_lib.dpo import Batches, Diverged, DpoSettings, Folder, arguments, base, config, fill
+from ipo_lib.lora import Batches, Diverged, DpoSettings, Folder, arguments, base, config, fill
 from ipo_lib.records import Pair
 
 HEAD = 2048  # scored positions whose logits are held at once

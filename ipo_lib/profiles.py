@@ -17,10 +17,10 @@ from ipo_lib import plots, replay
 from ipo_lib.adaptive import SearchSettings
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
-from ipo_lib.dpo import DpoSettings, Stage2Settings
 from ipo_lib.evaluation import EvaluationSettings
 from ipo_lib.grpo import GrpoSettings
 from ipo_lib.intervention import CueDetector, Trigger
+from ipo_lib.lora import DpoSettings, Stage2Settings
 from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.pairs import PairSettings
 from ipo_lib.prompts import PromptSet, load, reference
@@ -221,6 +221,12 @@ class Bench:
     def pool(self) -> list[Trigger]:
         """All triggers that were mined; none where the profile keeps no pool."""
         return list(made(part)) if (part := self.profile.pool) else []
+
+    def taught(self, prompts: Sequence[Prompt]) -> list[str]:
+        """A safe response of the profile's stronger source to every prompt."""
+        if not (part := self.profile.teacher):
+            raise BadInput(f"profile {self.profile.name!r} names no teacher; name one, or take a recipe without")
+        return list(reference(part.use)(prompts, self.profile.seed, **part.arguments))
 
     def truth(self) -> CueDetector | None:
         """The detector that is never wrong, in a world that has one."""

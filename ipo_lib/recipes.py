@@ -16,8 +16,8 @@ from ipo_lib.dpo import mix
 from ipo_lib.evaluation import Respond, plainly
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import Refusal, collect
-from ipo_lib.profiles import Bench, made
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Pair, Prompt, Rollout, digest, to_json
+from ipo_lib.profiles import Bench
+from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Case, Doors, Start, cues, intervene, judge, sample, tally, trace_sentences, traces
 from ipo_lib.store import Store
@@ -29,10 +29,11 @@ from ipo_lib.training import (
     MIXED,
     MODEL,
     NATURAL,
+    NEUTRAL,
     NONE,
     PARAPHRASES,
-    POOL,
     PROFILE,
+    RANDOM,
     REWARDS,
     STAGE_2,
     TEACHER,
@@ -107,9 +108,8 @@ def gather(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[st
         pairs, counts = natural(bench, prompts)
     else:
         finder = detector(bench, recipe.detector, prompts)
-        pairs, counts, tried = training.corrected_pairs(
-            doors, prompts, triggers(bench, prompts, finder), finder, p.plan, p.pairs, bench.thinking
-        )
+        used, sampling = triggers(bench, prompts, finder), bench.thinking if p.pairs.part == TRACE else p.sampling
+        pairs, counts, tried = training.corrected_pairs(doors, prompts, used, finder, p.plan, p.pairs, sampling)
         if recipe.weigh:
             pairs = weighed(bench, {prompt.id: prompt for prompt in prompts}, pairs, [one.loser for one in tried])
         if recipe.data == UNSHARED:
@@ -143,15 +143,17 @@ def detector(bench: Bench, name: str, prompts: Sequence[Prompt]) -> CueDetector:
 
 
 def triggers(bench: Bench, prompts: Sequence[Prompt], finder: CueDetector) -> list[Trigger]:
-    """``plan.pool`` triggers of the pool, paraphrases that nothing has seen, or neutral sentences in their place."""
+    """``plan.pool`` triggers: those in use and then the rest of the pool, any of the pool, paraphrases that nothing has seen, or
+    neutral sentences in their place."""
     recipe, p = bench.profile.recipe, bench.profile
-    if recipe.triggers != POOL:
+    if recipe.triggers in (PARAPHRASES, NEUTRAL):
         texts = bench.paraphrases() if recipe.triggers == PARAPHRASES else list(p.neutral)
         chosen = random.Random(p.seed).sample(texts, min(p.plan.pool, len(texts)))
-        return [Trigger(digest(text), text, 0, 0, (0, 0)) for text in chosen]
+        return [Trigger(digest(text), text, 0, 0, None) for text in chosen]
     seen = None if p.triggers else traces(bench.doors, prompts, bench.thinking, p.plan.draws)
     own = bench.triggers(seen.prompts if seen else {}, seen.rollouts if seen else [], seen.verdicts if seen else [], finder)
-    return (own + [one for one in bench.pool() if one.text not in {known.text for known in own}])[: p.plan.pool]
+    every = own + [one for one in bench.pool() if one.text not in {known.text for known in own}]
+    return (random.Random(p.seed).sample(every, len(every)) if recipe.triggers == RANDOM else every)[: p.plan.pool]
 
 
 def natural(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[str, int]]:
@@ -170,10 +172,8 @@ def natural(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[s
 
 def taught(bench: Bench, prompts: Sequence[Prompt]) -> list[Pair]:
     """Safe responses of the profile's stronger source, without a rejected side: for SFT, STAR-1's way."""
-    if not bench.profile.teacher:
-        raise BadInput(f"recipe: profile {bench.profile.name!r} names no teacher")
     found, chat = [], bench.doors.chat
-    for prompt, text in zip(prompts, made(bench.profile.teacher)(prompts, bench.profile.seed), strict=True):
+    for prompt, text in zip(prompts, bench.taught(prompts), strict=True):
         chosen = (*chat.encode(text), chat.eos_ids[0])
         found.append(Pair(digest([prompt.id, text]), chat.prompt_ids(prompt), chosen, (), 0, TEACHER))
     return found

@@ -43,8 +43,9 @@ def rate(cells: Sequence[Cell], row: str, measure: str) -> Interval:
     return pooled_rate(pooled(cells, row, measure))
 
 
-def summary(cells: Sequence[Cell], measures: Sequence[str]) -> list[dict[str, Any]]:
-    """One line a row: each measure with its interval and the range over seeds, pairs, tokens that were generated to make it."""
+def summary(cells: Sequence[Cell], measures: Sequence[str], against: str = "") -> list[dict[str, Any]]:
+    """One line a row: each measure with its interval and the range over seeds, the first one's paired difference from the row
+    ``against``, pairs, tokens that were generated to make it."""
     lines = []
     for row in names(cells):
         own = [one for one in cells if one.row == row]
@@ -54,6 +55,8 @@ def summary(cells: Sequence[Cell], measures: Sequence[str]) -> list[dict[str, An
             line[measure] = (
                 f"{format_interval(rate(cells, row, measure)).partition(', n=')[0]} ({min(by_seed):.0f}-{max(by_seed):.0f})"
             )
+        if against in names(cells):
+            line[f"minus {against}"] = format_interval(compare(cells, row, against, measures[0]).change).partition(", n=")[0]
         line["pairs"], line["generated"] = (
             round(sum(values) / len(own)) for values in zip(*((o.pairs, o.tokens) for o in own), strict=True)
         )

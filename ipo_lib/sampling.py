@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ipo_lib.chat import CLOSE, Chat, parsed
-from ipo_lib.dpo import NF4
+from ipo_lib.lora import NF4
 from ipo_lib.progress import Meter
 from ipo_lib.records import BadInput, Ids, canonical, digest
 

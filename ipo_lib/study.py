@@ -16,7 +16,7 @@ import yaml
 
 from ipo_lib import evaluation, learned, recipes
 from ipo_lib.kl import Moved, moved
-from ipo_lib.profiles import Bench, StudySettings, Yaml, house
+from ipo_lib.profiles import Bench, Expected, StudySettings, Yaml, house
 from ipo_lib.progress import say
 from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json
 from ipo_lib.stages import Doors, by_prompt, judge
@@ -75,7 +75,10 @@ def cell(
 ) -> Cell:
     """One row with one seed: made, evaluated and stored; nothing is done twice."""
     own = recipes.seeded(bench.changed(change), seed)
-    spec = {"profile": digest(repr(own.profile)), "model": own.doors.sampler.fingerprint(), "sets": [harmful, benign]}
+    deciding = replace(
+        own.profile, about="", notebooks=(), parameters={}, expected=Expected(), studies={}, beside={}, calibrated=()
+    )
+    spec = {"profile": digest(repr(deciding)), "model": own.doors.sampler.fingerprint(), "sets": [harmful, benign]}
     ledger = own.doors.store.ledger("cells", VERSION, spec)
     if "cell" not in ledger:
         started = time.monotonic()
@@ -151,13 +154,13 @@ def _read(bench: Bench, table: str, kind: type[Record]) -> tuple[list[Record], s
     return [from_json(kind, one) for one in said["cells"]], said["date"]
 
 
-def kl(bench: Bench, full: bool, harmful: str, benign: str, count: int) -> tuple[list[Moved], str]:
-    """How far each trained row of table 2 moved, every seed, as ``table``: run now, or as committed."""
+def kl(bench: Bench, full: bool, seeds: int, harmful: str, benign: str, count: int) -> tuple[list[Moved], str]:
+    """How far each trained row of table 2 moved, the first ``seeds`` of each, as ``table``: run now, or as committed."""
     if not full:
         return _read(bench, "kl", Moved)
     own, found = rows(bench, "table2"), list[Moved]()
     sets = bench.prompts(harmful), bench.prompts(benign)
-    for seed in range(bench.profile.studies.get("table2", StudySettings()).seeds):
+    for seed in range(min(seeds, bench.profile.studies.get("table2", StudySettings()).seeds)):
         for row, change in own.items():
             if folder := cell(bench, row, change, seed, harmful, benign).adapter:
                 say(len(found), 0, f"KL: {row}, seed {seed}")

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ipo_lib.dpo import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, mix, train
+from ipo_lib.dpo import mix, train
 from ipo_lib.intervention import CueDetector, Trigger
+from ipo_lib.lora import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
 from ipo_lib.records import ANSWER, BOTH, SAFE, BadInput, Pair, Prompt, Rollout, Verdict, digest, to_json
 from ipo_lib.sampling import Sampling
@@ -20,11 +21,11 @@ TRAIN_VERSION = 2
 NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE = (
     "none", "intervened", "unshared", "natural", "teacher", "rewards", "at-inference")  # fmt: skip
 PROFILE, TRUTH, CSR, MODEL, ANYWHERE = "profile", "truth", "csr", "model", "random"
-POOL, PARAPHRASES, NEUTRAL = "pool", "paraphrases", "neutral"
+POOL, PARAPHRASES, NEUTRAL, RANDOM = "pool", "paraphrases", "neutral", "random"
 STAGE_2, MIXED, GRPO = "stage 2", "mixed", "grpo"
 CHOICES = {
     "data": (NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE),
-    "triggers": (POOL, PARAPHRASES, NEUTRAL), "then": ("", STAGE_2, MIXED, GRPO),
+    "triggers": (POOL, PARAPHRASES, NEUTRAL, RANDOM), "then": ("", STAGE_2, MIXED, GRPO),
 }  # fmt: skip
 
 

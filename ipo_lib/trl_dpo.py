@@ -12,7 +12,7 @@ import transformers
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from ipo_lib.dpo import Batches, DpoSettings, Folder, arguments, base, config, fill
+from ipo_lib.lora import Batches, DpoSettings, Folder, arguments, base, config, fill
 from ipo_lib.records import Pair
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")

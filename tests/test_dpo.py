@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from ipo_lib import dpo, prefix_sharing, training, trl_dpo
-from ipo_lib.dpo import DpoSettings, Stage2Settings
+from ipo_lib import dpo, lora, prefix_sharing, training, trl_dpo
+from ipo_lib.lora import DpoSettings, Stage2Settings
 from ipo_lib.records import BadInput, Ids, Pair
 from ipo_lib.store import Store
 
@@ -222,9 +222,9 @@ def test_nf4_is_the_default_above_a_billion_parameters(tmp_path: Path) -> None:
     for size, expected in ((1_999_999_999, None), (2_100_000_000, "nf4")):
         weights.touch()
         os.truncate(weights, size)  # sparse: no such file is written
-        assert dpo.quantization(tmp_path, DpoSettings()) == expected
-        assert dpo.quantization(tmp_path, DpoSettings(quantize=None)) is None
-        assert dpo.quantization(tmp_path, DpoSettings(quantize="nf4")) == "nf4"
+        assert lora.quantization(tmp_path, DpoSettings()) == expected
+        assert lora.quantization(tmp_path, DpoSettings(quantize=None)) is None
+        assert lora.quantization(tmp_path, DpoSettings(quantize="nf4")) == "nf4"
 
 
 @pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_dpo.trainer])
@@ -294,21 +294,21 @@ def test_mix_keeps_the_ratio(harmful: int, benign: int, ratio: float, sizes: tup
 
 def test_batches_hold_every_pair_once_with_its_like() -> None:
     pairs = [replace(pair, chosen_ids=(5,) * (1 + place * 7 % 40)) for place, pair in enumerate(make_pairs(42))]
-    arranged = dpo.bucketed(pairs, 7)
+    arranged = lora.bucketed(pairs, 7)
     lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in arranged]
     assert sorted(pair.id for pair in arranged) == sorted(pair.id for pair in pairs)
     assert lengths == sorted(lengths)
-    assert dpo.bucketed(pairs, 7) == arranged
-    sampler = dpo.Batches(42, 4, 7)
+    assert lora.bucketed(pairs, 7) == arranged
+    sampler = lora.Batches(42, 4, 7)
     epochs = [list(sampler) for _ in range(2)]
     assert epochs[0] != epochs[1]
-    assert list(dpo.Batches(42, 4, 7)) == epochs[0]
+    assert list(lora.Batches(42, 4, 7)) == epochs[0]
     for order in epochs:
         assert sorted(order) == list(range(len(sampler))) == list(range(42))
         batches = [order[at : at + 4] for at in range(0, 40, 4)]
         assert all(batch == list(range(batch[0], batch[0] + 4)) and batch[0] % 4 == 0 for batch in batches)
         assert order[40:] == [40, 41]
-    assert list(dpo.Batches(3, 4, 0)) == [0, 1, 2]
+    assert list(lora.Batches(3, 4, 0)) == [0, 1, 2]
 
 
 def test_in_16_bits_the_reference_is_that_of_the_first_step(model: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ipo_lib import grpo, profiles
-from ipo_lib.dpo import DpoSettings
 from ipo_lib.grpo import GrpoSettings
+from ipo_lib.lora import DpoSettings
 from ipo_lib.profiles import Bench
 from ipo_lib.records import BadInput
 from ipo_lib.sampling import Sampling

@@ -27,15 +27,17 @@ NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
 # Lower layers know nothing of higher ones, nor of their own. A new module takes its place here.
 LAYERS = (
-    "progress records", "stats", "chat csr decoding dpo judging pairs prompts segmentation store", "intervention sampling",
-    "turning_points", "adaptive stages", "correction", "replay", "locate", "comparison evaluation findings mining training",
-    "plots", "viewer", "profiles", "cost doctor paper report", "reproduce",
+    "progress records", "stats", "chat csr decoding judging lora pairs prompts segmentation store",
+    "intervention prefix_sharing sampling trl_dpo", "dpo turning_points", "adaptive stages", "correction grpo", "replay",
+    "locate",
+    "comparison detectors evaluation findings learned mining training", "plots", "viewer", "profiles", "kl recipes", "study",
+    "cost doctor paper report results", "reproduce",
     "sandbox", "sandbox.curves sandbox.world", "sandbox.traces", "sandbox.corpus sandbox.judge sandbox.smollm2",
     "sandbox.finetune sandbox.scratch", "sandbox.aligned", "sandbox.organism", "sandbox.benchmark sandbox.card",
 )  # fmt: skip
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
 HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "accelerate", "datasets", "papermill")
-TORCH = {"decoding"}  # subclasses of transformers' own; sampling imports it when it first draws
+TORCH = {"decoding", "prefix_sharing", "trl_dpo"}  # they subclass what is heavy; imported at first use
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOTEBOOK_IMPORTS = {"ipo_lib", "pandas", "numpy", "matplotlib"}
 PARAMETER = re.compile(r"[a-z][a-z0-9_]*: [a-z][\w\[\], |]* = \S.*  # \S.*")

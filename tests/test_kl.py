@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipo_lib import dpo, kl, profiles, recipes, training
+from ipo_lib import kl, lora, profiles, recipes, training
 from ipo_lib.profiles import Bench
 from ipo_lib.records import SAFE
 from ipo_lib.replay import Curve
@@ -20,6 +20,7 @@ SMALL = {
     "plan.pool": 2,
     "stage1.keep": 0,
     "stage1.batch_size": 4,
+    "stage1.learning_rate": 4e-3,
 }
 
 
@@ -65,7 +66,7 @@ def test_an_adapter_on_another_base_is_refused(bench: Bench, adapter: Path, tmp_
 
     other = tiny_model(tmp_path / "other", family="llama", hidden=64)
     with pytest.raises(BadInput, match="not for 'other'"):
-        dpo.config(other, bench.profile.stage1, adapter)
+        lora.config(other, bench.profile.stage1, adapter)
 
 
 def test_aligned_means_by_offset() -> None:

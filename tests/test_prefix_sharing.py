@@ -12,9 +12,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from ipo_lib import dpo
+from ipo_lib import dpo, lora
 from ipo_lib import prefix_sharing as shared
-from ipo_lib.dpo import DpoSettings
+from ipo_lib.lora import DpoSettings
 from ipo_lib.records import BadInput, Ids, Pair
 from tests.models import tiny_model
 
@@ -45,7 +45,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     family, _, quantize = request.param.partition(" ")
     folder = tiny_model(tmp_path_factory.mktemp("tree"), family=family, hidden=64, spread=0.2)
     torch.manual_seed(0)
-    plain = dpo.base(folder, replace(SETTINGS, quantize=quantize or None), "cpu")
+    plain = lora.base(folder, replace(SETTINGS, quantize=quantize or None), "cpu")
     made = get_peft_model(plain, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, value in made.named_parameters():
         if "lora_" in name:

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib import dpo, records
+from ipo_lib import lora, records
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import LexiconCues, Trigger
 from ipo_lib.pairs import PairSettings
@@ -27,7 +27,7 @@ PLAIN = (
     records.Prompt, records.Rollout, records.Sentence, records.Verdict, records.CsrPoint, records.TurningPoint,
     records.Intervention, records.Pair,
 )  # fmt: skip
-SETTINGS = (CsrSettings(draws=3), Sampling(), Plan(pool=2), PairSettings(eos=True), dpo.DpoSettings(), dpo.Stage2Settings(),
+SETTINGS = (CsrSettings(draws=3), Sampling(), Plan(pool=2), PairSettings(eos=True), lora.DpoSettings(), lora.Stage2Settings(),
             PromptSet(2, where={"a": "b"}, arguments={"deep": [1, {"x": None}]}))  # fmt: skip
 ROLLOUT = records.Rollout("r", "p", 1, (5, 6, 7), "abc", "stop", 0, "s")
 
@@ -60,7 +60,7 @@ def test_nested_tuples_come_back_as_tuples() -> None:
 def test_a_whole_profile_goes_to_json_and_back() -> None:
     profile = Profile(
         "mine", "A profile of the tests.", Model(find=Part("a:b", {"name": "x"})), {"one": PromptSet(2), "two": PromptSet(3)},
-        Part("c:d"), neutral=("Rain fell.",), csr=CsrSettings(draws=2), stage2=dpo.Stage2Settings(ratio=0.3),
+        Part("c:d"), neutral=("Rain fell.",), csr=CsrSettings(draws=2), stage2=lora.Stage2Settings(ratio=0.3),
     )  # fmt: skip
     again = from_json(Profile, json.loads(json.dumps(dataclasses.asdict(profile))))
     assert again == profile

@@ -17,6 +17,7 @@ SETS = ("train_harmful", "train_benign", "direct", "wrapped", "adversarial", "lo
 SMALL: dict[str, Any] = {
     **{f"prompts.{name}.count": 4 for name in SETS},
     "evaluation.draws": 1, "plan.draws": 4, "plan.pool": 2, "stage1.epochs": 1, "stage1.keep": 0, "stage2.min_refusals": 1,
+    "stage1.warmup": 0.0,
     "stage1.batch_size": 4, "sampling.max_tokens": 128, "grpo.batch_size": 8, "grpo.accumulation": 1, "grpo.budget": 900,
     "csr.draws": 4, "search.cap": 16, "studies": {"table2": {"seeds": 1, "rows": ["base", "DPO on Part"]}},
 }  # fmt: skip
@@ -130,6 +131,7 @@ def test_triggers_of_a_recipe(bench: Bench) -> None:
     assert texts(pool=1) == six[:1]
     assert set(texts(triggers="paraphrases", pool=6)) <= set(bench.paraphrases())
     assert set(texts(triggers="neutral", pool=6)) == set(bench.profile.neutral)
+    assert six != texts(triggers="random", pool=6) != texts(triggers="pool", pool=6)
 
 
 def test_one_trace_for_all_triggers_shares_prefixes_and_costs_less(bench: Bench) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipo_lib import dpo
+from ipo_lib import lora
 from ipo_lib.chat import Chat
 from ipo_lib.profiles import house
 from ipo_lib.records import Ids, Pair
@@ -32,7 +32,7 @@ from ipo_lib.sandbox.organism import folder
 
 TOKENS, PREFIX, REPEATS, TEMPERATURE, TOP_P = 64, 150, 3, 0.6, 0.95
 STEPS, LENGTHS = 6, (128, 256)  # steps of a training; tokens of a pair's longer side, prompt included: half of it is suffix
-LEAN = dpo.DpoSettings(learning_rate=2e-4, accumulation=1, sft_weight=0.0, use_cpu=True, pad_to_multiple_of=1)
+LEAN = lora.DpoSettings(learning_rate=2e-4, accumulation=1, sft_weight=0.0, use_cpu=True, pad_to_multiple_of=1)
 SHAPES = {"pairs": (1, 8), "six chosen leaves": (6, 6)}  # winners of one loser, pairs of a step
 ENGINES = {"TRL": "trl", "ipo_lib": "shared"}
 RESULT = "benchmark-training.json"
@@ -137,12 +137,12 @@ def trained(engine: str, shape: str, quantize: str) -> dict[str, Any]:
         def on_train_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.monotonic())
 
-    given = dpo.bucketed(pairs(Chat(folder("sandbox")), leaves, STEPS * batch), 0)
+    given = lora.bucketed(pairs(Chat(folder("sandbox")), leaves, STEPS * batch), 0)
     make = trl_dpo.trainer if engine == "TRL" else prefix_sharing.trainer
     with tempfile.TemporaryDirectory() as out:
-        made, lora = make(given, folder("sandbox"), settings, Path(out), None)
+        made, model = make(given, folder("sandbox"), settings, Path(out), None)
         made.add_callback(Clock())
-        with disable_input_dtype_casting(lora, active=engine != "TRL"):  # as dpo.train does it
+        with disable_input_dtype_casting(model, active=engine != "TRL"):  # as dpo.train does it
             made.train()
     rows = [row for row in made.state.log_history if "loss" in row]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

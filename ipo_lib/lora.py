@@ -1,0 +1,197 @@
+"""LoRA adapters and how they are trained: settings, batches, the frozen base in 16 bits or NF4, weights in and out."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ipo_lib.records import BadInput, Pair
+
+Folder = Path | str
+Rows = list[dict[str, float]]
+Pairs = Sequence[Pair]
+CHOICES = {
+    "loss": ("sigmoid", "sigmoid_norm", "literal", "sft"), "scope": ("suffix", "whole"), "sft_scope": ("suffix", "whole"),
+    "dtype": ("float32", "bfloat16"), "quantize": (None, "auto", "nf4"), "engine": ("shared", "trl"),
+}  # fmt: skip
+ABOVE_0 = ("learning_rate", "beta", "epochs", "batch_size", "accumulation", "rank", "ratio", "min_refusals")
+STOCK: dict[str, tuple[Any, ...]] = {
+    "loss": ("sigmoid", "sigmoid_norm"),
+    "scope": ("suffix",),
+    "sft_scope": ("suffix",),
+    "score_trigger": (True,),
+}
+LARGE = 2_000_000_000  # bytes of weights: a billion parameters in 16 bits
+ADAPTER, METRICS, SUMMARY = "adapter_config.json", "metrics.jsonl", "training.json"
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+LOGGED = ("step", "loss", "grad_norm", "nll", "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected")
+KEPT = "pairs-"
+SAME = ("learning_rate", "weight_decay", "seed")
+
+
+class Diverged(ArithmeticError):
+    """The loss of a step is not a number."""
+
+
+@dataclass(frozen=True)
+class DpoSettings:
+    """One training stage (paper.md 2.2); one object per stage, as it is disputed which stages carry the SFT term. ``loss``
+    ``sigmoid`` is Eq. 4 on summed log-probabilities, ``sigmoid_norm`` on their means, ``literal`` as it is printed, ``sft`` the
+    NLL of the chosen side alone. ``scope``: DPO on Part (suffix) or on Full (whole response); ``sft_weight`` scales the
+    token-mean NLL of the chosen ``sft_scope``; ``score_trigger``: the trigger's own tokens count. ``engine``: prefixes read
+    once, or stock TRL. ``batch_size``: pairs per forward and device; the paper's 64 is batch_size x accumulation x devices.
+    ``length_buckets``: batches of like-long pairs, in random order. ``warmup`` below 1: a share of the steps. ``targets``:
+    PEFT's word or regex. ``quantize`` nf4: QLoRA, auto: above 1B. ``keep``: adapters kept on the way, evenly spaced, to measure
+    what training did by how many pairs were seen."""
+
+    learning_rate: float = 5e-6
+    beta: float = 0.1
+    epochs: int = 1
+    batch_size: int = 8
+    accumulation: int = 8
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    loss: str = "sigmoid"
+    sft_weight: float = 0.2
+    scope: str = "suffix"
+    sft_scope: str = "suffix"
+    score_trigger: bool = True
+    engine: str = "shared"
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = "all-linear"
+    max_length: int = 1024
+    pad_to_multiple_of: int = 8
+    length_buckets: bool = True
+    quantize: str | None = "auto"
+    dtype: str = "bfloat16"
+    activation_checkpointing: bool = False
+    use_cpu: bool = False
+    keep: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise BadInput(f"dpo: {name} {getattr(self, name)!r} is unknown; use {' or '.join(map(str, known))}")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and (value < 0 or (name in ABOVE_0 and not value > 0)):
+                raise BadInput(f"dpo: {name} {value} is too small; give a number above 0")
+        for name, stock in STOCK.items() if self.engine == "trl" else ():
+            if getattr(self, name) not in stock:
+                raise BadInput(f"dpo: stock TRL has no {name} {getattr(self, name)!r}; set engine to shared")
+
+
+@dataclass(frozen=True)
+class Stage2Settings(DpoSettings):
+    """Stage 2: ``ratio`` harmful pairs for each benign one (paper.md 2.2: 0.3, 0.5 or 0.7), drawn by ``seed``."""
+
+    ratio: float = 0.5
+    min_refusals: int = 8
+
+
+def arguments(settings: DpoSettings, out: Folder) -> dict[str, Any]:
+    """The arguments of transformers' trainer, stock TRL's too: every default that bites is explicit."""
+    import torch
+
+    return {
+        "output_dir": str(out), "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
+        "num_train_epochs": settings.epochs, "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.accumulation, "activation_checkpointing": settings.activation_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False}, "lr_scheduler_type": "cosine",
+        "warmup_steps": settings.warmup,  # below 1: a share of the steps
+        "bf16": settings.dtype == "bfloat16", "dataloader_pin_memory": False, "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # the default shows the last finite loss in place of a nan
+        "use_cpu": settings.use_cpu or not torch.cuda.is_available(), **{name: getattr(settings, name) for name in SAME},
+    }  # fmt: skip
+
+
+def base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
+    """The frozen model, in NF4 where the settings say so."""
+    import transformers
+
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
+    if quantization(folder, settings):
+        options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": settings.dtype}, "device_map": device}
+    # In eval mode bitsandbytes repacks NF4 weights at the first CPU forward (that of the reference), and from then on no
+    # gradient passes them: train() is not a formality.
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options).train()
+
+
+def config(folder: Folder, settings: DpoSettings, adapter: Folder | None) -> Any:
+    """LoRA as the settings say, or as ``adapter`` was made; BadInput where that was for another model."""
+    from peft import LoraConfig
+
+    new = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=settings.targets, task_type="CAUSAL_LM")
+    lora = LoraConfig.from_pretrained(str(adapter)) if adapter else new
+    if adapter and (own := Path(lora.base_model_name_or_path or "").name) not in ("", Path(folder).name):
+        raise BadInput(
+            f"dpo: adapter {adapter} was made for model {own!r}, not for {Path(folder).name!r}; train one for this model"
+        )
+    lora.lora_dropout, lora.inference_mode, lora.base_model_name_or_path = settings.dropout, False, str(folder)
+    return lora
+
+
+def fill(model: Any, adapter: Folder | None, folder: Folder) -> None:
+    """Put the weights of ``adapter`` into the LoRA of ``model`` and hold it in float32, where small steps do not vanish."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    for parameter in filter(lambda one: one.requires_grad, model.parameters()):
+        parameter.data = parameter.data.float()
+    if adapter:
+        try:
+            loaded: Any = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+            unfit = bool(loaded.unexpected_keys)
+        except RuntimeError:  # another width
+            unfit = True
+        if unfit:
+            raise BadInput(f"dpo: adapter {adapter} was made for another model than {folder}; train one for this model")
+
+
+def save(lora: Any, target: Path, base: str) -> None:
+    """Write the adapter: no checkpoint, optimizer, pickled arguments or generated model card."""
+    config, modules = lora.peft_config["default"], lora.peft_config["default"].target_modules
+    config.base_model_name_or_path = base  # the name: a path would tie the adapter to this machine
+    config.target_modules = modules if isinstance(modules, str) else sorted(modules)  # a set's order varies
+    lora.save_pretrained(target, selected_adapters=["default"], save_embedding_layers=False)
+    (target / "README.md").unlink(missing_ok=True)
+
+
+def quantization(model: Folder, settings: DpoSettings) -> str | None:
+    """What ``settings.quantize`` means for a model folder: "auto" is NF4 for more than LARGE bytes of weights."""
+    size = sum(file.stat().st_size for file in Path(model).glob("model*.safetensors"))
+    return settings.quantize if settings.quantize != "auto" else "nf4" if size > LARGE else None
+
+
+def bucketed(pairs: Pairs, seed: int) -> list[Pair]:
+    """The pairs by length, equals in random order, those of one trace side by side: neighbours make a batch, for the reference
+    as in every epoch. In 16 bits a log-probability depends on the batch, so a reference from others would not start at a margin
+    of 0."""
+    trees: dict[Any, list[Pair]] = {}
+    for pair in random.Random(seed).sample(list(pairs), len(pairs)):
+        trees.setdefault((pair.prompt_ids, pair.rejected_ids), []).append(pair)
+    longest = {key: len(key[0]) + max(len(key[1]), *(len(one.chosen_ids) for one in own)) for key, own in trees.items()}
+    return [pair for key in sorted(trees, key=longest.__getitem__) for pair in trees[key]]
+
+
+class Batches:
+    """A sampler that keeps neighbours in one batch: whole batches in random order, another each epoch, a short one last."""
+
+    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+        self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        draw, size = random.Random(f"{self.seed}/{self.epoch}"), self.batch_size
+        self.epoch += 1
+        starts = draw.sample(whole := range(0, self.count - size + 1, size), len(whole))
+        return iter([at + step for at in starts for step in range(size)] + [*range(len(whole) * size, self.count)])
