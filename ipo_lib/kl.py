@@ -55,12 +55,12 @@ def divergence(bench: Bench, adapter: Path, prompts: Prompts, rollouts: Rollouts
 
 
 def aligned(found: Divergence, at: Mapping[str, int], window: range) -> Points:
-    """(offset, mean over traces, low, high) for offsets in ``window`` from the token ``at`` of each trace, where two traces have
-    one."""
+    """(offset, mean over traces, low, high) for offsets in ``window`` from the token ``at`` of each trace, where half of the
+    traces have one."""
     rows = []
     for offset in window:
         values = [found[key][at[key] + offset] for key in at if 0 <= at[key] + offset < len(found[key])]
-        if len(values) > 1:
+        if len(values) >= max(2, len(at) / 2):
             one = mean(values, (0.0, FAR))
             rows.append((offset, one.value, one.low, one.high))
     return tuple(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,7 @@ def base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
 
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
     if quantization(folder, settings):
         options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": settings.dtype}, "device_map": device}
