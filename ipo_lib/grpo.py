@@ -14,7 +14,7 @@ from unittest import mock
 
 from ipo_lib.chat import part_text
 from ipo_lib.judging import Exchange
-from ipo_lib.lora import METRICS, SUMMARY, DpoSettings, Folder, Rows, base, config, fill, quantization, save
+from ipo_lib.lora import METRICS, SUMMARY, DpoSettings, Folder, Rows, base, config, fill, quantization, quiet, save
 from ipo_lib.progress import say
 from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Ids, Prompt, Rollout, canonical, digest
 from ipo_lib.sampling import Sampling
@@ -92,6 +92,7 @@ def train(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSetti
 def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSettings, settings: GrpoSettings, sampling: Sampling,
             out: Folder, adapter: Folder | None) -> Any:  # fmt: skip
     """TRL's GRPO trainer, asked by prompt id and given our rendering of each prompt."""
+    quiet()
     import datasets
     import torch
     import transformers
@@ -131,7 +132,7 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
         temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, learning_rate=settings.learning_rate,
         lr_scheduler_type="constant", weight_decay=lora.weight_decay, beta=settings.beta, loss_type=settings.loss,
         scale_rewards=settings.scale, bf16=lora.dtype == "bfloat16", dataloader_pin_memory=False, logging_nan_inf_filter=False,
-        gradient_checkpointing=lora.activation_checkpointing, disable_dropout=lora.dropout == 0, seed=settings.seed,
+        activation_checkpointing=lora.activation_checkpointing, disable_dropout=lora.dropout == 0, seed=settings.seed,
         use_cpu=lora.use_cpu or not torch.cuda.is_available(),
     )  # fmt: skip
     with mock.patch.dict(os.environ, TQDM_DISABLE="1"):

@@ -112,13 +112,18 @@ def arguments(settings: DpoSettings, out: Folder) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def quiet() -> None:
+    """Silence what libraries say of each other: no user can mend it."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
+
+
 def base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
     """The frozen model, in NF4 where the settings say so."""
     import transformers
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
+    quiet()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
     if quantization(folder, settings):
         options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": settings.dtype}, "device_map": device}
