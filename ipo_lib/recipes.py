@@ -76,11 +76,7 @@ def make(bench: Bench, harmful: Sequence[Prompt], benign: Sequence[Prompt]) -> M
         adapter, rows, spent = _rewarded(bench, harmful, None)
         return Made(bench.adapted(adapter), adapter, 0, spent, {}, rows)
     pairs, counts = gather(bench, harmful)
-    if not pairs:
-        raise BadInput(
-            f"recipe {recipe.data}: no pairs; {', '.join(f'{n} {why}' for why, n in counts.items() if n) or 'no prompt'}"
-        )
-    adapter, rows = training.adapter(doors, pairs, bench.folder, p.stage1)
+    adapter, rows = training.adapter(doors, pairs, bench.folder, p.stage1, counts)
     if recipe.then in (STAGE_2, MIXED):
         refused, _, _ = training.benign_pairs(doors, bench.adapted(adapter), benign, p.pairs, p.sampling)
         counts |= {"benign": len(refused)}

@@ -108,8 +108,15 @@ def benign_pairs(before: Doors, after: Doors, prompts: Sequence[Prompt], setting
     return *collect(results), verdicts[1]
 
 
-def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings) -> tuple[Path, Rows]:
-    """Stage 1: the adapter folder trained on ``pairs`` and its metrics rows; trained once."""
+def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings,
+            counts: Mapping[str, int] | None = None) -> tuple[Path, Rows]:  # fmt: skip
+    """Stage 1: the adapter folder trained on ``pairs`` and its metrics rows; trained once. BadInput without a pair names
+    the reasons in ``counts``."""
+    if not pairs:
+        why = ", ".join(f"{n} {reason}" for reason, n in (counts or {}).items() if n)
+        raise BadInput(
+            f"training: no pairs ({why or 'nothing was gathered'}); raise draws or prompts, or change what refuses them"
+        )
     return _trained(doors, pairs, pairs, model, settings)
 
 

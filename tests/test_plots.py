@@ -118,6 +118,22 @@ def test_groups_draw_what_was_measured_and_the_paper_once_named() -> None:
     assert ax.get_legend_handles_labels()[1].count(plots.REPORTED) == 1
 
 
+def test_rewards_divergence_and_tradeoffs_draw_every_point() -> None:
+    _, ax = plots.figure()
+    steps = [(100.0 * at, at / 40) for at in range(1, 41)]
+    plots.rewards({"I[z]": steps, "I[y]": steps[:2]}, ax)
+    assert [len(line.get_xdata()) for line in ax.lines] == [40, 10, 2, 2]
+    assert ax.lines[1].get_ydata()[0] == pytest.approx(sum(y for _, y in steps[:4]) / 4)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens generated", "mean reward")
+    _, ax = plots.figure()
+    plots.divergence({"one": [(0, 0.1, 0.0, 0.3), (1, 0.2, 0.1, 0.4)]}, ax, xlabel="token")
+    assert ax.lines[0].get_ydata().tolist() == [0.1, 0.2]
+    assert "nats" in ax.get_ylabel()
+    _, ax = plots.figure()
+    plots.tradeoff({"a": [wilson(1, 16), wilson(3, 16)]}, ax, xlabel="x (%)", ylabel="y (%)")
+    assert (ax.lines[-1].get_xdata()[0], ax.lines[-1].get_ydata()[0]) == pytest.approx((6.25, 18.75))
+
+
 def test_a_claim_says_where_it_comes_from() -> None:
     built = plots.claim("Harm: {}.", wilson(3, 4), origin="calibrated", paper={"value": 69.0, "source": "note"})
     assert built["claim"].endswith("The world was built or fitted for this.")

@@ -372,6 +372,32 @@ def test_the_key_covers_the_null_world_and_the_papers_tables(tmp_path: Path, mon
     assert key() != first
 
 
+def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ``--full`` is the notebooks' own parameter, for those that have it."""
+    for name in ("notebooks", "figures"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    monkeypatch.setattr(reproduce, "house", lambda: tmp_path)
+    monkeypatch.setattr(profiles, "house", lambda: tmp_path)
+
+    def keys(*given: str) -> list[str]:
+        names = ["notebooks=[02_rollout_diversity, 08_ablations]", *given]
+        return [
+            job.key for job in reproduce.jobs(reproduce.planned("tiny", names, str(tmp_path / "store"), str(tmp_path / "out")))
+        ]
+
+    plain, full = keys(), keys("full=true")
+    assert plain != full
+    (tmp_path / "figures" / "tiny" / "full-table1.json").write_text('{"cells": [], "date": "never"}')
+    assert keys() != plain
+    assert keys("full=true") == full
+    asked = dict[str, Any]()
+    monkeypatch.setattr(reproduce, "jobs", lambda plan: asked.update(plan.values) or [])
+    reproduce.reproduce(
+        "tiny", ["notebooks=[00_quickstart, 02_rollout_diversity]"], str(tmp_path / "store"), str(tmp_path / "out"), full=True
+    )
+    assert [values.get("full") for values in asked.values()] == [None, True]
+
+
 # status, report, doctor
 
 

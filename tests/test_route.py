@@ -213,7 +213,8 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
     figures = {
         "00-quickstart", "01-fig2-gap", "01-fig3-joint", "02-fig4-diversity", "03-fig5a-safe-turns", "03-sensitivity",
         "04-fig5b-cues", "04-sensitivity", "09-cost", "09-trust",
-        "05-fig6-interventions", "05-fig6-triggers", "06-training", "06-harm-by-pairs", "07-table2",
+        "05-fig6-interventions", "05-fig6-triggers", "06-training", "06-harm-by-pairs", "06-fig7-kl",
+        "07-table2",
     } | ({"06-stage-2"} & {path.stem for path in (tmp_path / "figures").iterdir()})  # fmt: skip
     assert names == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png", "json")}
     for name in figures:
@@ -225,7 +226,7 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
     assert 1 <= len(adapters) <= 2
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again, second = ipo()
-    assert again.count("up to date") == 9
+    assert again.count("up to date") == 10
     assert again.splitlines()[-1] == "False"  # no torch
     assert second < min(20, first)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == state

@@ -158,7 +158,7 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
         ({"recipe.detector": "psychic"}, "detector 'psychic' is unknown"),
         ({"recipe.data": "teacher", "teacher": None, "stage1.loss": "sft"}, "names no teacher"),
         ({"recipe.detector": "truth", "truth": None}, "knows no truth"),
-        ({"pairs.max_length": 8}, r"recipe intervened: no pairs; .*too-long"),
+        ({"pairs.max_length": 8}, r"no pairs \(.*too-long"),
         ({"grpo.reward": "I[x]"}, "reward 'I\\[x\\]' is unknown"),
         ({"grpo.group": 7}, "do not make groups of 7"),
     ]:
@@ -167,7 +167,7 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
         assert "\n" not in str(caught.value)
     found = study.cell(bench, "x", {"pairs.max_length": 8}, 0)
     assert (found.pairs, found.adapter) == (0, "")
-    assert found.failed.startswith("recipe intervened: no pairs;")
+    assert found.failed.startswith("training: no pairs (")
     assert found.measured == study.cell(bench, "base", {"recipe.data": "none"}, 0).measured
     with pytest.raises(BadInput, match="table 'table9' is unknown"):
         study.rows(bench, "table9")
