@@ -43,6 +43,9 @@ def plan(settings: Profile, parameters: Mapping[str, Mapping[str, Any]]) -> list
         count, plan_ = settings.prompts["train_harmful"].count, settings.plan
         pairs = 2 * count * plan_.pool * settings.stage1.epochs
         bill.append(Cost("06_ipo_training", "stage 1, stage 2", pairs=pairs, pool="06_ipo_training/stages"))
+        full = {name: one for name, one in settings.studies.items() if parameters.get(STUDIED[name], {}).get("full")}
+        cells = sum(one.seeds * len(one.rows or tables()[name]) for name, one in full.items())
+        bill.append(Cost("06_ipo_training", "full run", pairs=cells * pairs / 2, pool="06_ipo_training/full"))
     return bill
 
 
@@ -153,13 +156,13 @@ def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
         yield f"{name}, after stage 1", count, each, f"after/{name}"
         yield f"{name}, after stage 2", count, each, ""
     harmful = sum(settings.prompts[name].count for name in settings.evaluation.harmful)
-    yield "triggers barred", BARRED * harmful * settings.evaluation.draws, settings.expected.trace + settings.expected.answer, ""
+    yield "triggers barred", BARRED * harmful, settings.expected.trace + settings.expected.answer, ""
     yield from full_run(settings, own, "table2")
 
 
 def ablations(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Nothing but what a full run costs: the row that is made again is 06's and 07's."""
-    for name in ("part_and_full", "detectors", "grid", "sweeps"):
+    for name in (name for name, book in STUDIED.items() if book == "08_ablations"):
         yield from full_run(settings, own, name)
 
 
@@ -196,6 +199,10 @@ NOTEBOOKS = {
     "08_ablations": ablations,
     "09_cost_of_csr": estimators,
 }
+
+
+STUDIED = {"table1": "02_rollout_diversity", "table2": "07_evaluation"} | dict.fromkeys(
+    ("part_and_full", "detectors", "grid", "sweeps"), "08_ablations")  # fmt: skip
 
 
 def minutes(bill: list[Cost], settings: Profile) -> float:

@@ -25,6 +25,7 @@ from ipo_lib.lora import (
     Pairs,
     Rows,
     Stage2Settings,
+    Untrainable,
     bucketed,
     quantization,
     save,
@@ -40,7 +41,7 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     finite (``out`` then holds the adapter of the last finite one)."""
     fitting = [p for p in pairs if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= settings.max_length]
     if not fitting:
-        raise BadInput(f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs")
+        raise Untrainable(f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs")
     if settings.loss != "sft" and (lone := next((pair for pair in fitting if not pair.rejected_ids), None)):
         raise BadInput(f"dpo: pair {lone.id} has no rejected side; set loss to sft")
     if settings.engine == "trl" and any(pair.weight != 1 for pair in fitting):
@@ -63,9 +64,9 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     except Diverged as error:
         trainer.restore()
         save(lora, Path(out), Path(model).name)
-        raise BadInput(f"dpo: the loss is {error}; lower learning_rate (the last good adapter is in {out})") from None
+        raise Untrainable(f"dpo: the loss is {error}; lower learning_rate (the last good adapter is in {out})") from None
     if trainer.state.max_steps == 1 and trainer.args.get_warmup_steps(1):
-        raise BadInput("dpo: the only step is warm-up, at a learning rate of 0; lower batch_size, or set warmup to 0")
+        raise Untrainable("dpo: the only step is warm-up, at a learning rate of 0; lower batch_size, or set warmup to 0")
     rows = _rows(trainer.state.log_history, settings.beta)
     if trainer.accelerator.is_main_process:
         batch = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes

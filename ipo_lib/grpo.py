@@ -5,6 +5,7 @@ doubt."""
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from unittest import mock
 
 from ipo_lib.chat import part_text
 from ipo_lib.judging import Exchange
-from ipo_lib.lora import METRICS, SUMMARY, DpoSettings, Folder, Rows, base, config, fill, quantization, quiet, save
+from ipo_lib.lora import METRICS, SUMMARY, DpoSettings, Folder, Rows, Untrainable, base, config, fill, quantization, quiet, save
 from ipo_lib.progress import say
 from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Ids, Prompt, Rollout, canonical, digest
 from ipo_lib.sampling import Sampling
@@ -29,10 +30,10 @@ ENDLESS = 100_000  # steps; the budget ends a run
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """``reward``: a formula of REWARDS, I[.] being 1 where the judge says safe. ``budget``: generated tokens, after which
-    training ends. ``batch_size``: responses per forward, ``accumulation``: forwards a step; together a multiple of ``group``.
-    The learning rate is constant. ``loss`` and ``scale`` are TRL's loss_type and scale_rewards, ``beta`` the weight of the KL to
-    the model without adapter. LoRA, precision and the rest are stage 1's."""
+    """``reward``: a formula of REWARDS, I[.] being 1 where the judge says safe. ``budget``: generated tokens, at which, to half
+    a step, training ends. ``batch_size``: responses per forward, ``accumulation``: forwards a step; together a multiple of
+    ``group``. The learning rate is constant. ``loss`` and ``scale`` are TRL's loss_type and scale_rewards, ``beta`` the weight
+    of the KL to the model without adapter. LoRA, precision and the rest are stage 1's."""
 
     reward: str = "I[z]-I[y]"
     budget: int = 0
@@ -111,6 +112,8 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
             """TRL reports every run to the hub; this package works offline."""
 
         def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
+            if "loss" in logs and not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+                raise Untrainable(f"grpo: the loss is no number at step {self.state.global_step}; lower learning_rate")
             super().log(logs | {"tokens": self.generated}, *given, **options)
 
     def reward(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> Any:
@@ -122,7 +125,8 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
     class Spent(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             say(min(made.generated, settings.budget), settings.budget, "GRPO, tokens")
-            control.should_training_stop = made.generated >= settings.budget
+            another = made.generated / state.global_step  # a step more would miss the budget by more than it is missed now
+            control.should_training_stop = made.generated + another / 2 >= settings.budget
 
     datasets.disable_progress_bars()
     args = GRPOConfig(  # every default of TRL 1.16 that bites is explicit

@@ -66,31 +66,32 @@ def aligned(found: Divergence, at: Mapping[str, int], window: range) -> Points:
     return tuple(rows)
 
 
-def concentration(found: Divergence, curves: Sequence[Curve]) -> tuple[float, ...]:
-    """Whether KL sits where S changes, by trace of a known curve: mean KL a token in the sentence over which |change of S| is
-    largest, minus that of the trace's other tokens, in nats; traces of one sentence say nothing."""
-    rows = []
+def concentration(found: Divergence, curves: Sequence[Curve], prompts: Mapping[str, str]) -> tuple[tuple[str, float], ...]:
+    """Whether KL sits where S changes: by prompt (of each trace in ``prompts``), over its traces of a known curve, the mean KL a
+    token in the sentence over which |change of S| is largest, minus that of the trace's other tokens, in nats; traces of one
+    sentence say nothing."""
+    rows: dict[str, list[float]] = {}
     for curve in curves:
         kl, ends = np.array(found[curve.trace.id]), (0, *curve.trace.ends)
         at = int(np.abs(np.diff([curve.truth[cut] for cut in ends])).argmax()) if len(ends) > 2 else -1
         inside = np.zeros(len(kl), dtype=bool)
         inside[ends[at] : ends[at + 1] if at >= 0 else 0] = True
         if inside.any() and not inside.all():
-            rows.append(float(kl[inside].mean() - kl[~inside].mean()))
-    return tuple(round(one, 6) for one in rows)
+            rows.setdefault(prompts[curve.trace.id], []).append(float(kl[inside].mean() - kl[~inside].mean()))
+    return tuple((prompt, round(sum(own) / len(own), 6)) for prompt, own in sorted(rows.items()))
 
 
 @dataclass(frozen=True)
 class Moved:
     """How far one model moved: KL by token ``index`` and around the ``cue`` of unsafe base traces, by index on ``benign``
-    prompts, and by trace how much more there is ``where`` S changes most. (offset, mean, low, high) in nats."""
+    prompts, and by prompt how much more there is ``where`` S changes most. (offset, mean, low, high) in nats."""
 
     row: str
     seed: int
     index: Points
     cue: Points
     benign: Points
-    where: tuple[float, ...] = ()
+    where: tuple[tuple[str, float], ...] = ()
 
 
 def moved(
@@ -107,7 +108,8 @@ def moved(
     plain = sample(doors, [Start(prompt) for prompt in benign][:count], bench.thinking, 1)
     curves = [curve for curve in bench.forks() if curve.trace.id in seen.labels]
     known = [one for one in seen.rollouts if one.id in {curve.trace.id for curve in curves}]
-    where = concentration(divergence(bench, adapter, seen.prompts, known), curves) if known else ()
+    owners = {one.id: one.prompt_id for one in known}
+    where = concentration(divergence(bench, adapter, seen.prompts, known), curves, owners) if known else ()
     other = divergence(bench, adapter, named, plain)
     first, second = ({**dict.fromkeys(own, 0)} for own in (found, other))
     return Moved(row, seed, aligned(found, first, INDEX), aligned(found, starts, AROUND), aligned(other, second, INDEX), where)

@@ -34,6 +34,10 @@ KEPT = "pairs-"
 SAME = ("learning_rate", "weight_decay", "seed")
 
 
+class Untrainable(BadInput):
+    """There is nothing to train on: no pairs, none that fits, or too few for one step."""
+
+
 class Diverged(ArithmeticError):
     """The loss of a step is not a number."""
 

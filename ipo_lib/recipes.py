@@ -12,7 +12,6 @@ from typing import Any
 
 from ipo_lib import grpo, training
 from ipo_lib.detectors import Anywhere, FewShot, Searched, Shifted
-from ipo_lib.dpo import mix
 from ipo_lib.evaluation import Respond, plainly
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import Refusal, collect
@@ -48,7 +47,8 @@ WEIGHED = 16  # continuations at each side of a cue, where pairs are weighed
 @dataclass(frozen=True)
 class Made:
     """What a recipe gave: the model as ``doors``, the folder of its adapter, how it was trained, tokens that were generated for
-    it, ``counts`` of pairs by reason, and how it answers."""
+    it, ``counts`` of pairs by reason, ``failed``: why it is not what
+    the recipe asks for, and how it answers."""
 
     doors: Doors
     adapter: Path | None
@@ -56,6 +56,7 @@ class Made:
     tokens: int
     counts: dict[str, int]
     rows: list[dict[str, float]]
+    failed: str = ""
     respond: Respond = plainly
 
 
@@ -71,40 +72,42 @@ def make(bench: Bench, harmful: Sequence[Prompt], benign: Sequence[Prompt]) -> M
     recipe, p, doors = bench.profile.recipe, bench.profile, bench.doors
     if recipe.data in (NONE, AT_INFERENCE):
         respond = corrector(bench, harmful) if recipe.data == AT_INFERENCE else plainly
-        return Made(doors, None, 0, _spent(doors), {}, [], respond)
+        return Made(doors, None, 0, _spent(doors), {}, [], respond=respond)
     if recipe.data == REWARDS:
         adapter, rows, spent = _rewarded(bench, harmful, None)
         return Made(bench.adapted(adapter), adapter, 0, spent, {}, rows)
     pairs, counts = gather(bench, harmful)
     adapter, rows = training.adapter(doors, pairs, bench.folder, p.stage1, counts)
+    failed = ""
     if recipe.then in (STAGE_2, MIXED):
         refused, _, _ = training.benign_pairs(doors, bench.adapted(adapter), benign, p.pairs, p.sampling)
         counts |= {"benign": len(refused)}
-        if recipe.then == MIXED and refused:
-            kept = [pair for side in mix(pairs, refused, p.stage2) for pair in side]
-            adapter, rows = training.adapter(doors, kept, bench.folder, p.stage1)
-        elif recipe.then == STAGE_2:
-            second, more, _ = training.second_stage(doors, pairs, refused, bench.folder, adapter, p.stage2)
-            adapter, rows = second or adapter, rows + more
+        if recipe.then == MIXED:
+            adapter, rows = training.adapter(doors, [*pairs, *refused], bench.folder, p.stage1)
+        else:
+            second, more, said = training.second_stage(doors, pairs, refused, bench.folder, adapter, p.stage2)
+            adapter, rows, failed = second or adapter, rows + more, "" if second else said
     spent = _spent(doors)
     if recipe.then == GRPO:
         adapter, more, again = _rewarded(bench, harmful, adapter)
         rows, spent = rows + more, spent + again
-    return Made(bench.adapted(adapter), adapter, len(pairs), spent, counts, rows)
+    return Made(bench.adapted(adapter), adapter, len(pairs), spent, counts, rows, failed)
 
 
 def gather(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[str, int]]:
     """The training data of the profile's recipe: (pairs, counts by reason)."""
     recipe, p, doors = bench.profile.recipe, bench.profile, bench.doors
     if recipe.judge != PROFILE:
-        doors = bench.second(doors) or doors
+        if not (other := bench.second(doors)):
+            raise BadInput(f"recipe: profile {p.name!r} has no second judge; name one, or take its judge")
+        doors = other
     if recipe.data == TEACHER:
         pairs, counts = taught(bench, prompts), dict[str, int]()
     elif recipe.data == NATURAL:
         pairs, counts = natural(bench, prompts)
     else:
         finder = detector(bench, recipe.detector, prompts)
-        used, sampling = triggers(bench, prompts, finder), bench.thinking if p.pairs.part == TRACE else p.sampling
+        used, sampling = triggers(bench, prompts, finder), sampled(bench)
         pairs, counts, tried = training.corrected_pairs(doors, prompts, used, finder, p.plan, p.pairs, sampling)
         if recipe.weigh:
             pairs = weighed(bench, {prompt.id: prompt for prompt in prompts}, pairs, [one.loser for one in tried])
@@ -113,6 +116,11 @@ def gather(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[st
     if recipe.pairs:
         pairs = random.Random(p.seed).sample(pairs, min(recipe.pairs, len(pairs)))
     return pairs, counts | {"kept": len(pairs)}
+
+
+def sampled(bench: Bench) -> Sampling:
+    """How the sides of a pair are sampled: to the end of the trace, or of the response where it is part of the pair."""
+    return bench.thinking if bench.profile.pairs.part == TRACE else bench.profile.sampling
 
 
 def detector(bench: Bench, name: str, prompts: Sequence[Prompt]) -> CueDetector:
@@ -155,7 +163,7 @@ def triggers(bench: Bench, prompts: Sequence[Prompt], finder: CueDetector) -> li
 def natural(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[str, int]]:
     """Pairs of ordinary sampling: every unsafe trace of a prompt against a safe one of the same, h = 0."""
     p, doors, results = bench.profile, bench.doors, list[Pair | Refusal]()
-    seen = traces(doors, prompts, bench.thinking, p.plan.draws)
+    seen = traces(doors, prompts, sampled(bench), p.plan.draws)
     lost, won = ([one for one in seen.labelled(label)] for label in (UNSAFE, SAFE))
     for prompt in prompts:
         winners = [one for one in won if one.prompt_id == prompt.id]

@@ -18,7 +18,7 @@ import yaml
 
 from ipo_lib import cost as cost_
 from ipo_lib import doctor as doctor_
-from ipo_lib import progress, report
+from ipo_lib import progress, report, results, study
 from ipo_lib.profiles import Profile, Yaml, available, house, read
 from ipo_lib.records import BadInput, canonical, digest
 from ipo_lib.store import MENDS, Store
@@ -94,6 +94,17 @@ def cost(profile: NAME = DEFAULT, parameter: GIVEN = None) -> None:
     settings = read(profile, {name: value for name, value in given.items() if not any(name in one for one in own.values())})
     found = {} if given else cost_.measured(house() / "figures" / settings.name)
     print(cost_.table(cost_.plan(settings, own), settings, found))
+
+
+@app.command()
+def table(
+    profile: NAME = DEFAULT, name: Annotated[str, typer.Argument(help="a table of notebooks/studies.yml")] = "table2"
+) -> None:
+    """Print a table of the last committed full run of a profile, as Markdown."""
+    cells, date = study.committed(read(profile).name, name, study.Cell)
+    if not cells:
+        raise BadInput(f"profile {profile!r} has no full run of {name!r}; run ipo reproduce {profile} --full")
+    print(f"`{profile}`, full run of {date}", "", *results.markdown(cells), sep="\n")
 
 
 @app.command()

@@ -107,9 +107,12 @@ def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
         return _invert(every.double(), uniforms)
     mass = ((values - values[:, :1]) / temperature).double().exp() / total
     before = mass.cumsum(-1) - mass
-    mass *= before < top_p
+    kept = mass * (before < top_p)
     if barred is not None:
-        mass *= ids != barred[:, None]
+        kept *= (free := ids != barred[:, None])
+        alone = kept.sum(-1, keepdim=True) == 0  # it was the whole nucleus: then any other token
+        kept += alone * free * mass
+    mass = kept
     ids, order = ids.sort(-1)
     drawn = ids.gather(-1, _invert(mass.gather(-1, order), uniforms)[:, None])[:, 0]
     if head < size and bool((wide := before[:, -1] < top_p).any()):

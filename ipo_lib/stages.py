@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipo_lib import csr as csr_
 from ipo_lib.chat import Chat, part_text, split
 from ipo_lib.csr import CsrSettings
-from ipo_lib.intervention import CueDetector, Trigger, accepted, replace
+from ipo_lib.intervention import NO_CUE, CueDetector, Trigger, accepted, replace
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
     CONTINUATION,
@@ -286,12 +286,13 @@ def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger
         cases = [Case(current, cue[current.id] or 0, trigger.id, trigger.text, round_) for _, current in active]
         results = intervene(doors, prompts, cases, sampling)
         verdicts = judge(doors, prompts, [result for _, result in results])
-        cue |= cues(doors, prompts, [result for _, result in results], detector)
+        if plan.accept == NO_CUE or round_ < plan.rounds:  # else nobody reads them, and a detector may have to draw for them
+            cue |= cues(doors, prompts, [result for _, result in results], detector)
         for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
-            done = dataclasses.replace(intervention, accepted=accepted(plan.accept, cue[result.id], verdict))
+            done = dataclasses.replace(intervention, accepted=accepted(plan.accept, cue.get(result.id), verdict))
             found[loser.id] = Corrected(loser, done, result, found[loser.id].cut if loser.id in found else intervention.cut)
         last = [found[loser.id] for loser, _ in active]
-        active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue[one.result.id] is not None]
+        active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue.get(one.result.id) is not None]
     return [found[rollout.id] for rollout in rollouts if rollout.id in found]
 
 

@@ -10,15 +10,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ipo_lib import evaluation, learned, recipes
 from ipo_lib.kl import Moved, moved
+from ipo_lib.lora import Untrainable
 from ipo_lib.profiles import Bench, Expected, StudySettings, Yaml, house
 from ipo_lib.progress import say
-from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json, to_json
 from ipo_lib.stages import Doors, by_prompt, judge
 from ipo_lib.stats import pooled_rate
 from ipo_lib.store import Store
@@ -48,6 +50,8 @@ class Cell:
     learned: Mapping[str, float] = field(default_factory=dict)
     steps: tuple[tuple[float, float], ...] = ()
     failed: str = ""
+    coverage: Mapping[str, float] = field(default_factory=dict)
+    date: str = ""
 
 
 def written() -> dict[str, Any]:
@@ -62,9 +66,11 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
 
 def rows(bench: Bench, table: str) -> dict[str, dict[str, Any]]:
     """The rows of a table that the profile runs."""
-    known, own = tables(), bench.profile.studies.get(table, StudySettings())
+    known, own = tables(), bench.profile.studies.get(table)
     if table not in known:
         raise BadInput(f"study: table {table!r} is unknown; known: {', '.join(known)}")
+    if own is None:
+        return {}
     if strange := [name for name in own.rows if name not in known[table]]:
         raise BadInput(f"study: table {table!r} has no row {strange[0]!r}; known: {', '.join(known[table])}")
     return {name: change for name, change in known[table].items() if not own.rows or name in own.rows}
@@ -75,35 +81,48 @@ def cell(
 ) -> Cell:
     """One row with one seed: made, evaluated and stored; nothing is done twice."""
     own = recipes.seeded(bench.changed(change), seed)
-    deciding = replace(
-        own.profile, about="", notebooks=(), parameters={}, expected=Expected(), studies={}, beside={}, calibrated=()
-    )
-    spec = {"profile": digest(repr(deciding)), "model": own.doors.sampler.fingerprint(), "sets": [harmful, benign]}
+    spec = _spec(own, harmful, benign)
     ledger = own.doors.store.ledger("cells", VERSION, spec)
     if "cell" not in ledger:
         started = time.monotonic()
         try:
-            made, failed = recipes.make(own, own.prompts(harmful), own.prompts(benign)), ""
-        except BadInput as error:  # a row without pairs, say: what it has is the untouched model
-            made, failed = recipes.Made(own.doors, None, 0, sum(own.doors.store.drawn.values()), {}, []), str(error)
+            made = recipes.make(own, own.prompts(harmful), own.prompts(benign))
+        except Untrainable as error:  # what the row has then is the untouched model
+            made = recipes.Made(own.doors, None, 0, sum(own.doors.store.drawn.values()), {}, [], str(error))
         doors = replace(made.doors, store=Store(own.doors.store.root))  # which counts the evaluation alone
-        measured, taught, answers = _evaluated(own, doors, made, own.prompts(harmful))
+        measured, shares, taught, answers = _evaluated(own, doors, made, own.prompts(harmful))
         done = Cell(
             "", 0, made.pairs, made.tokens, round(sum(doors.store.drawn.values()) / max(answers, 1), 1),
             round(time.monotonic() - started, 1), made.adapter.parent.name if made.adapter else "", made.counts, measured,
             {name: round(value, 4) for name, value in taught.items() if not math.isnan(value)},
-            tuple((one["tokens"], one["reward"]) for one in made.rows if "reward" in one), failed,
+            tuple((one["tokens"], one["reward"]) for one in made.rows if "reward" in one), made.failed, shares,
+            datetime.date.today().isoformat(),
         )  # fmt: skip
         ledger.append({"cell": asdict(done)})
         ledger.finish()
     return replace(from_json(Cell, ledger["cell"]), row=row, seed=seed)
 
 
-def _evaluated(bench: Bench, doors: Doors, made: recipes.Made, prompts: Sequence[Prompt]) -> tuple[Counts, dict[str, float], int]:
-    """(what was measured, what the traces are like, how many responses there are) of a model that a recipe made."""
+def _spec(bench: Bench, harmful: str, benign: str) -> dict[str, Any]:
+    """All that decides a cell: settings, model, judge, detector, triggers and prompts."""
+    p, doors = bench.profile, bench.doors
+    deciding = replace(p, about="", notebooks=(), parameters={}, expected=Expected(), studies={}, beside={}, calibrated=())
+    sets = [[to_json(one) for one in bench.prompts(name)] for name in (harmful, benign, *p.evaluation.sets)]
+    known: list[Any] = [one.fingerprint() for one in (doors.sampler, doors.judge)]
+    if p.detector and p.triggers:
+        finder = bench.detector([], [])
+        known += [finder.fingerprint(), [to_json(one) for one in [*bench.triggers({}, [], [], finder), *bench.pool()]]]
+    return {"profile": digest(repr(deciding)), "sets": [harmful, benign, digest(sets)], "doors": digest(known)}
+
+
+def _evaluated(bench: Bench, doors: Doors, made: recipes.Made,
+               prompts: Sequence[Prompt]) -> tuple[Counts, dict[str, float], dict[str, float], int]:  # fmt: skip
+    """(what was measured, the share of it that was judged, what the traces are like, how many responses there are) of a model
+    that a recipe made."""
     p, sets = bench.profile, {name: bench.prompts(name) for name in bench.profile.evaluation.sets}
     found = evaluation.evaluate(doors, sets, p.evaluation, p.sampling, made.respond)
     measured = {f"{one.set}: {one.measure}": tuple(one.counts.values()) for one in found}
+    shares = {f"{one.set}: {one.measure}": round(1 - one.unknown / max(one.total, 1), 4) for one in found}
     answers = sum(one.total for one in found if one.measure in (evaluation.TRACE_HARM, evaluation.REFUSED, evaluation.CORRECT))
     named, rollouts = dict[str, Prompt](), list[Rollout]()
     for name in p.evaluation.harmful:
@@ -116,18 +135,19 @@ def _evaluated(bench: Bench, doors: Doors, made: recipes.Made, prompts: Sequence
         named |= asked
         rollouts += own
     finder = recipes.detector(bench, PROFILE, prompts)
-    return measured, learned.sentences(doors, named, rollouts, recipes.triggers(bench, prompts, finder), finder), answers
+    taught = learned.sentences(doors, named, rollouts, recipes.triggers(bench, prompts, finder), finder)
+    return measured, shares, taught, answers
 
 
 def run(bench: Bench, table: str) -> list[Cell]:
-    """Every cell of a table, written to ``full-<table>.json`` among the profile's figures with the date."""
+    """Every cell of a table, written to ``full-<table>.json`` among the profile's figures as they come."""
     seeds, own = bench.profile.studies.get(table, StudySettings()).seeds, rows(bench, table)
     wanted = [(row, change, seed) for seed in range(seeds) for row, change in own.items()]
     found = []
     for at, (row, change, seed) in enumerate(wanted):
         say(at, len(wanted), f"{table}: {row}, seed {seed}")
         found.append(cell(bench, row, change, seed))
-    _write(bench, table, own, found)
+        _write(bench, table, own, found)
     return found
 
 
@@ -143,12 +163,19 @@ def _write(bench: Bench, table: str, changes: Changes, found: Sequence[Any]) -> 
 
 def table(bench: Bench, name: str, full: bool) -> tuple[list[Cell], str]:
     """The cells of a table and their date: run now, or as committed with the last full run."""
-    return (run(bench, name), datetime.date.today().isoformat()) if full else _read(bench, name, Cell)
+    return (
+        (run(bench, name), datetime.date.today().isoformat())
+        if full
+        else committed(bench.profile.name, name, Cell, bench.figures)
+    )
 
 
-def _read(bench: Bench, table: str, kind: type[Record]) -> tuple[list[Record], str]:
-    """The records of the last full run of this profile and its date; none where there was none."""
-    if not (path := house() / "figures" / bench.profile.name / f"full-{table}.json").is_file():
+def committed(profile: str, table: str, kind: type[Record], figures: Path | None = None) -> tuple[list[Record], str]:
+    """The records of the last full run of a profile and its date, from ``figures`` or else the checkout's; none where there was
+    none."""
+    places = [*([figures] if figures else []), house() / "figures" / profile]
+    path = next((one for place in places if (one := place / f"full-{table}.json").is_file()), None)
+    if path is None:
         return [], "never"
     said = json.loads(path.read_bytes())
     return [from_json(kind, one) for one in said["cells"]], said["date"]
@@ -157,7 +184,7 @@ def _read(bench: Bench, table: str, kind: type[Record]) -> tuple[list[Record], s
 def kl(bench: Bench, full: bool, seeds: int, harmful: str, benign: str, count: int) -> tuple[list[Moved], str]:
     """How far each trained row of table 2 moved, the first ``seeds`` of each, as ``table``: run now, or as committed."""
     if not full:
-        return _read(bench, "kl", Moved)
+        return committed(bench.profile.name, "kl", Moved, bench.figures)
     own, found = rows(bench, "table2"), list[Moved]()
     sets = bench.prompts(harmful), bench.prompts(benign)
     for seed in range(min(seeds, bench.profile.studies.get("table2", StudySettings()).seeds)):

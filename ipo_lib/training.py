@@ -11,7 +11,7 @@ from typing import Any
 
 from ipo_lib.dpo import mix, train
 from ipo_lib.intervention import CueDetector, Trigger
-from ipo_lib.lora import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings
+from ipo_lib.lora import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, Untrainable
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
 from ipo_lib.records import ANSWER, BOTH, SAFE, BadInput, Pair, Prompt, Rollout, Verdict, digest, to_json
 from ipo_lib.sampling import Sampling
@@ -114,7 +114,7 @@ def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings,
     the reasons in ``counts``."""
     if not pairs:
         why = ", ".join(f"{n} {reason}" for reason, n in (counts or {}).items() if n)
-        raise BadInput(
+        raise Untrainable(
             f"training: no pairs ({why or 'nothing was gathered'}); raise draws or prompts, or change what refuses them"
         )
     return _trained(doors, pairs, pairs, model, settings)

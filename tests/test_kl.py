@@ -81,10 +81,10 @@ def test_concentration_compares_the_sentence_of_the_largest_change_with_the_rest
     p = tuple(0.5 if at == 4 else 1.0 for at in range(9))  # S: 0.5 up to token 4, 1 after it
     curve = Curve(Trace("t", tuple(range(9)), (3, 6, 9), p, SAFE), ways)
     assert [curve.truth[cut] for cut in (0, 3, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
-    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, [curve]) == (3.0,)
-    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, [curve]) == (-3.0,)
+    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, [curve], {"t": "p"}) == (("p", 3.0),)
+    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, [curve], {"t": "p"}) == (("p", -3.0),)
     whole = Curve(Trace("u", (1, 2), (2,), (1.0, 1.0), SAFE), [[], []])
-    assert kl.concentration({"u": [1.0, 2.0]}, [whole]) == ()
+    assert kl.concentration({"u": [1.0, 2.0]}, [whole], {"u": "p"}) == ()
 
 
 def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(bench: Bench, adapter: Path) -> None:

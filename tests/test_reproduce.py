@@ -22,6 +22,7 @@ from models import tiny_tokenizer
 from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ipo_lib import doctor, profiles, reproduce, stages
+from ipo_lib.records import BadInput
 from ipo_lib.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
@@ -390,12 +391,16 @@ def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(tmp_path: 
     (tmp_path / "figures" / "tiny" / "full-table1.json").write_text('{"cells": [], "date": "never"}')
     assert keys() != plain
     assert keys("full=true") == full
-    asked = dict[str, Any]()
-    monkeypatch.setattr(reproduce, "jobs", lambda plan: asked.update(plan.values) or [])
-    reproduce.reproduce(
-        "tiny", ["notebooks=[00_quickstart, 02_rollout_diversity]"], str(tmp_path / "store"), str(tmp_path / "out"), full=True
-    )
-    assert [values.get("full") for values in asked.values()] == [None, True]
+    asked = list[str]()
+
+    def stop(profile: str, given: list[str], *_: str) -> None:
+        asked.extend(given)
+        raise BadInput("seen")
+
+    monkeypatch.setattr(reproduce, "planned", stop)
+    with pytest.raises(BadInput, match="seen"):
+        reproduce.reproduce("tiny", ["seed=1"], full=True)
+    assert asked == ["seed=1", "full=true"]
 
 
 # status, report, doctor

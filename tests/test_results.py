@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ipo_lib import results
+from ipo_lib import results, study
 from ipo_lib.kl import Moved
 from ipo_lib.results import Compared
 from ipo_lib.stats import Interval
@@ -67,24 +67,48 @@ def test_claims_by_the_rule() -> None:
 
 def test_holm_takes_the_number_of_comparisons_into_account() -> None:
     def claim(p: float) -> tuple[Compared, bool]:
-        return Compared("a", "b", HARM, Interval(-0.1, -0.2, -0.01, 50, "t"), (-0.1, -0.1), p), True
+        return Compared("a", "b", HARM, Interval(-0.1, -0.2, -0.01, 50, "t"), (-0.1, -0.1, -0.1), p), True
 
     assert results.verdicts({"a": [claim(0.04)]})["a"] == results.HOLDS
     many = results.verdicts({"a": [claim(0.04)], "b": [claim(0.012)], "c": [claim(0.03)]})
     assert many == {"a": results.UNDECIDED, "b": results.HOLDS, "c": results.UNDECIDED}  # 0.012 < 0.05 / 3, 0.03 > 0.05 / 2
 
 
+def test_few_seeds_few_judged_and_failed_cells_decide_nothing() -> None:
+    for row, other, expected in (
+        (cells("low", 0.2, seeds=2), cells("high", 0.5, seeds=2), results.UNDECIDED),
+        (cells("low", 0.2, seeds=3), cells("high", 0.5, seeds=3), results.HOLDS),
+        ([replace(one, coverage={f"direct: {HARM}": 0.8}) for one in cells("low", 0.2)], cells("high", 0.5), results.UNDECIDED),
+        (
+            [*cells("low", 0.2, seeds=2), replace(cells("low", 0.2, seeds=3)[2], failed="no pairs")],
+            cells("high", 0.5),
+            results.UNDECIDED,
+        ),
+    ):
+        found = results.compare([*row, *other], "low", "high", HARM)
+        assert results.verdicts({"a": [(found, True)]}) == {"a": expected}
+    broken = [replace(one, failed="no pairs") for one in cells("low", 0.9)]
+    assert results.rate([*broken, *cells("high", 0.5)], "low", HARM).n == 0
+    (line,) = results.summary(broken, [HARM])
+    assert line["seeds"] == 0
+    assert "seed 4: no pairs" in line["failed"]
+    twice = [*cells("low", 0.2), *cells("low", 0.2), *cells("high", 0.5)]  # two tables hold the row
+    assert results.compare(twice, "low", "high", HARM) == results.compare(twice[5:], "low", "high", HARM)
+
+
 def test_under_the_null_few_claims_are_decided() -> None:
     decided = 0
     for trial in range(60):
-        rows = [*cells(f"one {trial}", 0.4, seeds=2, draws=3), *cells(f"two {trial}", 0.4, seeds=2, draws=3)]
+        rows = [*cells(f"one {trial}", 0.4, seeds=3, draws=3), *cells(f"two {trial}", 0.4, seeds=3, draws=3)]
         found = results.compare(rows, f"one {trial}", f"two {trial}", HARM)
         decided += results.verdicts({"a": [(found, True)]})["a"] != results.UNDECIDED
     assert decided <= 6  # 3 expected at most: 5 % of 60
 
 
 def test_kl_is_a_comparison_over_traces() -> None:
-    moves = [Moved("DPO on Part", seed, (), (), (), tuple(0.1 + 0.01 * at for at in range(20))) for seed in range(3)]
+    moves = [
+        Moved("DPO on Part", seed, (), (), (), tuple((f"{at:02}", 0.1 + 0.01 * at) for at in range(20))) for seed in range(3)
+    ]
     found = results.located(moves, "DPO on Part")
     assert found.change.value == pytest.approx(0.195)
     assert len(found.by_seed) == 3
@@ -100,9 +124,28 @@ def test_the_papers_claims_are_read_and_those_without_rows_left_out() -> None:
     assert found["full beats SFT"] == results.HOLDS
     assert "stage 2 restores compliance" not in found
     assert found["KL sits where S changes"] == results.UNDECIDED
+    lines = results.markdown(rows)
+    assert len(lines) == 5
+    assert lines[2].startswith("| DPO on Part | 2")
+    assert lines[2].count("|") == lines[0].count("|") == lines[1].count("|")
+    assert 25 < float(lines[3].split("|")[6].split()[0]) < 35  # SFT minus Part, in points
     table = results.summary(rows, [HARM])
     assert [line["row"] for line in table] == ["DPO on Part", "SFT, intervened", "DPO on Full"]
     assert table[0]["seeds"] == 5
     assert table[0]["generated"] == 1002
     assert results.taught(rows)[1]["traces with a cue"] == 0.5
     assert results.steps(rows)["DPO on Part"][:2] == [(10, 0.5), (10, 0.5)]
+
+
+def test_the_readme_shows_the_committed_tables() -> None:
+    """``ipo table`` prints them; every line of every profile's main table stands in the README."""
+    readme = (study.house() / "README.md").read_text("utf-8")
+    shown = 0
+    for profile in ("tiny", "sandbox"):
+        found, date = study.committed(profile, "table2", Cell)
+        if found:
+            lines = results.markdown(found)
+            assert [line for line in lines if line not in readme] == []
+            assert f"`{profile}`, full run of {date}" in readme
+            shown += len(lines)
+    assert shown > 0, "no full run is committed"

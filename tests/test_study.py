@@ -34,18 +34,18 @@ def test_every_row_is_a_profile_and_no_two_rows_of_a_table_are_the_same(table: s
     rows = study.tables()[table]
     found = {row: repr(profiles.read("tiny", change)) for row, change in rows.items()}
     assert len(set(found.values())) == len(rows)
-    plain = repr(profiles.read("tiny"))
-    assert all(text != plain for row, text in found.items() if rows[row])
+    assert all(text != repr(profiles.read("tiny")) for row, text in found.items() if rows[row])
 
 
 @pytest.mark.parametrize("row", [
     "intervention at inference", "SFT, intervened", "SFT, stronger source", "DPO, natural pairs",
     "DPO on Part, weighted by change of S", "DPO on Part, then stage 2", "benign pairs mixed into stage 1",
-    "DPO on Part, then GRPO, I[z]",
+    "DPO on Full", "DPO on Part, then GRPO, I[z]",
 ])  # fmt: skip
 def test_rows_of_table_2(bench: Bench, row: str) -> None:
     found = study.cell(bench, row, study.tables()["table2"][row], 0)
-    assert (found.row, found.failed) == (row, "")
+    assert found.row == row
+    assert not found.failed or (row.endswith("stage 2") and found.failed.startswith("stage 2 skipped"))
     assert {len(pairs) for pairs in found.measured.values()} == {4}
     assert sum(n for _, n in found.measured["direct: trace harm"]) > 0
     assert found.answer_tokens > 20
@@ -81,8 +81,8 @@ def test_a_full_run_writes_what_a_later_one_reads(bench: Bench, monkeypatch: pyt
     monkeypatch.setattr(study, "house", lambda: bench.figures.parents[0])
     (bench.figures.parents[0] / "figures").mkdir(exist_ok=True)
     (bench.figures.parents[0] / "figures" / "tiny").symlink_to(bench.figures, target_is_directory=True)
-    assert study._read(bench, "table2", study.Cell) == (found, date)
-    assert study._read(bench, "table1", study.Cell) == ([], "never")
+    assert study.committed("tiny", "table2", study.Cell) == (found, date)
+    assert study.committed("tiny", "table1", study.Cell) == ([], "never")
     assert study.repeated(found, found[1]) == "DPO on Part, seed 0: the same in every measure"
     other = replace(found[1], measured={**found[1].measured, "direct: trace harm": ((0, 1), (1, 1), (1, 1), (1, 1))})
     moved = replace(found[1], measured={**found[1].measured, "direct: trace harm": ((0, 1), (0, 1), (0, 1), (1, 1))})
@@ -171,6 +171,10 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
     assert found.measured == study.cell(bench, "base", {"recipe.data": "none"}, 0).measured
     with pytest.raises(BadInput, match="table 'table9' is unknown"):
         study.rows(bench, "table9")
+    assert study.rows(bench, "table1") == {}  # a table that the profile does not run
+    assert study.table(bench, "table1", full=True)[0] == []
+    with pytest.raises(BadInput, match="no second judge"):
+        make({"second_judge": None, "recipe.judge": "second"})
     with pytest.raises(BadInput, match="has no row 'DPO'"):
         study.rows(bench.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
     assert Recipe().data == training.INTERVENED
