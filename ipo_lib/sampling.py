@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
 AHEAD = 4  # batches handed to the decoder at a time: places of ended rows are filled from them
 EDGE = 0.01  # mass by which a token may lie outside its nucleus and still count as drawn from it
+STRAYS = 0.02  # share of a response's tokens, and always one, that 16-bit logits may put farther outside
 SCORED = 256  # positions whose logits are held at once
 HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted for top-p
 SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
@@ -121,9 +122,9 @@ def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: fl
     return drawn
 
 
-def nucleus_mass(logits: Tensor, ids: Tensor, temperature: float, top_p: float) -> Tensor:
+def nucleus_mass(logits: Tensor, ids: Tensor, temperature: float, top_p: float, edge: float = EDGE) -> Tensor:
     """The probability with which ``nucleus_draw`` draws ``ids`` [rows] from ``logits`` [rows, vocabulary], in float64; 0 outside
-    the nucleus. Within ``EDGE`` of it a token counts as its last one: 16-bit logits drift with the batch's shape."""
+    the nucleus. Within ``edge`` of it a token counts as its last one: 16-bit logits drift with the batch's shape."""
     if not temperature:
         return (logits.argmax(-1) == ids).double()
     mass = (logits.double() / temperature).softmax(-1)
@@ -132,7 +133,7 @@ def nucleus_mass(logits: Tensor, ids: Tensor, temperature: float, top_p: float) 
     ordered = mass.sort(-1, descending=True).values
     total = (ordered * (ordered.cumsum(-1) - ordered < top_p)).sum(-1)
     inside = own / (total + own * (before >= top_p))
-    return inside * (before < top_p + EDGE)
+    return inside * (before < top_p + edge)
 
 
 def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
@@ -211,7 +212,8 @@ class TransformersSampler:
             yield Completion(row.request.key, tuple(row.taken[len(row.request.prefix_ids) :]), row.finish)
 
     def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
-        """One teacher-forced pass a request; the logits of ``SCORED`` positions at a time."""
+        """One teacher-forced pass a request; the logits of ``SCORED`` positions at a time. In 16 bits a batch of another shape may
+        have drawn a token that lies outside the nucleus here: a few such tokens count as its last ones."""
         import torch
 
         self._model.set_attn_implementation("sdpa")  # the decoder's own wants a mask; it sets itself again
@@ -225,7 +227,11 @@ class TransformersSampler:
                 for at in range(0, len(one.prefix_ids), SCORED):
                     logits = self._model.get_output_embeddings()(hidden[at : at + SCORED])
                     own = ids[0, len(one.prompt_ids) + at :][: len(logits)]
-                    found += nucleus_mass(logits, own, sampling.temperature, sampling.top_p).tolist()
+                    chances = nucleus_mass(logits, own, sampling.temperature, sampling.top_p)
+                    far = (chances == 0).nonzero()[:, 0]
+                    if self.dtype != "float32" and 0 < len(far) <= max(1, STRAYS * len(one.prefix_ids)):
+                        chances[far] = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
+                    found += chances.tolist()
             yield found
 
     @functools.cached_property

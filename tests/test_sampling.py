@@ -326,3 +326,34 @@ def test_a_banned_token_is_left_out_of_its_nucleus(llama: Path, top_p: float) ->
     common = [key for key, n in others.items() if n >= 20]
     table = [[others[key] for key in common], [Counter(ids[:1] for ids in left)[key] for key in common]]
     assert stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_a_barred_token_that_is_the_whole_nucleus_gives_way_to_the_others_by_their_weight() -> None:
+    import torch
+
+    logits = torch.tensor([[12.0, 2.0, 1.0, 0.0]]).expand(4000, 4)  # at top-p 0.95 the nucleus is token 0 alone
+    uniforms = torch.arange(4000, dtype=torch.float64) / 4000
+    drawn = nucleus_draw(logits, uniforms, 1.0, 0.95, barred=torch.zeros(4000, dtype=torch.long))
+    expected = torch.tensor([2.0, 1.0, 0.0]).softmax(-1)
+    shares = torch.bincount(drawn, minlength=4)[1:] / 4000
+    assert 0 not in drawn
+    assert shares.tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+    assert set(nucleus_draw(logits, uniforms, 1.0, 0.95, barred=torch.full((4000,), -1)).tolist()) == {0}
+
+
+def test_a_few_tokens_that_16_bit_logits_put_outside_the_nucleus_do_not_make_a_trace_foreign(llama: Path) -> None:
+    """The batch that drew a token had other logits in the last bits; a trace of another model has many such tokens."""
+    chat, sampling = Chat(llama), Sampling(temperature=0.8, top_p=0.9, max_tokens=24)
+    prompt = chat.prompt_ids(Prompt("p", TEXTS[1], "t", False))
+    for dtype, tolerant in (("float32", False), ("bfloat16", True)):
+        sampler = TransformersSampler(llama, chat, dtype=dtype)
+        drawn = next(one.token_ids for one in sampler.sample([Request(str(n), prompt, (), n) for n in range(20)], sampling)
+                     if len(one.token_ids) > 8)  # fmt: skip
+        own, found = next(sampler.score([Request("a", prompt, drawn, 0)], sampling)), list[list[float]]()
+        assert min(own) > 0
+        for token in range(chat.eos_ids[0] + 1, 120):
+            found.append(next(sampler.score([Request("b", prompt, (*drawn[:-1], token), 0)], sampling)))
+        assert any(0 < one[-1] < 0.05 for one in found)
+        assert any(one[-1] == 0 for one in found) is not tolerant
+        foreign = tuple(range(chat.eos_ids[0] + 1, chat.eos_ids[0] + 20))
+        assert next(sampler.score([Request("c", prompt, foreign, 0)], sampling)).count(0) > 2
