@@ -212,8 +212,8 @@ class TransformersSampler:
             yield Completion(row.request.key, tuple(row.taken[len(row.request.prefix_ids) :]), row.finish)
 
     def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
-        """One teacher-forced pass a request; the logits of ``SCORED`` positions at a time. In 16 bits a batch of another shape may
-        have drawn a token that lies outside the nucleus here: a few such tokens count as its last ones."""
+        """One teacher-forced pass a request; the logits of ``SCORED`` positions at a time. In 16 bits a batch of another shape
+        may have drawn a token that lies outside the nucleus here: a few such tokens count as its last ones."""
         import torch
 
         self._model.set_attn_implementation("sdpa")  # the decoder's own wants a mask; it sets itself again
