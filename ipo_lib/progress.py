@@ -33,7 +33,7 @@ class Meter:
 def say(done: int, total: int, what: str) -> None:
     """Tell whoever looks on."""
     if path := os.environ.get(FILE):
-        temporary = Path(path).with_suffix(".tmp")
+        temporary = Path(path).with_suffix(f".{os.getpid()}")  # another worker may run the same notebooks
         temporary.write_text(json.dumps([what, done, total]))
         os.replace(temporary, path)
     elif "ipykernel" in sys.modules:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,3 +61,11 @@ def test_a_meter_speaks_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPa
     for _ in range(3):
         meter.step()
     assert said == [(3, 3, "drawing")]
+
+
+def test_two_workers_of_the_same_notebooks_do_not_trip_over_each_other(tmp_path: Path) -> None:
+    code = "from ipo_lib import progress\nfor at in range(400): progress.say(at, 400, 'rollouts')"
+    environment = {**os.environ, progress.FILE: str(tmp_path / "progress.json")}
+    workers = [subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [(worker.communicate()[1], worker.returncode) for worker in workers] == [(b"", 0)] * 3
+    assert json.loads((tmp_path / "progress.json").read_text())[1:] == [399, 400]
