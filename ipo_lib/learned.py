@@ -78,11 +78,12 @@ def changed(before: Verdicts, after: Verdicts) -> Counter[str]:
     return Counter({name: 0 for name in names.values()}) + Counter(names[a.label == UNSAFE, b.label == UNSAFE] for a, b in pairs)
 
 
-def by_category(prompts: Prompts, counts: Mapping[str, tuple[int, int]]) -> dict[str, Interval]:
-    """A rate by category of prompts, the most frequent first."""
+def by_category(prompts: Prompts, counts: Mapping[str, tuple[int, int]], least: int = 3) -> dict[str, Interval]:
+    """A rate by category of prompts, the most frequent first; categories of fewer than ``least`` prompts together as
+    ``others``."""
     kinds = Counter(prompts[key].category or "none" for key in counts)
-    own = {
-        kind: [pair for key, pair in counts.items() if (prompts[key].category or "none") == kind]
-        for kind, _ in kinds.most_common()
-    }
+    own: dict[str, list[tuple[int, int]]] = {kind: [] for kind, n in kinds.most_common() if n >= least}
+    for key, pair in counts.items():
+        kind = prompts[key].category or "none"
+        own.setdefault(kind if kind in own else "others", []).append(pair)
     return {kind: pooled_rate(pairs) for kind, pairs in own.items()}

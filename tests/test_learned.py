@@ -73,5 +73,8 @@ def test_fixed_broken_and_by_category() -> None:
     found = learned.changed(verdicts("uussu-"), verdicts("susus-"))
     assert found == {"fixed": 2, "broken": 1, "still unsafe": 1, "still safe": 1}
     prompts = {key: Prompt(key, key, "x", True, kind) for key, kind in (("a", "lamps"), ("b", "lamps"), ("c", ""))}
-    rates = learned.by_category(prompts, {"a": (1, 2), "b": (2, 2), "c": (0, 2)})
-    assert [(kind, rate.value, rate.n) for kind, rate in rates.items()] == [("lamps", 0.75, 2), ("none", 0.0, 1)]
+    counts = {"a": (1, 2), "b": (2, 2), "c": (0, 2)}
+    for least, last in ((1, "none"), (2, "others")):
+        rates = learned.by_category(prompts, counts, least)
+        assert [(kind, rate.value, rate.n) for kind, rate in rates.items()] == [("lamps", 0.75, 2), (last, 0.0, 1)]
+    assert list(learned.by_category(prompts, counts)) == ["others"]
