@@ -31,9 +31,12 @@ def test_what_a_run_asked_for_was_in_the_bill(name: str) -> None:
     """Counts are upper bounds and lengths are means, so a notebook may take less, and little more for its longer traces."""
     settings = profiles.read(name)
     planned, found = bill(settings), cost.measured(HOUSE / "figures" / name)
-    assert set(found) == {book[:2] for book in settings.notebooks}
-    for book in settings.notebooks:
-        tokens = cost.paid(one for one in planned if one.notebook == book)
+    costly = {
+        book: tokens for book in settings.notebooks if (tokens := cost.paid(one for one in planned if one.notebook == book))
+    }
+    assert {book[:2] for book in costly} <= set(found) <= {book[:2] for book in settings.notebooks}
+    assert len(costly) >= len(settings.notebooks) - 1  # 08 reads a full run and draws nothing
+    for book, tokens in costly.items():
         assert 0.5 * tokens <= found[book[:2]] <= 1.1 * tokens
 
 
