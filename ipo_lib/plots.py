@@ -103,7 +103,7 @@ def _reported(ax: Axes, percent: float, y: float) -> None:
 
 def _rows(ax: Axes, names: Sequence[str], unit: str) -> None:
     """Names down the side, percent along the bottom."""
-    ax.set(xlabel=unit, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlim=(-3, 103))
+    ax.set(xlabel=unit, yticks=range(len(names)), ylim=(max(len(names), 1) - 0.5, -0.5), xlim=(-3, 103))
     lines = [textwrap.fill(name, LABEL) for name in names]
     ax.set_yticklabels(lines, fontsize=6 if any("\n" in line for line in lines) else None)
 
