@@ -185,7 +185,9 @@ def kl(bench: Bench, full: bool, seeds: int, harmful: str, benign: str, count: i
     """How far each trained row of table 2 moved, the first ``seeds`` of each, as ``table``: run now, or as committed."""
     if not full:
         return committed(bench.profile.name, "kl", Moved, bench.figures)
-    own, found = rows(bench, "table2"), list[Moved]()
+    if not (own := rows(bench, "table2")):
+        return [], "never"
+    found = list[Moved]()
     sets = bench.prompts(harmful), bench.prompts(benign)
     for seed in range(min(seeds, bench.profile.studies.get("table2", StudySettings()).seeds)):
         for row, change in own.items():

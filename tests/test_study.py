@@ -178,3 +178,11 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
     with pytest.raises(BadInput, match="has no row 'DPO'"):
         study.rows(bench.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
     assert Recipe().data == training.INTERVENED
+
+
+def test_kl_of_a_full_run_is_of_every_trained_row_and_nothing_is_written_without_one(bench: Bench) -> None:
+    found, date = study.kl(bench, True, 1, "train_harmful", "train_benign", 3)
+    assert [(one.row, one.seed) for one in found] == [("DPO on Part", 0)]  # base has no adapter
+    assert study.kl(bench, False, 0, "train_harmful", "", 0) == (found, date)
+    other = bench.changed({"studies": {}})
+    assert study.kl(other, True, 1, "train_harmful", "train_benign", 3) == ([], "never")
