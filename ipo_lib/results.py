@@ -169,13 +169,14 @@ def located(found: Sequence[Moved], row: str) -> Compared:
 @dataclass(frozen=True)
 class Said:
     """One comparison of a claim: ``row`` is said to have ``less`` of ``measure`` than ``other`` (of ``against``, if that is
-    another)."""
+    another). ``kind``: of claim, by which a profile says whether its world was built to show it."""
 
     row: str
     other: str
     measure: str
     less: bool = True
     against: str = ""
+    kind: str = "harm after training"
 
 
 def claims() -> dict[str, list[Said]]:
@@ -186,7 +187,7 @@ def claims() -> dict[str, list[Said]]:
 def judged(cells: Sequence[Cell], moves: Sequence[Moved]) -> list[dict[str, Any]]:
     """The paper's claims with every comparison behind them and what they come to by the rule of ``verdicts``."""
     found: dict[str, list[tuple[Compared, bool]]] = {}
-    for name, own in claims().items():
+    for name, own in (known_claims := claims()).items():
         known = [one for one in own if one.measure == "KL" or {one.row, one.other} <= {*names(cells)}]
         if len(known) == len(own):
             found[name] = [
@@ -200,7 +201,8 @@ def judged(cells: Sequence[Cell], moves: Sequence[Moved]) -> list[dict[str, Any]
             ]
     said = verdicts(found)
     return [{"claim": name, "verdict": said[name], "row": one.row, "minus": one.other or "elsewhere", "measure": one.measure,
-             "change": one.change, "by seed": [round(value, 3) for value in one.by_seed], "p": round(one.p, 4)}
+             "change": one.change, "by seed": [round(value, 3) for value in one.by_seed], "p": round(one.p, 4),
+             "kind": known_claims[name][0].kind}
             for name, own in found.items() for one, _ in own]  # fmt: skip
 
 

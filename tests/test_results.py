@@ -124,6 +124,8 @@ def test_the_papers_claims_are_read_and_those_without_rows_left_out() -> None:
     assert found["full beats SFT"] == results.HOLDS
     assert "stage 2 restores compliance" not in found
     assert found["KL sits where S changes"] == results.UNDECIDED
+    assert {one["kind"] for one in results.judged(rows, [])} == {"harm after training"}
+    assert [own[0].kind for name, own in results.claims().items() if name == "safe traces carry safe answers"] == ["joint"]
     lines = results.markdown(rows)
     assert len(lines) == 5
     assert lines[2].startswith("| DPO on Part | 2")
