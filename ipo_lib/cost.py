@@ -43,7 +43,7 @@ def plan(settings: Profile, parameters: Mapping[str, Mapping[str, Any]]) -> list
         count, plan_ = settings.prompts["train_harmful"].count, settings.plan
         pairs = 2 * count * plan_.pool * settings.stage1.epochs
         bill.append(Cost("06_ipo_training", "stage 1, stage 2", pairs=pairs, pool="06_ipo_training/stages"))
-        full = {name: one for name, one in settings.studies.items() if parameters.get(STUDIED[name], {}).get("full")}
+        full = {name: one for name, one in settings.studies.items() if parameters.get(STUDIED.get(name, ""), {}).get("full")}
         cells = sum(one.seeds * len(one.rows or tables()[name]) for name, one in full.items())
         bill.append(Cost("06_ipo_training", "full run", pairs=cells * pairs / 2, pool="06_ipo_training/full"))
     return bill

@@ -35,23 +35,6 @@ class CueDetector(Protocol):
 
 
 @dataclass(frozen=True)
-class CsrCues:
-    """Eq. 3 as a detector: the sentence of the unsafe turning point by rollout id; None if start-locked or no turn."""
-
-    turns: Mapping[str, TurningPoint]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Names the turning points."""
-        return {"detector": "csr", "turns": digest({key: to_json(turn) for key, turn in self.turns.items()})}
-
-    def first(self, rollout: Rollout, prompt: Prompt, texts: Sequence[str]) -> int | None:
-        """Looks the rollout up. BadInput when it was never measured: "no cue" would be a guess."""
-        if (turn := self.turns.get(rollout.id)) is None or turn.kind != UNSAFE:
-            raise BadInput(f"CsrCues: rollout {rollout.id!r} has no unsafe turning point record; measure its CSR first")
-        return turn.sentence
-
-
-@dataclass(frozen=True)
 class LexiconCues:
     """Cues by their words: n-grams that tell unsafe traces from safe ones, learnt from judged rollouts alone. What tells them
     apart best is often the harm itself, after the cue; so each further layer learns from what stands *before* the finds so far.

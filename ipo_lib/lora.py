@@ -35,7 +35,7 @@ SAME = ("learning_rate", "weight_decay", "seed")
 
 
 class Untrainable(BadInput):
-    """There is nothing to train on: no pairs, none that fits, or too few for one step."""
+    """No adapter comes of it: no pairs, none that fits, too few for one step, or a loss that is no number."""
 
 
 class Diverged(ArithmeticError):

@@ -18,7 +18,7 @@ from ipo_lib.pairs import Refusal, collect
 from ipo_lib.profiles import Bench
 from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, digest, to_json
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Case, Doors, Start, cues, intervene, judge, sample, tally, trace_sentences, traces
+from ipo_lib.stages import FRESH, Case, Doors, Start, cues, intervene, judge, sample, tally, trace_sentences, traces
 from ipo_lib.store import Store
 from ipo_lib.training import (
     ANYWHERE,
@@ -47,8 +47,7 @@ WEIGHED = 16  # continuations at each side of a cue, where pairs are weighed
 @dataclass(frozen=True)
 class Made:
     """What a recipe gave: the model as ``doors``, the folder of its adapter, how it was trained, tokens that were generated for
-    it, ``counts`` of pairs by reason, ``failed``: why it is not what
-    the recipe asks for, and how it answers."""
+    it, ``counts`` of pairs by reason; ``failed``: why it is not what the recipe asks for; and how it answers."""
 
     doors: Doors
     adapter: Path | None
@@ -164,7 +163,7 @@ def natural(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[s
     """Pairs of ordinary sampling: every unsafe trace of a prompt against a safe one of the same, h = 0."""
     p, doors, results = bench.profile, bench.doors, list[Pair | Refusal]()
     seen = traces(doors, prompts, sampled(bench), p.plan.draws)
-    lost, won = ([one for one in seen.labelled(label)] for label in (UNSAFE, SAFE))
+    lost, won = (seen.labelled(label) for label in (UNSAFE, SAFE))
     for prompt in prompts:
         winners = [one for one in won if one.prompt_id == prompt.id]
         losers = [one for one in lost if one.prompt_id == prompt.id]
@@ -207,7 +206,7 @@ def weighed(bench: Bench, prompts: dict[str, Prompt], pairs: Sequence[Pair], los
         loser = next(one for one in own if one.token_ids[: len(stem)] == stem)
         after = next((span.token_end for span in trace_sentences(doors, loser) if span.token_end > pair.h), len(stem))
         places += [Start(prompts[loser.prompt_id], loser.token_ids[:cut]) for cut in (pair.h, after)]
-    drawn = sample(doors, places, bench.thinking, WEIGHED, first=1000, stage="continuations")
+    drawn = sample(doors, places, bench.thinking, WEIGHED, first=FRESH, stage="continuations")
     verdicts = judge(doors, prompts, drawn)
     rates = [k / max(n, 1) for k, n in (tally(verdicts[at : at + WEIGHED], SAFE) for at in range(0, len(verdicts), WEIGHED))]
     found = [abs(after - before) for before, after in zip(rates[::2], rates[1::2], strict=True)]
@@ -246,16 +245,9 @@ def _rewarded(bench: Bench, prompts: Sequence[Prompt], start: Path | None) -> tu
         other = replace(bench, profile=replace(p, recipe=Recipe()), doors=replace(doors, store=Store(doors.store.root)))
         gather(other, prompts)
         settings = replace(settings, budget=_spent(other.doors))
-    spec: dict[str, Any] = {
-        "model": doors.sampler.fingerprint(),
-        "judge": doors.judge.fingerprint(),
-        "settings": to_json(settings),
-    }
-    spec |= {
-        "prompts": digest([to_json(one) for one in prompts]),
-        "lora": to_json(replace(p.stage1, seed=0)),
-        "sampling": to_json(p.sampling),
-    }
+    asked = {"settings": settings, "lora": replace(p.stage1, seed=0), "sampling": p.sampling}
+    spec: dict[str, Any] = {"model": doors.sampler.fingerprint(), "judge": doors.judge.fingerprint()}
+    spec |= {"prompts": digest([to_json(one) for one in prompts]), **{name: to_json(one) for name, one in asked.items()}}
     spec |= {"start": start.parent.name} if start else {}
 
     def run(folder: Path) -> None:

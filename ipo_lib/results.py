@@ -78,22 +78,20 @@ MEASURES = {
     "trace harm": "harmful traces",
     "answer harm": "harmful answers",
     "refused": "benign refused",
-    "correct": "sums right",
+    "correct": "right answers",
 }
 
 
 def markdown(cells: Sequence[Cell], against: str = "DPO on Part") -> list[str]:
-    """A table for a page: one line a row, percent with 95 % intervals over prompts, all seeds of a row together."""
+    """A table for a page: one line a row, percent with 95 % intervals over prompts, all seeds of a row together; differences are
+    from the row ``against``, or from the first where there is none of that name."""
+    against = against if against in names(cells) else names(cells)[0]
     head = ["method", *MEASURES.values(), f"harmful traces minus {against}", "tokens to make", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for row in names(cells):
         own = done(cells, row)
         shares = [_percent(rate(cells, row, measure)) for measure in MEASURES]
-        change = (
-            _percent(compare(cells, row, against, next(iter(MEASURES))).change)
-            if against in names(cells) and row != against
-            else ""
-        )
+        change = _percent(compare(cells, row, against, next(iter(MEASURES))).change) if row != against else ""
         tokens = f"{_mean([one.tokens for one in own]):,}"
         lines.append(f"| {row} | {' | '.join(shares)} | {change} | {tokens} | {len(own)} |")
     return lines

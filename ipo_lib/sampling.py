@@ -223,16 +223,17 @@ class TransformersSampler:
                 hidden = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[
                     0, len(one.prompt_ids) - 1 : -1
                 ]
-                found: list[float] = []
+                found, strays = list[float](), dict[int, float]()
                 for at in range(0, len(one.prefix_ids), SCORED):
                     logits = self._model.get_output_embeddings()(hidden[at : at + SCORED])
                     own = ids[0, len(one.prompt_ids) + at :][: len(logits)]
                     chances = nucleus_mass(logits, own, sampling.temperature, sampling.top_p)
                     far = (chances == 0).nonzero()[:, 0]
-                    if self.dtype != "float32" and 0 < len(far) <= max(1, STRAYS * len(one.prefix_ids)):
-                        chances[far] = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
+                    edge = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
+                    strays |= {at + place: chance for place, chance in zip(far.tolist(), edge.tolist(), strict=True)}
                     found += chances.tolist()
-            yield found
+            few = self.dtype != "float32" and len(strays) <= max(1, STRAYS * len(found))
+            yield [strays.get(at, chance) if few else chance for at, chance in enumerate(found)]
 
     @functools.cached_property
     def _model(self) -> Any:

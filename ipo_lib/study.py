@@ -34,9 +34,10 @@ UNSAFE_AFTER = {SAFE: "unsafe answer to a safe trace", UNSAFE: "unsafe answer to
 
 @dataclass(frozen=True)
 class Cell:
-    """One row with one seed. ``measured``: by "set: measure" the prompts' (k, n), in the order of the set. ``tokens``: generated
-    to make the model; ``answer_tokens``: a response of the evaluation. ``failed``: why there is nothing to evaluate but the
-    untouched model. ``learned``: what its traces are like; ``steps``: (tokens, reward) of GRPO."""
+    """One row with one seed, made on ``date`` in ``seconds``. ``pairs``, and ``counts`` of them by reason. ``measured``: by
+    "set: measure" the prompts' (k, n), in the order of the set. ``tokens``: generated to make the model; ``answer_tokens``: a
+    response of the evaluation. ``failed``: why there is nothing to evaluate but the untouched model. ``coverage``: the share of
+    each measure that was judged. ``learned``: what its traces are like; ``steps``: (tokens, reward) of GRPO."""
 
     row: str
     seed: int
@@ -69,6 +70,8 @@ def rows(bench: Bench, table: str) -> dict[str, dict[str, Any]]:
     known, own = tables(), bench.profile.studies.get(table)
     if table not in known:
         raise BadInput(f"study: table {table!r} is unknown; known: {', '.join(known)}")
+    if unknown := [name for name in bench.profile.studies if name not in known]:
+        raise BadInput(f"study: profile {bench.profile.name!r} names table {unknown[0]!r}; known: {', '.join(known)}")
     if own is None:
         return {}
     if strange := [name for name in own.rows if name not in known[table]]:
@@ -189,7 +192,7 @@ def kl(bench: Bench, full: bool, seeds: int, harmful: str, benign: str, count: i
         return [], "never"
     found = list[Moved]()
     sets = bench.prompts(harmful), bench.prompts(benign)
-    for seed in range(min(seeds, bench.profile.studies.get("table2", StudySettings()).seeds)):
+    for seed in range(min(seeds, bench.profile.studies["table2"].seeds)):
         for row, change in own.items():
             if folder := cell(bench, row, change, seed, harmful, benign).adapter:
                 say(len(found), 0, f"KL: {row}, seed {seed}")

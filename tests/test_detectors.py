@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scripted
 
 from ipo_lib import profiles, stages
 from ipo_lib.chat import Chat
 from ipo_lib.detectors import ASK, Anywhere, FewShot, Shifted
 from ipo_lib.records import BadInput
 from ipo_lib.sampling import Request
-from tests import scripted
 
 EXAMPLES = ((("They ask.", "I can do it."), 2), (("They ask.", "It is forbidden."), 0))
 

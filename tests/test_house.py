@@ -120,6 +120,14 @@ def test_environment_pins_what_pyproject_pins() -> None:
         assert re.fullmatch(r"[\w.-]+==\d[\w.]*", one), f"{one} is not pinned"
 
 
+def test_tests_import_each_other_by_their_bare_names() -> None:
+    """The ``pytest`` command puts ``tests``, not the root, on the path: ``from tests import …`` only works beside a PYTHONPATH."""
+    trees = {path: ast.walk(ast.parse(path.read_text("utf-8"))) for path in Path(__file__).parent.glob("*.py")}
+    origins = {path.name: {node.module for node in nodes if isinstance(node, ast.ImportFrom)} for path, nodes in trees.items()}
+    assert "models" in origins["test_prefix_sharing.py"]
+    assert {name for name, own in origins.items() if any((one or "").split(".")[0] == "tests" for one in own)} == set()
+
+
 def test_no_file_is_long_and_no_weight_is_a_pickle() -> None:
     lines = {name_of(path): len(path.read_text("utf-8").splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 350} == {}

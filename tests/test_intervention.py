@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.intervention import CsrCues, LexiconCues, Trigger, accepted, choose, earlier, mine, neutral, replace
+from ipo_lib.intervention import LexiconCues, Trigger, accepted, choose, earlier, mine, neutral, replace
 from ipo_lib.records import (
     SAFE,
     TRACE,
@@ -136,18 +136,6 @@ def test_lexicon_bad_input() -> None:
 def turned(id_: str, sentence: int | None, kind: str = SAFE, *flags: str) -> TurningPoint:
     token = None if sentence is None and "none" in flags else 5
     return TurningPoint(id_, kind, token, sentence, None, flags)
-
-
-def test_csr_cues() -> None:
-    detector = CsrCues({
-        "a": turned("a", 3, UNSAFE), "b": turned("b", None, UNSAFE, "none"),
-        "c": turned("c", None, UNSAFE, "start-locked"), "d": turned("d", 1, SAFE),
-    })  # fmt: skip
-    assert [detector.first(rollout("", id_), PROMPT, []) for id_ in "abc"] == [3, None, None]
-    for id_ in "dx":
-        with pytest.raises(BadInput, match=id_):
-            detector.first(rollout("", id_), PROMPT, [])
-    assert detector.fingerprint() != CsrCues({}).fingerprint()
 
 
 POOL_TEXTS = {

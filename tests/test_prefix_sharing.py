@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from ipo_lib import dpo, lora
 from ipo_lib import prefix_sharing as shared
 from ipo_lib.lora import DpoSettings
 from ipo_lib.records import BadInput, Ids, Pair
-from tests.models import tiny_model
 
 SETTINGS = DpoSettings(
     dtype="float32", use_cpu=True, learning_rate=1e-2, batch_size=8, accumulation=1, warmup=0.0, sft_weight=0.0

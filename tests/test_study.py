@@ -175,6 +175,8 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
     assert study.table(bench, "table1", full=True)[0] == []
     with pytest.raises(BadInput, match="no second judge"):
         make({"second_judge": None, "recipe.judge": "second"})
+    with pytest.raises(BadInput, match="names table 'table9'"):
+        study.rows(bench.changed({"studies": {"table9": {}}}), "table2")
     with pytest.raises(BadInput, match="has no row 'DPO'"):
         study.rows(bench.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
     assert Recipe().data == training.INTERVENED
