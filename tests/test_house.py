@@ -121,7 +121,7 @@ def test_environment_pins_what_pyproject_pins() -> None:
 
 
 def test_tests_import_each_other_by_their_bare_names() -> None:
-    """The ``pytest`` command puts ``tests``, not the root, on the path: ``from tests import …`` only works beside a PYTHONPATH."""
+    """``pytest`` puts ``tests``, not the root, on the path: ``from tests import …`` works only beside a PYTHONPATH."""
     trees = {path: ast.walk(ast.parse(path.read_text("utf-8"))) for path in Path(__file__).parent.glob("*.py")}
     origins = {path.name: {node.module for node in nodes if isinstance(node, ast.ImportFrom)} for path, nodes in trees.items()}
     assert "models" in origins["test_prefix_sharing.py"]
