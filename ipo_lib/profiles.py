@@ -81,10 +81,12 @@ class Example:
 
 @dataclass(frozen=True)
 class StudySettings:
-    """A table of a full run: how many seeds, and which of its rows (none named: all)."""
+    """A table of a full run: how many seeds, which of its rows (none named: all), and how many processes make its cells, each
+    with its own model in memory (never more than seeds or cores)."""
 
     seeds: int = 1
     rows: tuple[str, ...] = ()
+    workers: int = 2
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,15 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +24,8 @@ import yaml
 from ipo_lib import evaluation, learned, recipes
 from ipo_lib.kl import Moved, moved
 from ipo_lib.lora import Untrainable
-from ipo_lib.profiles import Bench, Expected, StudySettings, Yaml, house
-from ipo_lib.progress import say
+from ipo_lib.profiles import Bench, Expected, StudySettings, Yaml, house, open_bench
+from ipo_lib.progress import FILE, say
 from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json, to_json
 from ipo_lib.stages import Doors, by_prompt, judge
 from ipo_lib.stats import pooled_rate
@@ -144,14 +150,46 @@ def _evaluated(bench: Bench, doors: Doors, made: recipes.Made,
 
 def run(bench: Bench, table: str) -> list[Cell]:
     """Every cell of a table, written to ``full-<table>.json`` among the profile's figures as they come."""
-    seeds, own = bench.profile.studies.get(table, StudySettings()).seeds, rows(bench, table)
-    wanted = [(row, change, seed) for seed in range(seeds) for row, change in own.items()]
+    settings, own = bench.profile.studies.get(table, StudySettings()), rows(bench, table)
+    if (workers := min(settings.workers, settings.seeds, os.cpu_count() or 1)) > 1:
+        _ahead(bench, table, [(row, change, seed) for row, change in own.items() for seed in range(settings.seeds)], workers)
+    wanted = [(row, change, seed) for seed in range(settings.seeds) for row, change in own.items()]
     found = []
     for at, (row, change, seed) in enumerate(wanted):
         say(at, len(wanted), f"{table}: {row}, seed {seed}")
         found.append(cell(bench, row, change, seed))
         _write(bench, table, own, found)
     return found
+
+
+def _ahead(bench: Bench, table: str, wanted: Sequence[tuple[str, Changes, int]], workers: int) -> None:
+    """Bring cells to the store from several processes, each with its share of the cores. Seeds of one row come after each other:
+    cells of one seed build on the same data and adapters, and would be in each other's way."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), _share_cores, (workers,)) as pool:
+        running = [pool.submit(_bring, bench.given, *one) for one in wanted]
+        try:
+            for at, _ in enumerate(as_completed(running), 1):
+                say(at, len(wanted), f"{table}, {workers} at a time")
+            for one in running:
+                one.result()
+        except BrokenProcessPool as error:
+            mend = f"if memory ran out, run again with -p studies.{table}.workers=1; finished cells are kept"
+            raise BadInput(f"study: a process that made cells of {table!r} was killed; {mend}") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _share_cores(workers: int) -> None:
+    """Before torch is loaded; what libraries print would come in the way of the notebook's own output."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    os.environ.pop(FILE, None)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _bring(given: tuple[str, Changes, str, str], row: str, change: Changes, seed: int) -> None:
+    """One cell; bad input, also that another process builds what is needed, is met again where cells are read."""
+    with suppress(BadInput):
+        cell(open_bench(*given), row, change, seed)
 
 
 def _write(bench: Bench, table: str, changes: Changes, found: Sequence[Any]) -> str:

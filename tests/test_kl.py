@@ -61,8 +61,9 @@ def test_divergence_is_that_of_two_plain_forwards(bench: Bench, adapter: Path) -
 
 
 def test_an_adapter_on_another_base_is_refused(bench: Bench, adapter: Path, tmp_path: Path) -> None:
-    from ipo_lib.records import BadInput
     from models import tiny_model
+
+    from ipo_lib.records import BadInput
 
     other = tiny_model(tmp_path / "other", family="llama", hidden=64)
     with pytest.raises(BadInput, match="not for 'other'"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +191,28 @@ def test_kl_of_a_full_run_is_of_every_trained_row_and_nothing_is_written_without
     assert study.kl(bench, False, 0, "train_harmful", "", 0) == (found, date)
     other = bench.changed({"studies": {}})
     assert study.kl(other, True, 1, "train_harmful", "train_benign", 3) == ([], "never")
+
+
+def test_two_processes_make_the_cells_that_one_makes(bench: Bench, tmp_path: Path) -> None:
+    """One thread each: sums, and so draws, may differ with the number of threads."""
+    small = {**SMALL, "studies": {"table2": {"seeds": 2, "rows": ["base", "DPO on Part"], "workers": 2}}}
+    both = profiles.open_bench("tiny", small, str(tmp_path / "store"), str(tmp_path / "figures"))
+    wanted = [("base", {}, 0), ("an unknown setting", {"recipe.data": "nothing"}, 0), ("DPO on Part", {}, 1)]
+    study._ahead(both, "table2", wanted, 2)  # what is refused there is refused again here
+    with pytest.raises(BadInput, match="nothing"):
+        study.cell(both, "", {"recipe.data": "nothing"}, 0)
+    made = both.doors.store.drawn
+    found = study.cell(both, "DPO on Part", {}, 1)
+    assert both.doors.store.drawn == made == {}
+    alone = study.cell(bench, "DPO on Part", {}, 1)
+    assert (found.pairs, found.tokens, found.measured, found.steps) == (alone.pairs, alone.tokens, alone.measured, alone.steps)
+
+
+def _killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "_bring", _killed)
+    with pytest.raises(BadInput, match=r"killed; if memory ran out, run again with -p studies\.table2\.workers=1"):
+        study._ahead(bench, "table2", [("base", {}, 0)], 2)
