@@ -206,7 +206,7 @@ def rewards(series: Mapping[str, Sequence[tuple[float, float]]], ax: Axes) -> Ax
         ax.plot(*means, color=colour, label=name)
     ax.set(xlabel="tokens generated", ylabel="mean reward")
     if series:
-        ax.legend(loc="best", fontsize=6)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handlelength=1.2, columnspacing=0.8, fontsize=6)
     return ax
 
 

@@ -230,10 +230,11 @@ def kl(bench: Bench, full: bool, seeds: int, harmful: str, benign: str, count: i
         return [], "never"
     found = list[Moved]()
     sets = bench.prompts(harmful), bench.prompts(benign)
-    for seed in range(min(seeds, bench.profile.studies["table2"].seeds)):
-        for row, change in own.items():
+    every = range(min(seeds, bench.profile.studies["table2"].seeds))
+    for seed in every:
+        for at, (row, change) in enumerate(own.items()):
             if folder := cell(bench, row, change, seed, harmful, benign).adapter:
-                say(len(found), 0, f"KL: {row}, seed {seed}")
+                say(seed * len(own) + at, len(every) * len(own), f"KL: {row}, seed {seed}")
                 found.append(moved(bench, row, seed, bench.doors.store.root / "adapters" / folder / "files", *sets, count))
     return found, _write(bench, "kl", own, found)
 
