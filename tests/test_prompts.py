@@ -80,7 +80,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_bad_sets_are_named_in_one_line(tmp_path: Path) -> None:
     file = jsonl(tmp_path)
-    one_line(PromptSet(1), "mine", "exactly one of file, hub and function")
+    one_line(PromptSet(1), "mine", "exactly one of known, file, hub and function")
     one_line(PromptSet(1, file=file, hub="a/b@c"), "exactly one of")
     one_line(PromptSet(1, file=str(tmp_path / "no.jsonl")), "no.jsonl", "missing")
     one_line(PromptSet(1, file=str(tmp_path)), str(tmp_path))
