@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted 
 SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINE = ("torch", "transformers", "peft")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 LOCAL = {"_name_or_path", "base_model_name_or_path", "transformers_version"}  # vary by machine, change no draw
 _HASHES: dict[tuple[str, int, int], str] = {}
 
@@ -89,6 +90,15 @@ def draw_seed(base: int, *parts: object) -> int:
     return int.from_bytes(hashlib.sha256(canonical([base, *parts]).encode()).digest()[:8], "big") >> 1
 
 
+def fitting(requests: Sequence[Request], context: float) -> list[int]:
+    """The length of every request; BadInput if one leaves no room in ``context`` tokens."""
+    lengths = [len(request.prompt_ids) + len(request.prefix_ids) for request in requests]
+    for request, length in zip(requests, lengths, strict=True):
+        if not 0 < length < context:
+            raise BadInput(f"request {request.key}: {length} prompt tokens, context {context}; shorten it")
+    return lengths
+
+
 def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, head: int = HEAD,
                  barred: Tensor | None = None) -> Tensor:  # fmt: skip
     """One id a row by inverse CDF, in order of ids, over its nucleus: the fewest top tokens with mass >= ``top_p``.
@@ -136,6 +146,12 @@ def nucleus_mass(logits: Tensor, ids: Tensor, temperature: float, top_p: float, 
     return inside * (before < top_p + edge)
 
 
+def forgiven(found: Sequence[float], strays: Mapping[int, float]) -> list[float]:
+    """Probabilities of a response's own tokens, those of ``strays`` (by place) put in where they are few enough to be drift."""
+    few = len(strays) <= max(1, STRAYS * len(found))
+    return [strays.get(at, chance) if few else chance for at, chance in enumerate(found)]
+
+
 def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
     cdf = mass.cumsum(-1)
     return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp(max=mass.shape[-1] - 1)  # never a place without mass
@@ -149,7 +165,7 @@ class TransformersSampler:
                  dtype: str = "auto", quantize: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
         self.chat, self.device, self.quantize, self.batch_size = chat, device, quantize, batch_size
         self._model_files = _files(folder, "config.json", "model*.safetensors")
-        self._adapter_files = _files(adapter, "adapter_config.json", "adapter_model.safetensors") if adapter else []
+        self._adapter_files = _files(adapter, *ADAPTER) if adapter else []
         if batch_size < 1 or dtype not in DTYPES:
             raise BadInput(f"batch_size {batch_size!r}, dtype {dtype!r}: give 1 or more, one of {', '.join(DTYPES)}")
         if quantize not in (None, "nf4"):
@@ -167,10 +183,7 @@ class TransformersSampler:
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Longest prompt first in each WINDOW, whatever the batch size; BadInput if a prompt fills the context."""
         context = parsed(self._model_files[0]).get("max_position_embeddings", math.inf)
-        lengths = [len(request.prompt_ids) + len(request.prefix_ids) for request in requests]
-        for request, length in zip(requests, lengths, strict=True):
-            if not 0 < length < context:
-                raise BadInput(f"request {request.key}: {length} prompt tokens, context {context}; shorten it")
+        lengths = fitting(requests, context)
         groups = [(place // WINDOW, one.prompt_ids) for place, one in enumerate(requests)]
         longest: dict[Any, int] = {}
         for group, length in zip(groups, lengths, strict=True):
@@ -187,15 +200,16 @@ class TransformersSampler:
                 meter: Meter) -> Iterator[Completion]:  # fmt: skip
         from ipo_lib.decoding import ARCHITECTURES, Decoder, generate
 
-        rows = [_Row(request, limit, sampling.until, self.chat) for request, limit in zip(requests, limits, strict=True)]
+        rows = [Row(request, limit, sampling.until, self.chat) for request, limit in zip(requests, limits, strict=True)]
         prefixes = [one.prompt_ids + one.prefix_ids for one in requests]
 
         def draw(live: Sequence[int], logits: Tensor) -> Tensor:
+            bars = logits.new_tensor([rows[one].barred for one in live], dtype=_float64()).long()
             if not sampling.temperature:
+                logits[bars >= 0, bars[bars >= 0]] = -math.inf
                 return logits.argmax(-1)
             uniforms = logits.new_tensor([rows[one].uniform for one in live], dtype=_float64())
-            bars = [rows[one].barred for one in live]
-            barred = uniforms.new_tensor(bars).long() if max(bars) >= 0 else None
+            barred = bars if bool((bars >= 0).any()) else None
             return nucleus_draw(logits, uniforms, sampling.temperature, sampling.top_p, barred=barred)
 
         def take(one: int, token: int) -> bool:
@@ -232,8 +246,7 @@ class TransformersSampler:
                     edge = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
                     strays |= {at + place: chance for place, chance in zip(far.tolist(), edge.tolist(), strict=True)}
                     found += chances.tolist()
-            few = self.dtype != "float32" and len(strays) <= max(1, STRAYS * len(found))
-            yield [strays.get(at, chance) if few else chance for at, chance in enumerate(found)]
+            yield forgiven(found, {} if self.dtype == "float32" else strays)
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -259,7 +272,7 @@ class TransformersSampler:
         return model.to(device).eval()
 
 
-class _Row:
+class Row:
     """One request as it is drawn: its own uniforms, what was taken and why it ended."""
 
     def __init__(self, request: Request, limit: int, until: str, chat: Chat) -> None:
@@ -288,6 +301,11 @@ class _Row:
         full = len(self.taken) - len(self.request.prefix_ids) == self.limit
         self.finish = "think" if closed else "length" if full else ""
         return bool(self.finish)
+
+
+def adapter_hashes(folder: Path | str) -> list[str]:
+    """The hashes of a LoRA adapter's settings and weights."""
+    return [*map(_sha256, _files(folder, *ADAPTER))]
 
 
 def _float64() -> Any:

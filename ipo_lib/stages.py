@@ -1,18 +1,18 @@
 """The verbs: sample, judge, measure CSR, intervene; here alone store meets model, and each computes what is missing. Each takes
-the ``Doors`` first and returns records in a fixed order. Continuations and intervened traces have ``prefix_len > 0``."""
+the ``Doors`` first, returns records in a fixed order. Continuations and intervened traces have ``prefix_len > 0``."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ipo_lib import csr as csr_
 from ipo_lib.chat import Chat, part_text, split
 from ipo_lib.csr import CsrSettings
-from ipo_lib.intervention import NO_CUE, CueDetector, Trigger, accepted, replace
+from ipo_lib.intervention import NO_CUE, UNREAD, CueDetector, Trigger, accepted, replace
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
     CONTINUATION,
@@ -101,20 +101,18 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
     keyed = {f"{named[start]}/{at}": (start, at) for start, at in wanted}
     missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
     requests = [Request(key, doors.chat.prompt_ids(s.prompt), s.prefix_ids, seed, s.ban) for key, s, seed in missing]
-    batch: dict[str, dict[str, object]] = {}
-    for done in doors.sampler.sample(requests, sampling) if requests else ():
-        start, at = keyed[done.key]
-        ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
-        text = doors.chat.decode(ids)
-        batch[done.key] = to_json(Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name))
-        if len(batch) == WRITE_EVERY:
-            ledger.append(batch)
-            batch = {}
-    if batch:
-        ledger.append(batch)
-    ledger.finish()
+
+    def finished() -> Iterator[tuple[str, dict[str, object]]]:
+        for done in doors.sampler.sample(requests, sampling) if requests else ():
+            start, at = keyed[done.key]
+            ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
+            text = doors.chat.decode(ids)
+            yield done.key, to_json(Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name))
+
+    ledger.collect(finished(), WRITE_EVERY)
     found = [from_json(Rollout, ledger[f"{named[start]}/{at}"]) for start, at in wanted]
     doors.store.drawn |= {rollout.id: len(rollout.token_ids) - rollout.prefix_len for rollout in found}
+    doors.store.closed |= {one.id: split(one.text, doors.chat.opened).closed for one in found if not one.prefix_len}
     return found
 
 
@@ -166,15 +164,13 @@ def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE,
     spec = {"judge": doors.judge.fingerprint(), "part": part, "question": question, "opened": doors.chat.opened}
     ledger = doors.store.ledger("verdicts", JUDGE_VERSION, spec)
     wanted = {rollout.id: rollout for rollout in rollouts}
-    missing = ledger.missing(wanted)
-    for at in range(0, len(missing), WRITE_EVERY):
-        exchanges = []
-        for rollout in (wanted[key] for key in missing[at : at + WRITE_EVERY]):
-            offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
-            text = part_text(rollout, part, doors.chat.opened, offsets)
-            exchanges.append(Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question))
-        ledger.append({verdict.rollout_id: to_json(verdict) for verdict in doors.judge.judge(exchanges)})
-    ledger.finish()
+    exchanges = []
+    for rollout in (wanted[key] for key in ledger.missing(wanted)):
+        offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
+        text = part_text(rollout, part, doors.chat.opened, offsets)
+        exchanges.append(Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question))
+    chunks = (exchanges[at : at + WRITE_EVERY] for at in range(0, len(exchanges), WRITE_EVERY))
+    ledger.collect(((one.rollout_id, to_json(one)) for chunk in chunks for one in doors.judge.judge(chunk)), WRITE_EVERY)
     return [from_json(Verdict, ledger[rollout.id]) for rollout in rollouts]
 
 
@@ -259,6 +255,13 @@ def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: S
 
 def cues(doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetector) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
+    if ask := getattr(detector, "sentences", None):  # it asks a server, which costs money: its finds are kept
+        ledger = doors.store.ledger("cues", JUDGE_VERSION, {"detector": detector.fingerprint(), "opened": doors.chat.opened})
+        texts = {r.id: trace_texts(doors, r) for r in rollouts}
+        found = ask({key: texts[key] for key in ledger.missing(texts)})
+        ledger.collect(((key, {"sentence": at}) for key, at in found), WRITE_EVERY)
+        doors.store.unread |= {key for key in texts if ledger[key]["sentence"] == UNREAD}
+        return {key: None if key in doors.store.unread else ledger[key]["sentence"] for key in texts}
     if many := getattr(detector, "many", None):  # it asks a model
         return dict(many(prompts, rollouts))
     return {r.id: detector.first(r, prompts[r.prompt_id], trace_texts(doors, r)) for r in rollouts}
@@ -289,7 +292,10 @@ def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger
         if plan.accept == NO_CUE or round_ < plan.rounds:  # else nobody reads them, and a detector may have to draw for them
             cue |= cues(doors, prompts, [result for _, result in results], detector)
         for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
-            done = dataclasses.replace(intervention, accepted=accepted(plan.accept, cue.get(result.id), verdict))
+            blind = plan.accept == NO_CUE and result.id in doors.store.unread
+            done = dataclasses.replace(
+                intervention, accepted=None if blind else accepted(plan.accept, cue.get(result.id), verdict)
+            )
             found[loser.id] = Corrected(loser, done, result, found[loser.id].cut if loser.id in found else intervention.cut)
         last = [found[loser.id] for loser, _ in active]
         active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue.get(one.result.id) is not None]
@@ -335,8 +341,8 @@ def example(rollouts: Rollouts, labels: Labels, cue: Mapping[str, int | None]) -
     found = [(one, other) for one in unsafe for other in rollouts if labels[other.id] == SAFE]
     if not found:
         raise BadInput(f"no example among {len(rollouts)} rollouts: no unsafe trace with a cue beside a safe one; raise draws")
-    best = min(found, key=lambda pair: pair[0].prompt_id != pair[1].prompt_id)
-    return {UNSAFE: best[0], SAFE: best[1]}
+    bad, good = min(found, key=lambda pair: pair[0].prompt_id != pair[1].prompt_id)
+    return {UNSAFE: bad, SAFE: good}
 
 
 def some(items: Rollouts, count: int, seed: int) -> list[Rollout]:

@@ -38,6 +38,8 @@ class Store:
         self.root = default_root() if root is None else Path(root).expanduser()
         self._ledgers: dict[Path, Ledger] = {}  # read once; a search asks for the same one in every round
         self.drawn: dict[str, int] = {}  # generated tokens of every rollout asked for in this process, stored before or not
+        self.unread = set[str]()  # rollouts whose cue a detector was asked for in vain
+        self.closed: dict[str, bool] = {}  # whether the trace of every whole response asked for was closed
         if (path := self.root / "store.json").exists() and not STORE.startswith(found := path.read_bytes()):
             raise BadInput(f"store: {self.root} says {found!r:.60}, this is {STORE!r}; {ELSEWHERE}")
 
@@ -85,6 +87,20 @@ class Ledger(dict[str, Json]):
             os.fsync(file)
             self._take_in(file)
         return len(new)
+
+    def collect(self, records: Iterable[tuple[str, Json]], every: int) -> None:
+        """Append records as they come, ``every`` so many, and finish; those that came before a failure are kept, too."""
+        batch: dict[str, Json] = {}
+        try:
+            for key, record in records:
+                batch[key] = record
+                if len(batch) == every:
+                    self.append(batch)
+                    batch = {}
+        finally:
+            if batch:
+                self.append(batch)
+        self.finish()
 
     def finish(self) -> None:
         """Writes ``done.json``, unless it is there: how many records, the SHA-256 of their file. A new record removes it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ from scripted import (
 from ipo_lib import stages, training
 from ipo_lib.chat import Chat
 from ipo_lib.csr import START_LOCKED, CsrSettings
-from ipo_lib.intervention import Trigger
+from ipo_lib.intervention import UNREAD, Trigger
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.pairs import PairSettings, Refusal
 from ipo_lib.records import ANSWER, BOTH, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict
@@ -525,3 +525,21 @@ def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
     assert rate.n == len(PROMPTS)
     assert rate.value == pytest.approx(sum(one.intervention.accepted is True for one in done) / len(PROMPTS))
     assert 0 < rate.value < 1
+
+
+def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, chat: Chat) -> None:
+    """The paper accepts a correction without a cue; an answer that is none is no such finding, and finds are kept."""
+    bench, asked = doors(tmp_path, chat, world(chat)), list[str]()
+    traces = losers(bench, chat)[:3]
+
+    class Unreadable(Phrase):
+        def sentences(self, texts: dict[str, list[str]]) -> Iterator[tuple[str, int | None]]:
+            for key in texts:
+                asked.append(key)
+                yield key, 1 if key in {one.id for one in traces} else UNREAD
+
+    for _ in range(2):
+        tried = stages.correct(bench, named(), traces, TRIGGERS[0], Unreadable(), Plan(accept="no-cue"), THINK)
+        assert [one.intervention.accepted for one in tried] == [None] * 3
+        assert bench.store.unread == {one.result.id for one in tried}
+    assert len(asked) == 6
