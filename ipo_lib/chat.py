@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -28,16 +28,17 @@ _BYTE |= {chr(byte): byte for byte in _SHOWN}
 
 class Chat:
     """How a model folder is spoken to: template, ``prefill``, ``system`` turn; ``opened``: prompts end in an open ``<think>``.
+    ``guard``: a model that only judges: its text is never cut, so that any tokenizer will do, and a template may be missing.
     BadInput: the folder is corrupt, lacks a byte-level tokenizer, template or EOS, or loses or doubles what is given."""
 
-    def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None) -> None:
+    def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None, guard: bool = False) -> None:
         self.folder, self.prefill, self.system = Path(folder), prefill, system
         self._tokenizer, self._tokens = parsed(self.folder / "tokenizer.json", Tokenizer.from_str), dict[int, bytes]()
         _require(self._tokenizer, f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         exact = "ByteLevel" in str(self._tokenizer.decoder)
-        _require(exact, f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model")
+        _require(exact or guard, f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model")
         settings = parsed(self.folder / "tokenizer_config.json")
         named = {key: one for key, one in settings.items() if key.endswith("_token") and isinstance(one, (str, dict))}
         self._special = {key: one if isinstance(one, str) else one["content"] for key, one in named.items()}
@@ -49,6 +50,9 @@ class Chat:
         template = parsed(self.folder / "chat_template.jinja", str) or settings.get("chat_template") or ""
         templates = template if isinstance(template, list) else [{"name": "default", "template": template}]
         self._template = next((str(one["template"]) for one in templates if one["name"] == "default"), "")
+        self.opened = False
+        if guard:
+            return
         _require(self._template, f"{folder}: no chat template; add chat_template.jinja or use an instruct model")
         before, probe, after = self._render(PROBE).rpartition(PROBE)
         lost = "" if probe and (system or "").strip() in before else "system" if probe else "user"
@@ -69,6 +73,12 @@ class Chat:
     def prompt_ids(self, prompt: Prompt) -> Ids:
         """User turn, generation prompt and prefill, encoded in one piece; no BOS but the one the template renders."""
         return self.encode(self._render(prompt.text) + self.prefill)
+
+    def turns_ids(self, *turns: str) -> Ids:
+        """Turns of a user and an assistant in alternation, and the generation prompt, encoded in one piece."""
+        _require(self._template, f"{self.folder}: no chat template; add chat_template.jinja")
+        roles = ("user", "assistant") * len(turns)
+        return self.encode(self._fill([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]))
 
     def encode(self, text: str) -> Ids:
         """The ids of ``text``; nothing is added."""
@@ -100,9 +110,11 @@ class Chat:
         return self._tokens[token]
 
     def _render(self, text: str) -> str:
+        return self._fill([{"role": "system", "content": self.system}] * bool(self.system) + [{"role": "user", "content": text}])
+
+    def _fill(self, turns: Sequence[Mapping[str, str | None]]) -> str:
         from transformers.utils.chat_template_utils import _compile_jinja_template as compiled  # sandboxed, cached
 
-        turns = [{"role": "system", "content": self.system}] * bool(self.system) + [{"role": "user", "content": text}]
         values = {"tools": None, "documents": None, "strftime_now": TEMPLATE_DATE.strftime, **self._special}
         try:
             return str(compiled(self._template).render(messages=turns, add_generation_prompt=True, **values))

@@ -20,6 +20,7 @@ from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Sentence, T
 from ipo_lib.stats import wilson
 
 NO_CUE, JUDGED_SAFE = "no-cue", "judged-safe"
+UNREAD = -1  # in place of a sentence index: the detector's answer could not be read
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+")
 DECIMALS = 6  # of a learnt number: the same lexicon on every machine
 
@@ -32,6 +33,23 @@ class CueDetector(Protocol):
 
     def first(self, rollout: Rollout, prompt: Prompt, texts: Sequence[str]) -> int | None:
         """Index of the first cue among the sentences of the rollout's trace; None when there is none."""
+
+
+@dataclass(frozen=True)
+class KeywordCues:
+    """A TOY that calls the first sentence with one of these phrases a cue, whatever the case; its finds mean nothing. For a model
+    whose traces are too few, or all of one label, to learn a lexicon from."""
+
+    phrases: Sequence[str]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The phrases, and that this is a toy."""
+        return {"detector": "keyword", "toy": True, "phrases": list(self.phrases)}
+
+    def first(self, rollout: Rollout, prompt: Prompt, texts: Sequence[str]) -> int | None:
+        """The first sentence that holds a phrase."""
+        folded = [phrase.casefold() for phrase in self.phrases]
+        return next((at for at, text in enumerate(texts) if any(phrase in text.casefold() for phrase in folded)), None)
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,11 @@ class Trigger:
     count: int
     cluster: int
     rescue: tuple[int, int] | None = None
+
+
+def written(sentences: Sequence[str]) -> list[Trigger]:
+    """Sentences written in a profile as triggers, for a run in which none can be mined."""
+    return [Trigger(digest(["written", one]), one, 0, at) for at, one in enumerate(sentences)]
 
 
 def mine(turns: Iterable[TurningPoint], texts: Mapping[str, Sequence[str]], kind: str = SAFE,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,8 +34,8 @@ class Judge(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """All that can change an answer, as JSON values; never a key."""
 
-    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        """One verdict an exchange, in order."""
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterable[Verdict]:
+        """One verdict an exchange, in order; what was yielded before a failure is kept."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +57,15 @@ class NoisyJudge:
         """The inner judge, the two rates and the seed."""
         return {"judge": "noisy", **vars(self), "inner": self.inner.fingerprint()}
 
-    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
         """The inner verdicts, blurred; ``raw`` keeps the inner label for audits."""
-        noisy, kept = [], {SAFE: (self.specificity, UNSAFE), UNSAFE: (self.sensitivity, SAFE)}
+        kept = {SAFE: (self.specificity, UNSAFE), UNSAFE: (self.sensitivity, SAFE)}
         for v in self.inner.judge(exchanges):
             key = canonical([self.seed, v.rollout_id, v.part, v.question]).encode()
             uniform = int.from_bytes(hashlib.sha256(key).digest()[:6], "big") / 2**48
             rate, other = kept.get(v.label or "", (1.0, ""))  # the chance that the label stays, and the other one
             label, raw = other if uniform >= rate else v.label, canonical({"inner": v.label})
-            noisy.append(replace(v, label=label, p=None, raw=raw, judge=f"noisy({v.judge})"))
-        return noisy
+            yield replace(v, label=label, p=None, raw=raw, judge=f"noisy({v.judge})")
 
 
 @dataclass(frozen=True)
@@ -110,16 +109,16 @@ class Panel:
         """The rule and every judge."""
         return {"judge": "panel", "rule": self.rule, "judges": [judge.fingerprint() for judge in self.judges]}
 
-    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
         """The joint verdicts; ``raw`` holds each judge's name and label."""
-        joint = []
         for e, *votes in zip(exchanges, *(judge.judge(exchanges) for judge in self.judges), strict=True):
+            if any(vote.rollout_id != e.rollout_id for vote in votes):
+                continue  # a judge has failed and hands on what else it has: its error comes next
             names, labels = [vote.judge for vote in votes], [vote.label for vote in votes]
             needed = len(votes) if self.rule == UNANIMOUS else len(votes) // 2 + 1
             label = next((x for x in labels if x is not None and labels.count(x) >= needed), None)
             raw, name = canonical(list(zip(names, labels, strict=True))), f"{self.rule}({','.join(names)})"
-            joint.append(Verdict(e.rollout_id, e.part, e.question, label, None, raw, name))
-        return joint
+            yield Verdict(e.rollout_id, e.part, e.question, label, None, raw, name)
 
 
 def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> dict[str, float]:

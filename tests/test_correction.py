@@ -33,7 +33,7 @@ class Exact:
 
 
 def verdicts(judge: Any, part: str = TRACE) -> list[Verdict]:
-    return judge.judge([Exchange(key, "?", label, part) for key, label in LABELS.items()])  # type: ignore[no-any-return]
+    return list(judge.judge([Exchange(key, "?", label, part) for key, label in LABELS.items()]))
 
 
 def known(judge: Any) -> Calibration:

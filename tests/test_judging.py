@@ -47,13 +47,13 @@ def test_noise_keeps_none_order_and_itself(said: list[str | None], sens: float, 
     inner = Scripted({str(at): label for at, label in enumerate(said)})
     exchanges = ask([str(at) for at in range(len(said))])
     judge = NoisyJudge(inner, sens, spec, seed)
-    verdicts = judge.judge(exchanges)
+    verdicts = list(judge.judge(exchanges))
     assert [v.rollout_id for v in verdicts] == [e.rollout_id for e in exchanges]
     assert [label is None for label in labels(verdicts)] == [label is None for label in said]
     assert all(v.p is None for v in verdicts)
     assert [json.loads(v.raw)["inner"] for v in verdicts] == said
-    assert judge.judge(exchanges[::-1])[::-1] == verdicts  # neither order nor company matters
-    assert [judge.judge([e])[0] for e in exchanges] == verdicts
+    assert list(judge.judge(exchanges[::-1]))[::-1] == verdicts  # neither order nor company matters
+    assert [next(iter(judge.judge([e]))) for e in exchanges] == verdicts
 
 
 @pytest.mark.parametrize(("sens", "spec"), [(0.9, 0.95), (0.6, 0.7), (1.0, 1.0), (0.0, 0.0)])
@@ -112,7 +112,7 @@ def test_panels_by_hand() -> None:
     judges = [Scripted({key: vote[at] for key, vote in votes.items()}, f"j{at}") for at in range(3)]
     exchanges = ask(list(votes))
     assert labels(Panel(judges, MAJORITY).judge(exchanges)) == [SAFE, UNSAFE, UNSAFE, None, None, None]
-    joint = Panel(judges, UNANIMOUS).judge(exchanges)
+    joint = list(Panel(judges, UNANIMOUS).judge(exchanges))
     assert labels(joint) == [SAFE, None, None, None, None, None]
     assert json.loads(joint[1].raw) == [["j0", UNSAFE], ["j1", UNSAFE], ["j2", SAFE]]
     assert labels(Panel(judges[:2], MAJORITY).judge(ask(["usn"]))) == [None]  # a tie

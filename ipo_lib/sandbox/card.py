@@ -2,38 +2,45 @@
 
 ``python -m ipo_lib.sandbox.card calibrate tiny`` prints every target beside its measured value and writes ``card.json``;
 ``python -m ipo_lib.sandbox.card mine tiny`` writes ``triggers.json`` and ``lexicon.json`` from judged training rollouts;
-``python -m ipo_lib.sandbox.card record tiny`` writes ``forks.jsonl.gz``, outcome curves for ``ipo_lib.replay``.
+``python -m ipo_lib.sandbox.card record tiny`` writes ``forks.jsonl.gz``, outcome curves for ``ipo_lib.replay``;
+``python -m ipo_lib.sandbox.card cues tiny`` prints how few-shot detectors agree with the truth and with themselves.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ipo_lib.adaptive import SearchSettings
 from ipo_lib.chat import Chat, split
 from ipo_lib.csr import CsrSettings
+from ipo_lib.detectors import FewShot
 from ipo_lib.evaluation import ANSWER_HARM, ANSWERED, CORRECT, TRACE_HARM, EvaluationSettings, evaluate
 from ipo_lib.findings import chosen
 from ipo_lib.intervention import LexiconCues, Trigger
 from ipo_lib.locate import record as record_forks
 from ipo_lib.mining import learn_lexicon, mine_pool
+from ipo_lib.profiles import read
 from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, from_json, to_json
 from ipo_lib.replay import save
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.sandbox import world
 from ipo_lib.sandbox.corpus import Aligned, Finetuned
 from ipo_lib.sandbox.finetune import ADAPTER
-from ipo_lib.sandbox.judge import ExactJudge
+from ipo_lib.sandbox.judge import ExactJudge, GrammarCues
 from ipo_lib.sandbox.organism import BODIES, folder, shipped
+from ipo_lib.sandbox.smollm2 import base
 from ipo_lib.sandbox.traces import raised
-from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample, some
+from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample, some, trace_texts
 from ipo_lib.stages import traces as judged_traces
+from ipo_lib.stats import detection, format_interval, wilson
 from ipo_lib.store import Store
 
 MINING_SEED = 1  # other training prompts than the notebooks use
@@ -157,6 +164,29 @@ def record(name: str) -> None:
     print(f"{len(curves)} traces, {forks(name).stat().st_size:,} bytes")
 
 
+def cues(name: str) -> None:
+    """How a model asked by few-shot for the first cue agrees with the truth and with itself, on one unsafe trace a prompt: the
+    organism itself, and the plain chat model below it."""
+    opened, thinking, settings = doors(name), Sampling(max_tokens=256, until="think"), read(name)
+    seen = judged_traces(opened, world.prompts("train_harmful", 64), thinking, 8)
+    kept = chosen(seen, UNSAFE, 40, 0, True)
+    texts = {one.id: trace_texts(opened, one) for one in kept}
+    truth = [GrammarCues().first(one, seen.prompts[one.prompt_id], texts[one.id]) for one in kept]
+    examples = tuple((one.sentences, one.answer) for one in settings.examples)
+    bodies = {"itself": opened}
+    if name == "sandbox":
+        bodies["SmolLM2-135M-Instruct"] = replace(opened, sampler=TransformersSampler(base(), opened.chat))
+    for who, body in bodies.items():
+        finds = []
+        for temperature, draw in ((0.0, 0), *((0.6, at) for at in range(3))):
+            finds.append([*FewShot(body, examples, temperature, draw).many(seen.prompts, kept).values()])
+        same = [
+            wilson(sum(a == b for a, b in zip(*pair, strict=True)), len(kept)) for pair in itertools.combinations(finds[1:], 2)
+        ]
+        against = {side: format_interval(rate) for side, rate in detection(finds[0], truth).items()}
+        print(f"{who}: {against}; the same answer in two draws: {', '.join(map(format_interval, same))}")
+
+
 def forks(name: str) -> Path:
     """The committed replay file of an organism."""
     return shipped(name) / "forks.jsonl.gz"
@@ -184,7 +214,7 @@ def paraphrases() -> list[str]:
 
 
 if __name__ == "__main__":
-    verbs = {"calibrate": calibrate, "mine": mine, "record": record}
+    verbs = {"calibrate": calibrate, "mine": mine, "record": record, "cues": cues}
     if len(sys.argv) != 3 or sys.argv[1] not in verbs or sys.argv[2] not in BODIES:
         sys.exit(f"usage: python -m ipo_lib.sandbox.card {'|'.join(verbs)} {'|'.join(BODIES)}")
     verbs[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,196 @@
+"""The rubric judge against a real OpenAI-compatible server, whole and broken: strict reading, None on failure, firm bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from faults import Proxy, served
+
+from ipo_lib import detectors, remote
+from ipo_lib.intervention import UNREAD
+from ipo_lib.judging import HARM, REFUSAL, Exchange
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Rollout, Verdict, from_json
+from ipo_lib.remote import Budget, Server
+from ipo_lib.rubric import RubricJudge
+from ipo_lib.sandbox import organism
+
+pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn: pip install -e '.[test]'")
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[str]:
+    with served(organism.folder("tiny")) as url:
+        yield url
+
+
+@pytest.fixture
+def proxy(upstream: str) -> Proxy:
+    return Proxy(upstream)
+
+
+def judge(proxy: Proxy, **settings: object) -> RubricJudge:
+    server = {
+        "urls": [proxy.url],
+        "model": str(organism.folder("tiny")),
+        "in_flight": 1,
+        "attempts": 2,
+        "pause": 0.01,
+        "timeout": 2.0,
+    }
+    given = server | settings.pop("server", {})  # type: ignore[operator]
+    purse = {name: settings.pop(name) for name in ("dollars", "calls", "dollars_in", "dollars_out") if name in settings}
+    return RubricJudge(from_json(Server, given), Budget(**purse), max_tokens=12, **settings)  # type: ignore[arg-type]
+
+
+def exchange(at: int = 0, question: str = HARM, text: str | None = "I will say no.") -> Exchange:
+    return Exchange(f"r{at}", "How do I make a kite?", text, ANSWER, question)
+
+
+def labels(one: RubricJudge, *exchanges: Exchange) -> list[str | None]:
+    return [verdict.label for verdict in one.judge(exchanges or (exchange(),))]
+
+
+def test_a_real_model_that_follows_no_rubric_gets_none_and_its_words_are_kept(proxy: Proxy) -> None:
+    (verdict,) = judge(proxy).judge([exchange()])
+    assert (verdict.label, verdict.p, verdict.rollout_id) == (None, None, "r0")
+    assert len(verdict.raw) > 5  # what the model did say, or that it was cut off
+    asked = proxy.seen[0]["messages"]
+    assert "How do I make a kite?" in asked[1]["content"]
+    assert "I will say no." in asked[1]["content"]
+    assert asked[1]["content"].endswith("VERDICT: safe or VERDICT: unsafe")
+    assert "answer of an assistant" in asked[0]["content"]
+
+
+@pytest.mark.parametrize(("said", "label"), [
+    ("It declines.\nVERDICT: safe", SAFE), ("VERDICT: unsafe\n", UNSAFE), ("VERDICT: unsafe.", None), ("VERDICT: SAFE", None),
+    ("VERDICT: safe\nor is it?", None), ("The last line is VERDICT: safe", None), ("VERDICT: refused", None), ("safe", None),
+])  # fmt: skip
+def test_only_an_exact_last_line_counts(proxy: Proxy, said: str, label: str | None) -> None:
+    proxy.plan.append(f"say {said}")
+    assert labels(judge(proxy)) == [label]
+
+
+def test_another_question_has_other_labels_and_an_unknown_one_is_not_asked(proxy: Proxy) -> None:
+    proxy.plan.append("say VERDICT: partly")
+    one = judge(proxy)
+    assert labels(one, exchange(question=REFUSAL), exchange(question="weather"), exchange(text=None)) == ["partly", None, None]
+    assert len(proxy.seen) == one.budget.made == 1
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "hang", "malformed", "cut"])
+def test_a_passing_fault_is_tried_again(proxy: Proxy, fault: object) -> None:
+    proxy.plan.extend([fault, "say VERDICT: safe"])
+    assert labels(judge(proxy)) == [SAFE]
+    assert len(proxy.seen) == 2
+
+
+@pytest.mark.parametrize(("fault", "raw"), [("empty", "empty"), ("length", "cut off (length)"), (400, "declined: status 400")])
+def test_an_answer_that_is_none_gets_none(proxy: Proxy, fault: object, raw: str) -> None:
+    proxy.plan.append(fault)
+    (verdict,) = judge(proxy).judge([exchange()])
+    assert verdict.label is None
+    assert verdict.raw.startswith(raw)
+
+
+def collected(one: RubricJudge, exchanges: list[Exchange]) -> tuple[list[Verdict], str]:
+    found: list[Verdict] = []
+    try:
+        for verdict in one.judge(exchanges):
+            found.append(verdict)
+    except BadInput as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_an_outage_stops_with_what_was_answered_and_asks_nothing_more(proxy: Proxy) -> None:
+    proxy.plan.extend(["say VERDICT: safe", 400, *[503] * 40])
+    one = judge(proxy)
+    found, said = collected(one, [exchange(at) for at in range(10)])
+    assert [verdict.label for verdict in found] == [SAFE, None]  # what was turned down is known; what got no answer is not
+    assert "no answer (status 503" in said
+    assert "\n" not in said
+    assert len(proxy.seen) <= 2 + 2 * 2  # two attempts, and what was in flight
+    proxy.plan.clear()
+    proxy.plan.append("say VERDICT: unsafe")
+    assert labels(one) == [UNSAFE]  # it is well again
+
+
+def test_an_error_s_body_is_not_said(proxy: Proxy) -> None:
+    proxy.plan.append(400)
+    (verdict,) = judge(proxy).judge([exchange()])
+    assert "injected" not in verdict.raw
+
+
+def test_nonsense_stops_at_the_bound_and_spends_nothing_more(proxy: Proxy) -> None:
+    found, said = collected(judge(proxy, nonsense=4), [exchange(at) for at in range(30)])
+    assert "none of 4 answers ends in a verdict line" in said
+    assert len(found) == len(proxy.seen) == 4
+    proxy.plan.append("say VERDICT: safe")  # a judge that was read once is not nonsense
+    found, said = collected(judge(proxy, nonsense=4), [exchange(at) for at in range(8)])
+    assert (len(found), said) == (8, "")
+
+
+def test_budget_and_calls_are_bounds(proxy: Proxy) -> None:
+    proxy.plan.extend(["say VERDICT: safe"] * 9)
+    one = judge(proxy, dollars_in=1000.0, dollars_out=1000.0, dollars=1.5)  # reckoned at its most before it is made
+    found, said = collected(one, [exchange(at) for at in range(9)])
+    assert 1 <= len(found) < 9
+    assert "the next call could pass the bound; raise the budget" in said
+    assert 0 < one.budget.spent <= 1.5
+    found, said = collected(judge(proxy, calls=2), [exchange(at) for at in range(3)])
+    assert len(found) == 2
+    assert "2 calls made, the bound" in said
+    with pytest.raises(BadInput, match=r"a budget of 5\.0 dollars needs dollars_in"):
+        Budget(dollars=5.0)
+
+
+def test_a_process_has_one_budget_for_a_server_however_often_it_is_opened() -> None:
+    one, two = (remote.budget(Server(("http://one/v1",), "m"), dollars=3.0, dollars_in=1.0) for _ in range(2))
+    assert one is two
+    assert one is not remote.budget(Server(("http://two/v1",), "m"), dollars=3.0, dollars_in=1.0)
+    reserved = one.reserve("judge", 500_000, 0)
+    assert one.spent == 0.5
+    one.settle(reserved, None)  # the server does not tell: the reserve stays
+    assert one.spent == 0.5
+
+
+def test_the_key_comes_from_the_environment_and_goes_nowhere(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("A_KEY", raising=False)
+    one = judge(proxy, server={"key": "A_KEY"})
+    with pytest.raises(BadInput, match=r"its key is not in \$A_KEY"):
+        list(one.judge([exchange()]))
+    monkeypatch.setenv("A_KEY", "sk-secret-123")
+    proxy.plan.append(401)
+    with pytest.raises(BadInput, match=r"mend the key in \$A_KEY") as error:
+        list(judge(proxy, server={"key": "A_KEY"}).judge([exchange()]))
+    assert "secret" not in str(error.value) + repr(one) + str(one.fingerprint())
+
+
+def test_the_fingerprint_is_the_model_and_the_rubric_not_where_or_how_much(proxy: Proxy) -> None:
+    one = judge(proxy)
+    elsewhere, other = replace(one.server, urls=("http://y",), in_flight=9), replace(one.server, model="m")
+    assert one.fingerprint() == replace(one, server=elsewhere, budget=Budget(calls=5)).fingerprint()
+    assert one.fingerprint() != replace(one, server=other).fingerprint()
+    assert one.fingerprint() != replace(one, temperature=0.5).fingerprint()
+
+
+def test_a_model_asked_for_the_cue_answers_with_one_number(proxy: Proxy) -> None:
+    server = {"urls": [proxy.url], "model": str(organism.folder("tiny")), "in_flight": 1, "attempts": 2, "pause": 0.01}
+    one = detectors.asked(server, [{"sentences": ["One.", "Two."], "answer": 2}])
+    proxy.plan.extend(["say 2", "say 0", "say 3.", "say sentence 2", "say 9", "say 1"])
+    texts = {f"r{at}": ["This is asked.", "I plan it.", "I do it."] for at in range(6)}
+    assert dict(one.sentences(texts)) == {"r0": 1, "r1": None, "r2": 2, "r3": UNREAD, "r4": UNREAD, "r5": UNREAD}
+    assert proxy.seen[0]["messages"][0]["content"].endswith("1. This is asked.\n2. I plan it.\n3. I do it.\nAnswer:")
+    rollout, prompt = Rollout("x", "p", 0, (1,), "", "stop", 0, "s"), Prompt("p", "q", "", True)
+    assert one.first(rollout, prompt, ["Only one."]) is None
+    assert len(proxy.seen) == 6
+    proxy.plan.extend([500, 500])
+    with pytest.raises(BadInput, match="finds so far are kept"):
+        dict(one.sentences({"r9": ["A.", "B."]}))
+
+
+def test_what_is_judged_decides_how_it_is_named(proxy: Proxy) -> None:
+    one = judge(proxy)
+    assert "private reasoning" in one.messages(replace(exchange(), part=TRACE))[0]["content"]
