@@ -15,6 +15,9 @@ from ipo_lib.profiles import Profile
 from ipo_lib.study import tables
 
 BARRED = 3  # rounds in which barred sentences are drawn anew, at most
+RUBRIC, VERDICT, FIND = 400.0, 100.0, 2.0  # tokens that a judge or detector reads beside the text, and that each writes
+PARTS = 2  # of a rollout that may be judged
+LONG = 180  # minutes from which hours are said
 HALF = 0.5  # of a trace is still to come at a cut, on average
 Drawn = Iterator[tuple[str, float, float, str]]  # what for, rollouts, tokens of each, the pool they come from
 
@@ -39,8 +42,11 @@ def plan(settings: Profile, parameters: Mapping[str, Mapping[str, Any]]) -> list
         if (lines := NOTEBOOKS.get(name)) is not None:
             drawn = lines(settings, parameters.get(name, {}))
             bill += [Cost(name, what, count, count * each, pool=pool or f"{name}/{what}") for what, count, each, pool in drawn]
+    if settings.triggers is None:  # mined from the run's own traces: searches, then candidates tried on some prompts
+        rollouts = settings.plan.traces * (settings.expected.search.get("safe", 0.0) + settings.plan.pool)
+        bill.append(Cost(settings.notebooks[0], "mining triggers", rollouts, rollouts * HALF * settings.expected.trace))
     if "06_ipo_training" in settings.notebooks:
-        count, plan_ = settings.prompts["train_harmful"].count, settings.plan
+        count, plan_ = settings.prompts["train_harmful"].size, settings.plan
         pairs = 2 * count * plan_.pool * settings.stage1.epochs
         bill.append(Cost("06_ipo_training", "stage 1, stage 2", pairs=pairs, pool="06_ipo_training/stages"))
         full = {name: one for name, one in settings.studies.items() if parameters.get(STUDIED.get(name, ""), {}).get("full")}
@@ -65,12 +71,12 @@ def response(settings: Profile, name: str) -> float:
 def responses(settings: Profile, draws: float) -> Drawn:
     """Whole responses of the untouched model on the harmful sets."""
     for name in settings.evaluation.harmful:
-        yield f"{name}, before", settings.prompts[name].count * draws, response(settings, name), f"before/{name}"
+        yield f"{name}, before", settings.prompts[name].size * draws, response(settings, name), f"before/{name}"
 
 
 def training_traces(settings: Profile) -> tuple[str, float, float, str]:
     """The untouched model's traces of the training prompts."""
-    return "traces", settings.prompts["train_harmful"].count * settings.plan.draws, settings.expected.trace, "traces"
+    return "traces", settings.prompts["train_harmful"].size * settings.plan.draws, settings.expected.trace, "traces"
 
 
 def searches(settings: Profile, turn: str, label: str, count: float) -> tuple[str, float, float, str]:
@@ -90,7 +96,7 @@ def quickstart(settings: Profile, own: Mapping[str, Any]) -> Drawn:
 def safety(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Whole responses, the answers after swapped traces, and the aligned model's responses where there is one."""
     yield from responses(settings, own["draws"])
-    prompts = sum(settings.prompts[name].count for name in settings.evaluation.harmful)
+    prompts = sum(settings.prompts[name].size for name in settings.evaluation.harmful)
     yield "answers after a swap", 2 * prompts * own["swap_draws"], settings.expected.answer, ""
     if settings.aligned:
         yield "aligned model", prompts * own["draws"], settings.expected.trace + settings.expected.answer, ""
@@ -123,7 +129,7 @@ def cues(settings: Profile, own: Mapping[str, Any]) -> Drawn:
 
 def interventions(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Rounds of every trigger and of a neutral sentence, the controls, and cues put into safe traces; not the null world's."""
-    harmful, pool = settings.prompts["train_harmful"].count, settings.plan.pool
+    harmful, pool = settings.prompts["train_harmful"].size, settings.plan.pool
     part, neutral = HALF * settings.expected.trace, len(settings.neutral)
     yield training_traces(settings)
     yield "first round, controls", harmful * (2 * pool + neutral + 4), part, ""
@@ -134,13 +140,13 @@ def interventions(settings: Profile, own: Mapping[str, Any]) -> Drawn:
 
 def training(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Algorithm 1 once per trigger on fresh traces, what benign prompts are refused, and harm on the way."""
-    harmful, benign = (settings.prompts[name].count for name in ("train_harmful", "train_benign"))
+    harmful, benign = (settings.prompts[name].size for name in ("train_harmful", "train_benign"))
     trace, pool = settings.expected.trace, settings.plan.pool
     yield "a trace for each trigger", harmful * pool, trace, "traces"
     yield "corrections", harmful * pool * settings.plan.rounds, HALF * trace, ""
     yield "benign responses", 2 * benign, trace + settings.expected.answer, ""
     for name in settings.evaluation.harmful:
-        count, each = settings.prompts[name].count * own["draws"], response(settings, name)
+        count, each = settings.prompts[name].size * own["draws"], response(settings, name)
         yield f"{name}, before", count, each, f"before/{name}"
         yield f"{name}, after stage 1", count, each, f"after/{name}"
         yield f"{name}, on the way", settings.stage1.keep * count, each, ""
@@ -151,11 +157,11 @@ def training(settings: Profile, own: Mapping[str, Any]) -> Drawn:
 def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     """Whole responses on every set, by the base model and after each stage."""
     for name in settings.evaluation.sets:
-        count, each = settings.prompts[name].count * settings.evaluation.draws, response(settings, name)
+        count, each = settings.prompts[name].size * settings.evaluation.draws, response(settings, name)
         yield f"{name}, before", count, each, f"before/{name}"
         yield f"{name}, after stage 1", count, each, f"after/{name}"
         yield f"{name}, after stage 2", count, each, ""
-    harmful = sum(settings.prompts[name].count for name in settings.evaluation.harmful)
+    harmful = sum(settings.prompts[name].size for name in settings.evaluation.harmful)
     yield "triggers barred", BARRED * harmful, settings.expected.trace + settings.expected.answer, ""
     yield from full_run(settings, own, "table2")
 
@@ -171,10 +177,10 @@ def full_run(settings: Profile, own: Mapping[str, Any], table: str) -> Drawn:
     share traces, so that this is an upper end."""
     if own.get("full") and table in settings.studies:
         study = settings.studies[table]
-        cells, harmful = study.seeds * len(study.rows or tables()[table]), settings.prompts["train_harmful"].count
+        cells, harmful = study.seeds * len(study.rows or tables()[table]), settings.prompts["train_harmful"].size
         yield f"{table}, data", cells * harmful * settings.plan.pool * 2, (1 + HALF) / 2 * settings.expected.trace, ""
         for name in settings.evaluation.sets:
-            rollouts = cells * settings.prompts[name].count * settings.evaluation.draws
+            rollouts = cells * settings.prompts[name].size * settings.evaluation.draws
             yield f"{table}, {name}", rollouts, response(settings, name), ""
 
 
@@ -212,6 +218,26 @@ def minutes(bill: list[Cost], settings: Profile) -> float:
     return (seconds + at.seconds_per_notebook * len(settings.notebooks)) / 60
 
 
+def verdicts(bill: Iterable[Cost]) -> float:
+    """Texts to judge, at most: of every rollout its trace and its answer, those of several lines once."""
+    largest: dict[str, float] = {}
+    for one in bill:
+        largest[one.pool] = max(largest.get(one.pool, 0.0), one.rollouts)
+    return PARTS * sum(largest.values())
+
+
+def money(bill: list[Cost], settings: Profile) -> float:
+    """Dollars for judge and detector, at most, at the prices that the profile states; 0 where it states none."""
+    per_trace, total = settings.expected.trace, 0.0
+    for part, texts, read, written in (
+        (settings.judge, verdicts(bill), per_trace + RUBRIC, VERDICT),
+        (settings.detector, verdicts(bill) / PARTS, per_trace + RUBRIC, FIND),
+    ):
+        prices = [float(part.arguments.get(name, 0.0)) for name in ("dollars_in", "dollars_out")] if part else [0.0, 0.0]
+        total += texts * (read * prices[0] + written * prices[1]) / 1_000_000
+    return total
+
+
 def measured(figures: Path) -> dict[str, int]:
     """Tokens that each notebook's last run asked for, by its two digits, from the sidecars of its figures."""
     found: dict[str, int] = {}
@@ -230,6 +256,7 @@ def table(bill: list[Cost], settings: Profile, found: Mapping[str, int]) -> str:
         lines.append(f"{name:26} {sum(one.rollouts for one in own):9,.0f} rollouts {paid(own):11,.0f} tokens{last}")
         lines += [f"  {one.what:24} {one.rollouts:9,.0f} {one.tokens:20,.0f}" for one in own if one.rollouts]
     total = f"at most {paid(bill):,.0f} generated tokens, draws that notebooks share counted once"
-    return "\n".join(
-        [*lines, f"{settings.name}: {total}, about {minutes(bill, settings):.0f} minutes on {settings.expected.machine}"]
-    )
+    time, price = minutes(bill, settings), money(bill, settings)
+    spent = f"{time:.0f} minutes" if time < LONG else f"{time / 60:.0f} hours"
+    paid_for = f"\njudge and detector: at most {verdicts(bill):,.0f} verdicts and {price:,.0f} dollars" if price else ""
+    return "\n".join([*lines, f"{settings.name}: {total}, about {spent} on {settings.expected.machine}{paid_for}"])

@@ -1,17 +1,29 @@
-"""Whether this machine can run a profile: each check says what it found and how to mend it."""
+"""Whether this machine can run a profile: each check says what it found and how to mend it, before hours are spent."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ipo_lib import hub
+from ipo_lib.chat import Chat
+from ipo_lib.guards import known as known_guards
+from ipo_lib.judge_report import known as labelled
+from ipo_lib.profiles import Part, Profile
+from ipo_lib.prompts import PromptSet, data, known, located
+from ipo_lib.records import BadInput, from_json
+from ipo_lib.remote import Server
 
 GIB = 2**30
+BOOK = "10_judges_and_data"  # the notebook that reads labelled sets
 NEEDED_DISK, NEEDED_MEMORY = 2 * GIB, 8 * GIB
 
 
@@ -22,6 +34,9 @@ class Check:
     name: str
     found: str
     mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name:24} {self.found}" + (f"   -> {self.mend}" if self.mend else "")
 
 
 def checks(root: Path) -> Iterator[Check]:
@@ -67,3 +82,116 @@ def _store(root: Path) -> Check:
         return Check("store", f"{root} cannot be written", "choose a writable folder with $IPO_STORE")
     short = "" if free >= NEEDED_DISK else "free some space, or choose another folder with $IPO_STORE"
     return Check("store", f"{root}, {free / GIB:.0f} GiB free", short)
+
+
+def needs(settings: Profile) -> Iterator[Check]:
+    """What this profile needs beyond a sound machine: its model, servers, memory, prompt sets, judges with their keys."""
+    yield from _model(settings)
+    if not settings.model.server:  # else most of a GPU may be the server's
+        yield from _memory(settings.expected.gpu_gib, settings.model.device)
+    for name, spec in settings.prompts.items():
+        yield from _prompts(name, spec)
+    parts = {"judge": settings.judge, "second judge": settings.second_judge, "detector": settings.detector}
+    for name, part in parts.items():
+        yield from _part(name, part) if part else ()
+    if BOOK in settings.notebooks:
+        folder = data()
+        lacking = [one.file for one in labelled().values() if not (folder and (folder / one.file).is_file())]
+        yield Check("labelled sets", f"{len(lacking)} missing", f"{BOOK} reads {lacking[0]} under $IPO_DATA" if lacking else "")
+    if settings.evaluation.capability and any(settings.prompts[one].known for one in settings.evaluation.capability):
+        there = importlib.util.find_spec("lm_eval") is not None
+        yield Check("capability", "lm-eval" if there else "no lm-eval", "" if there else 'pip install -e ".[eval]"')
+
+
+def _model(settings: Profile) -> Iterator[Check]:
+    model = settings.model
+    if model.find and model.find.use == "ipo_lib.hub:folder":
+        yield _held("model", str(model.find.arguments["name"]), str(model.find.arguments["revision"]))
+    elif not model.find:
+        yield _folder(Path(model.folder).expanduser() if model.folder else None, model.prefill)
+    if model.server:
+        yield from _server("model server", model.server)
+
+
+def _folder(folder: Path | None, prefill: str) -> Check:
+    """A model folder must be one that a chat can be held with."""
+    if folder is None:
+        return Check("model", "no folder", "name one: -p model.folder=DIR, or ipo reproduce --model DIR")
+    try:
+        return Check("model", f"{folder}, {len(Chat(folder, prefill=prefill).eos_ids)} end tokens")
+    except BadInput as error:
+        return Check("model", str(folder), str(error))
+
+
+def _held(what: str, name: str, revision: str) -> Check:
+    if hub.held(name, revision):
+        return Check(what, f"{name} is here")
+    mend = "connect to huggingface.co, ask for access where it is gated, and run hf auth login; or name a folder"
+    return Check(what, f"{name}@{revision[:8]} is not here", mend)
+
+
+def _server(what: str, server: Server) -> Iterator[Check]:
+    if server.key and not os.environ.get(server.key):
+        yield Check(what, f"{server.model}: no key", f"export {server.key}=...")
+        return
+    try:
+        server.context()
+    except BadInput as error:
+        yield Check(what, f"{server.model}: not well", str(error))
+        return
+    yield Check(what, f"{server.model} behind {len(server.urls)} url(s)")
+
+
+def _memory(wanted: float, device: str) -> Iterator[Check]:
+    """The GPU's memory against the profile's; nothing where a profile asks for none."""
+    if not wanted or device == "cpu":
+        return
+    try:
+        import torch
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        yield Check("GPU", "none", f"this profile wants {wanted:.0f} GiB of GPU memory")
+        return
+    free, total = torch.cuda.mem_get_info()
+    mend = "" if free >= wanted * GIB else f"this profile wants {wanted:.0f} GiB; free some, or lower batch_size and max_length"
+    yield Check("GPU", f"{free / GIB:.0f} of {total / GIB:.0f} GiB free", mend)
+
+
+def _prompts(name: str, spec: PromptSet) -> Iterator[Check]:
+    """Whether a prompt set is on this machine; a hub set that is not needs the network."""
+    try:
+        where = located(name, spec)
+    except BadInput as error:
+        yield Check(f"prompts {name}", "missing", str(error))
+        return
+    if where.file:
+        there = Path(where.file).expanduser().is_file()
+        yield Check(f"prompts {name}", where.file, "" if there else "put the file there or name another in the profile")
+    elif where.hub:
+        entry = known().get(spec.known, {})
+        mend = (
+            f"{entry.get('access', 'connect to huggingface.co')}, or put {entry['local']['file']} under $IPO_DATA"
+            if entry
+            else ""
+        )
+        yield Check(
+            f"prompts {name}", f"{where.hub}, from the hub", "" if hub.has_data(where.hub) else mend or "connect to the hub"
+        )
+    templates = Path(where.templates).expanduser() if where.templates else None
+    if templates and not (templates.is_file() or ((folder := data()) and (folder / templates).is_file())):
+        yield Check(f"prompts {name}", f"no {templates}", "put it under $IPO_DATA")
+
+
+def _part(name: str, part: Part) -> Iterator[Check]:
+    """A judge or detector: its server and key, or its guard model."""
+    given: Mapping[str, Any] = part.arguments
+    if "server" in given:
+        yield from _server(name, from_json(Server, dict(given["server"])))
+    elif part.use == "ipo_lib.guards:guard" and not given.get("folder"):
+        guard = known_guards().get(str(given.get("name")))
+        mend = f"choose one of {', '.join(known_guards())}"
+        revision = str(given.get("revision", ""))
+        yield _held(name, guard.hub, revision) if guard else Check(name, f"{given.get('name')!r} is no guard", mend)
+    else:
+        yield Check(name, part.use)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
     "savefig.dpi": 200, "lines.linewidth": 1.2, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
 }  # fmt: skip
+OF_TRACES = re.compile(r"\btraces?\b|\bcues?\b|<|\bKL\b|\bturn", re.I)
 ORIGINS = ("calibrated", "emergent")
 BUILT = " The world was built or fitted for this."
 LOG2, LOG2_TOLERANCE = math.log(2), 1e-3  # the first DPO loss, before any step
@@ -220,6 +222,13 @@ def claim(sentence: str, value: Interval, *, origin: str, percent: bool = True,
     text = sentence.format(format_interval(value, percent)) + BUILT * (origin == ORIGINS[0])
     said = {"claim": text, "value": number, "interval": interval, "n": value.n, "method": value.method, "origin": origin}
     return said | ({"paper": {**paper, "as": "reported second-hand"}} if paper else {})
+
+
+def withheld(claims: Rows, profile: str, closed: Interval) -> list[Mapping[str, Any]]:
+    """The claims of a model that closes less than half of its traces: none that speaks of traces, and one that says so."""
+    said = f"Profile {profile}: traces that were closed: {{}}. Under half: {{held}} claims about traces are withheld."
+    kept = [one for one in claims if not OF_TRACES.search(one["claim"])]
+    return [*kept, claim(said.replace("{held}", str(len(claims) - len(kept))), closed, origin=ORIGINS[1])]
 
 
 def verdict(value: Interval, above: bool = True) -> str:

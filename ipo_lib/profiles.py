@@ -3,15 +3,13 @@ Nothing else in the library asks which profile it is in. A setting is changed by
 
 from __future__ import annotations
 
+import functools
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ipo_lib import plots, replay
 from ipo_lib.adaptive import SearchSettings
@@ -20,16 +18,25 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.evaluation import EvaluationSettings
 from ipo_lib.grpo import GrpoSettings
 from ipo_lib.intervention import CueDetector, Trigger
+from ipo_lib.judging import Judge
+from ipo_lib.layered import layered
 from ipo_lib.lora import DpoSettings, Stage2Settings
 from ipo_lib.mining import learn_lexicon, mine_pool
+from ipo_lib.overlap import apart
 from ipo_lib.pairs import PairSettings
 from ipo_lib.prompts import PromptSet, load, reference
-from ipo_lib.records import BadInput, Prompt, Prompts, Rollouts, Verdicts, from_json
+from ipo_lib.records import BadInput, Prompt, Prompts, Rollouts, Verdicts, canonical, from_json, to_json
+from ipo_lib.remote import Server
 from ipo_lib.replay import Curve
-from ipo_lib.sampling import Sampling, TransformersSampler
+from ipo_lib.sampling import Sampler, Sampling, TransformersSampler
+from ipo_lib.server import ServerSampler
 from ipo_lib.stages import Doors, Plan
+from ipo_lib.stats import wilson
 from ipo_lib.store import Store
 from ipo_lib.training import Recipe
+
+FETCHED = ("ipo_lib.hub:folder", "ipo_lib.guards:guard")  # what may come from the hub
+CLOSED = 0.5  # share of closed traces under which nothing is claimed about traces
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """The model folder (a path, or a ``Part`` that returns one), how it is spoken to, and where it runs."""
+    """The model folder (a path, or a ``Part`` that returns one), how it is spoken to, and where it runs: in this process, or
+    behind ``server``, where the folder need hold no weights unless something is trained."""
 
     folder: str = ""
     find: Part | None = None
@@ -52,13 +60,14 @@ class Model:
     dtype: str = "auto"
     quantize: str | None = None
     batch_size: int = 64
+    server: Server | None = None
 
 
 @dataclass(frozen=True)
 class Expected:
     """What ``ipo cost`` reckons with: mean tokens of a trace and of an answer, and of a whole ``response`` in sets where that is
     otherwise; sentences of a trace; rollouts of a ``search`` for a safe turn of a safe trace, an unsafe turn of an unsafe one,
-    and ``none`` where the kinds differ; the speed of ``machine``."""
+    and ``none`` where the kinds differ; the speed of ``machine``; GPU memory in GiB for sampling and training."""
 
     trace: float = 1500.0
     answer: float = 500.0
@@ -69,6 +78,7 @@ class Expected:
     seconds_per_pair: float = 1.0
     seconds_per_notebook: float = 10.0
     machine: str = "a machine that was not measured"
+    gpu_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,12 +149,11 @@ class Profile:
     recipe: Recipe = Recipe()
     evaluation: EvaluationSettings = EvaluationSettings()
 
-
-class Yaml(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]
-    """Plain data, in which 2e-4 is a number: YAML 1.1 asks for 2.0e-4 and takes it for text."""
-
-
-Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    @property
+    def online(self) -> bool:
+        """Whether it names a model, guard or prompt set that may have to come from the hub."""
+        parts = (self.model.find, self.judge, self.second_judge)
+        return any(one.known or one.hub for one in self.prompts.values()) or any(one and one.use in FETCHED for one in parts)
 
 
 def house() -> Path:
@@ -165,19 +174,20 @@ def read(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
     path = Path(name) if name.endswith(".yml") else house() / "notebooks" / "profiles" / f"{name}.yml"
     if not path.is_file():
         raise BadInput(f"profile {name!r} is unknown; known: {', '.join(available())}, or the path of a .yml file")
-    try:
-        data = {"name": path.stem, **yaml.load(path.read_text("utf-8"), Yaml)}
-    except yaml.YAMLError as error:
-        raise BadInput(f"profile {str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
-    except TypeError:
-        raise BadInput(f"profile {str(path)!r} holds no settings; write them as name: value") from None
+    data = {"name": path.stem, **layered(path)}
     for dotted, value in (overrides or {}).items():
         (*steps, last), place = dotted.split("."), data
         for step in steps:
             if not isinstance(place := place.setdefault(step, {}), dict):
                 raise BadInput(f"parameter {dotted!r}: {step!r} holds a value, not settings")
         place[last] = value
-    return from_json(Profile, data)
+    settings = from_json(Profile, data)
+    used = [*settings.evaluation.sets, *(one for spec in settings.prompts.values() for one in spec.apart)]
+    if strange := next((one for one in used if one not in settings.prompts), ""):
+        raise BadInput(
+            f"profile {settings.name!r}: prompt set {strange!r} is used but not there; known: {', '.join(settings.prompts)}"
+        )
+    return settings
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,9 @@ class Bench:
         """A prompt set of the profile by name."""
         if name not in (sets := self.profile.prompts):
             raise BadInput(f"prompt set {name!r} is not in profile {self.profile.name!r}; known: {', '.join(sets)}")
-        return load(name, sets[name])
+        found = load(name, sets[name])
+        others = [one for other in sets[name].apart for one in load(other, sets[other])]
+        return apart(found, others) if others else found
 
     def detector(self, rollouts: Rollouts, verdicts: Verdicts) -> CueDetector:
         """The profile's cue detector; where it names none, a lexicon learnt from these judged rollouts."""
@@ -246,9 +258,14 @@ class Bench:
         """Where a claim of this kind comes from in this profile: calibrated or emergent."""
         return plots.ORIGINS[0] if kind in self.profile.calibrated else plots.ORIGINS[1]
 
+    def judges(self) -> dict[str, Judge]:
+        """The profile's judges by what they are."""
+        parts = {"judge": self.profile.judge, "second judge": self.profile.second_judge}
+        return {f"{name}, {part.use.rpartition(':')[2]}": made(part) for name, part in parts.items() if part}
+
     def second(self, doors: Doors) -> Doors | None:
         """The same doors with the profile's second judge, where it has one."""
-        return replace(doors, judge=made(part)) if (part := self.profile.second_judge) else None
+        return replace(doors, judge=_kept(canonical(to_json(part)))) if (part := self.profile.second_judge) else None
 
     def adapted(self, adapter: Path | None) -> Doors:
         """The same doors with a trained adapter on the model (None: as it is)."""
@@ -266,8 +283,12 @@ class Bench:
         return there
 
     def save(self, figure: Any, name: str, claims: Sequence[Mapping[str, Any]], artifacts: Mapping[str, Any]) -> None:
-        """Write a figure of this profile with its claims, and the tokens that this notebook has asked for so far."""
-        about, tokens = self.profile.about, sum(self.doors.store.drawn.values())
+        """Write a figure of this profile with its claims, and the tokens that this notebook has asked for so far. Where fewer
+        than half of the whole responses closed their trace, claims about traces are withheld, and the share is said instead."""
+        about, tokens, closed = self.profile.about, sum(self.doors.store.drawn.values()), [*self.doors.store.closed.values()]
+        if closed and (share := wilson(sum(closed), len(closed))).value < CLOSED:
+            claims = plots.withheld(claims, self.profile.name, share)
+            about = f"{about} Only {share.value:.0%} of the traces were closed: what is shown of traces means nothing."
         plots.save(figure, self.figures, name, claims, profile=self.profile.name, about=about, artifacts=artifacts, tokens=tokens)
 
 
@@ -279,8 +300,16 @@ def made(part: Part) -> Any:
         raise BadInput(f"{part.use}: wrong arguments ({error})") from None
 
 
-def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None) -> TransformersSampler:
+@functools.cache
+def _kept(part: str) -> Any:
+    """The object of a ``Part`` written as JSON, made once: a judge may hold a model."""
+    return made(from_json(Part, json.loads(part)))
+
+
+def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None) -> Sampler:
     """The sampler of a profile's model, with an adapter or without."""
+    if model.server:
+        return ServerSampler(model.server, chat, adapter=adapter)
     return TransformersSampler(folder, chat, adapter=adapter, device=model.device, dtype=model.dtype, quantize=model.quantize,
                                batch_size=model.batch_size)  # fmt: skip
 

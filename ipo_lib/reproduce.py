@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -14,19 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
+from ipo_lib import capability as capability_
 from ipo_lib import cost as cost_
 from ipo_lib import doctor as doctor_
+from ipo_lib import overlap as overlap_
 from ipo_lib import progress, report, results, study
-from ipo_lib.profiles import Profile, Yaml, available, house, read
-from ipo_lib.records import BadInput, canonical, digest
+from ipo_lib import prompts as sets
+from ipo_lib.arguments import checked, declared, local, parse
+from ipo_lib.profiles import Profile, available, house, open_bench, read
+from ipo_lib.records import BadInput, canonical, digest, to_json
 from ipo_lib.store import MENDS, Store
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 KERNEL = {"GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
+ANY = "plain"  # the profile of a model without one
 DEFAULT = "sandbox"  # the profile of a command that names none
-PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
 
 
 NAME = Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")]
@@ -45,9 +47,18 @@ def reproduce(
     full: Annotated[
         bool, typer.Option(help="run every row and seed of the tables, too, instead of reading the committed ones")
     ] = False,
+    dry_run: Annotated[bool, typer.Option(help="say what would run, what it costs and what is missing; run nothing")] = False,
+    model: Annotated[str, typer.Option(help="a model folder, for a run without a profile of its own")] = "",
+    prompts: Annotated[str, typer.Option(help="its prompts: a known set, or FILE#column")] = "",
+    judge: Annotated[str, typer.Option(help="its judge: keyword, a guard's name, or URL#model")] = "",
 ) -> None:
     """Run every notebook of a profile, in order, and write its figures and a report; finished work is never done twice."""
     given = [*(parameter or []), *(["full=true"] if full else [])]
+    if model or prompts or judge:
+        profile = ANY if profile == DEFAULT else profile
+        given = [*local(model, prompts, judge), *given]
+    if dry_run:
+        return rehearse(profile, given, store, figures)
     started, plan = time.monotonic(), planned(profile, given, store, figures)
     for job in jobs(plan):
         run(job, plan, again)
@@ -74,13 +85,39 @@ def status(profile: NAME = DEFAULT, parameter: GIVEN = None, store: STORE = "", 
 
 
 @app.command()
-def doctor(store: STORE = "") -> None:
-    """Look at this machine: packages, device, memory, disk; each trouble with its mend."""
+def doctor(
+    profile: Annotated[str, typer.Argument(help="a profile, whose own needs are looked at, too")] = "",
+    parameter: GIVEN = None,
+    store: STORE = "",
+) -> None:
+    """Look at this machine, and at what a profile needs: packages, device, memory, models, data, keys, servers."""
     found = list(doctor_.checks(Store(store or None).root))
+    found += doctor_.needs(planned(profile, parameter or [], store, "").settings) if profile else []
     for one in found:
-        print(f"{one.name:14} {one.found}" + (f"   -> {one.mend}" if one.mend else ""))
+        print(one)
     if troubles := sum(bool(one.mend) for one in found):
         raise BadInput(f"{troubles} of {len(found)} checks need a hand; the mends stand above")
+
+
+def rehearse(profile: str, given: list[str], store: str, figures: str) -> None:
+    """What a run would do and cost, and all that it lacks."""
+    plan = planned(profile, given, store, figures)
+    cost(profile, given)
+    found = [*doctor_.checks(plan.root), *doctor_.needs(plan.settings)]
+    lacking = [one for one in found if one.mend]
+    print(f"\n{len(lacking)} of {len(found)} checks need a hand" + (":" if lacking else ""), *lacking, sep="\n")
+
+
+@app.command()
+def overlap(profile: NAME = "ds-8b", parameter: GIVEN = None) -> None:
+    """Say what the test sets of a profile share with its training sets: whole prompts, and eight words in a row."""
+    settings = planned(profile, parameter or [], "", "").settings
+    test = [*settings.evaluation.harmful, *settings.evaluation.benign]
+    train = [name for name in settings.prompts if name not in settings.evaluation.sets]
+    loaded = {name: sets.load(name, settings.prompts[name]) for name in (*train, *test)}
+    for one in overlap_.table(loaded, train, test):
+        short = f"{one.short} of fewer than {overlap_.WIDTH} words"
+        print(f"{one.test:16} {one.train:16} {len(one.shared):4} of {one.size} ({one.exact} word for word; {short})")
 
 
 @app.command()
@@ -94,6 +131,32 @@ def cost(profile: NAME = DEFAULT, parameter: GIVEN = None) -> None:
     settings = read(profile, {name: value for name, value in given.items() if not any(name in one for one in own.values())})
     found = {} if given else cost_.measured(house() / "figures" / settings.name)
     print(cost_.table(cost_.plan(settings, own), settings, found))
+
+
+@app.command()
+def capability(
+    profile: NAME = DEFAULT,
+    task: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(capability_.TASKS)}; default: those without code")
+    ] = None,
+    parameter: GIVEN = None,
+    adapter: Annotated[str, typer.Option(help="a trained adapter's folder")] = "",
+    limit: Annotated[int, typer.Option(help="problems of each task; 0: all")] = 0,
+    run_code: Annotated[bool, typer.Option(help="allow a task to execute code that the model writes")] = False,
+    store: STORE = "",
+) -> None:
+    """Measure what a profile's model can do, with lm-eval (pip install -e ".[eval]")."""
+    tasks = task or [name for name, one in capability_.TASKS.items() if not one.runs_code]
+    bench, path = open_bench(profile, parse(parameter or []), store), Path(adapter) if adapter else None
+    settings, root = bench.profile, bench.doors.store.root / "capability"
+    known = [bench.doors.sampler.fingerprint(), adapter, limit, to_json(settings.sampling)]
+    asked = {}
+    for name in tasks:  # all of them read before the first is run
+        out = root / f"{name}-{digest(known)}"
+        asked[name] = out, capability_.command(settings, bench.folder, name, out, adapter=path, limit=limit, run_code=run_code)
+    for name, (out, call) in asked.items():
+        one = capability_.measure(name, call, out, os.environ)
+        print(f"{one.task:14} {100 * one.value:5.1f} % (standard error {100 * one.error:.1f}, n={one.n})", flush=True)
 
 
 @app.command()
@@ -170,37 +233,6 @@ def jobs(plan: Planned) -> Iterator[Job]:
         so_far.append(digest(produced(book, plan.figures)))
 
 
-def parse(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are YAML."""
-    given = {}
-    for name, equals, value in (pair.partition("=") for pair in pairs):
-        if not equals or not name:
-            raise BadInput(f"parameter {name + equals + value!r}: write name=value")
-        try:
-            given[name] = yaml.load(value, Yaml)
-        except yaml.YAMLError:
-            raise BadInput(f"parameter {name!r}: {value!r} is not a YAML value") from None
-    return given
-
-
-def declared(book: Path) -> dict[str, tuple[str, Any]]:
-    """The parameters of a notebook from its tagged cell: the type and the default of each."""
-    if not book.is_file():
-        raise BadInput(f"notebook {str(book)!r} is missing; name it in notebooks/ or take it out of the profile")
-    cells = json.loads(book.read_text("utf-8"))["cells"]
-    tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    lines = [line for line in ast.parse("".join(tagged["source"])).body if isinstance(line, ast.AnnAssign)]
-    return {ast.unparse(one.target): (ast.unparse(one.annotation), ast.literal_eval(one.value)) for one in lines if one.value}
-
-
-def checked(name: str, value: Any, kind: str) -> Any:
-    """A parameter of the declared type, or BadInput: papermill itself only warns."""
-    expected = PLAIN.get(kind)
-    if expected and (not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool")):  # type: ignore[arg-type]
-        raise BadInput(f"parameter {name!r}: expected {kind}, found {value!r}")
-    return value
-
-
 def source() -> str:
     """The digest of the installed library, data and weights included."""
     folder = Path(__file__).parent
@@ -218,7 +250,8 @@ def run(job: Job, plan: Planned, again: bool) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     plan.runs.mkdir(parents=True, exist_ok=True)
-    os.environ.update({name: os.environ.get(name, value) for name, value in KERNEL.items()})
+    kernel = KERNEL | {"HF_HUB_OFFLINE": "0" if plan.settings.online else "1"}
+    os.environ.update({name: os.environ.get(name, value) for name, value in kernel.items()})
     held, began = sizes(plan.root), time.time()
     try:
         with progress.watched(plan.runs / "progress.json", book.stem):

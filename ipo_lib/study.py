@@ -23,8 +23,9 @@ import yaml
 
 from ipo_lib import evaluation, learned, recipes
 from ipo_lib.kl import Moved, moved
+from ipo_lib.layered import Yaml
 from ipo_lib.lora import Untrainable
-from ipo_lib.profiles import Bench, Expected, StudySettings, Yaml, house, open_bench
+from ipo_lib.profiles import Bench, Expected, StudySettings, house, open_bench
 from ipo_lib.progress import FILE, say
 from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json, to_json
 from ipo_lib.stages import Doors, by_prompt, judge

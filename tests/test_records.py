@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from ipo_lib import lora, records
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import LexiconCues, Trigger
+from ipo_lib.layered import Yaml
 from ipo_lib.pairs import PairSettings
-from ipo_lib.profiles import Model, Part, Profile, Yaml
+from ipo_lib.profiles import Model, Part, Profile
 from ipo_lib.prompts import PromptSet
 from ipo_lib.records import BadInput, canonical, digest, from_json, to_json
 from ipo_lib.sampling import Sampling

@@ -1,0 +1,180 @@
+"""What a profile needs, said before anything runs; a model without a profile; claims that are withheld."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from models import tiny_model
+
+from ipo_lib import arguments, cost, doctor, hub, plots, profiles, reproduce
+from ipo_lib.doctor import Check
+from ipo_lib.profiles import Part, open_bench, read
+from ipo_lib.records import BadInput, Prompt
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages import Start, sample
+from ipo_lib.stats import wilson
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key, no data folder, an empty hub cache."""
+    for name in ("IPO_DATA", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hub, "held", lambda name, revision: None)
+    monkeypatch.setattr(hub, "has_data", lambda pinned: False)
+
+
+def troubles(profile: str, **changes: object) -> dict[str, str]:
+    return {one.name: f"{one.found} -> {one.mend}" for one in doctor.needs(read(profile, changes)) if one.mend}
+
+
+def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_mend() -> None:
+    found = troubles("ds-8b")
+    assert "deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4 is not here" in found["model"]
+    assert "export OPENAI_API_KEY=..." in found["judge"]
+    assert "export OPENAI_API_KEY" in found["detector"]
+    assert "Qwen/Qwen3Guard-Gen-0.6B" in found["second judge"]
+    assert "train/star1.jsonl under $IPO_DATA" in found["prompts train_harmful"]
+    assert "accept the terms on huggingface.co/datasets/allenai/wildjailbreak" in found["prompts wildjailbreak"]
+    assert "on no hub" in found["prompts strongreject"]
+    assert not any("\n" in one for one in found.values())
+
+
+def test_what_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_model(tmp_path / "m", template="r1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    monkeypatch.setattr(hub, "has_data", lambda pinned: True)
+    changes = {
+        "model.find": None,
+        "model.folder": str(folder),
+        "model.device": "cpu",
+        "judge": {"use": "ipo_lib.judging:KeywordJudge"},
+    }
+    changes |= {
+        "second_judge": None,
+        "detector": None,
+        "prompts.strongreject.known": "strongreject",
+        "prompts.strongreject.templates": "",
+    }
+    changes |= {"prompts.strongreject.attacks": [], "notebooks": ["06_ipo_training"]}
+    assert troubles("ds-8b", **changes) == {}
+    assert "reads judge_val/harmbench" in troubles("ds-8b")["labelled sets"]
+    found = [one for one in doctor.needs(read("ds-8b", changes)) if one.name == "model"]
+    assert str(folder) in found[0].found
+
+
+def test_a_server_that_is_down_and_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    server = {"urls": ["http://127.0.0.1:9/v1"], "model": "m", "attempts": 1}
+    found = troubles("ds-8b", **{"model.server": server, "model.find": None, "model.folder": str(tmp_path)})
+    assert "start it, or mend the url" in found["model server"]
+    assert "no tokenizer.json" in found["model"]
+    assert "--model DIR" in troubles("plain")["model"]
+
+
+def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    reproduce.rehearse("ds-8b", [], str(tmp_path / "store"), str(tmp_path / "figures"))
+    said = capsys.readouterr().out
+    assert "06_ipo_training" in said
+    assert "hours on one 80 GB GPU" in said
+    assert "dollars" in said
+    assert "checks need a hand:" in said
+    assert "export OPENAI_API_KEY=..." in said
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "figures").exists()
+
+
+def test_money_follows_price_and_rollouts() -> None:
+    settings = read("ds-8b")
+    bill = [cost.Cost("a", "x", 1000, 1.0, pool="p"), cost.Cost("b", "y", 600, 1.0, pool="p"), cost.Cost("b", "z", 500, 1.0)]
+    assert cost.verdicts(bill) == 3000
+    read_ = settings.expected.trace + cost.RUBRIC
+    judged, found = 3000 * (read_ * 2.5 + cost.VERDICT * 10), 1500 * (read_ * 2.5 + cost.FIND * 10)
+    assert cost.money(bill, settings) == pytest.approx((judged + found) / 1e6)
+    assert cost.money(bill, read("sandbox")) == 0
+
+
+def test_a_check_is_one_line() -> None:
+    assert str(Check("x", "found", "mend")).split() == ["x", "found", "->", "mend"]
+    assert "->" not in str(Check("x", "found"))
+
+
+def test_a_model_without_a_profile(tmp_path: Path) -> None:
+    given = arguments.parse(arguments.local("DIR", "jbb", "http://h:1/v1#gpt"))
+    settings = read("plain", given)
+    assert (settings.model.folder, settings.prompts["train_harmful"].known, settings.prompts["train_harmful"].file) == (
+        "DIR",
+        "jbb",
+        "",
+    )
+    assert settings.judge.use == "ipo_lib.rubric:rubric"
+    assert settings.judge.arguments == {"server": {"urls": ["http://h:1/v1"], "model": "gpt"}}
+    settings = read("plain", arguments.parse(arguments.local("DIR", "a.csv#question", "wildguard")))
+    assert (settings.prompts["train_harmful"].file, settings.prompts["train_harmful"].text) == ("a.csv", "question")
+    assert settings.judge == Part("ipo_lib.guards:guard", {"name": "wildguard", "revision": "main"})
+    assert read("plain", arguments.parse(arguments.local("DIR", "", "keyword"))).judge == read("plain").judge
+
+
+def test_profiles_that_are_like_another(tmp_path: Path) -> None:
+    seven, eight = read("ds-7b"), read("ds-8b")
+    assert seven.prompts == eight.prompts
+    assert seven.stage1 == eight.stage1
+    assert seven.model.find != eight.model.find
+    (tmp_path / "mine.yml").write_text("like: other\nabout: x.\n")
+    with pytest.raises(BadInput, match=r"it is like 'other', which is not beside it"):
+        read(str(tmp_path / "mine.yml"))
+
+
+@pytest.mark.parametrize(("closed", "held"), [(0.4, True), (0.6, False)])
+def test_a_model_that_seldom_closes_its_trace_claims_nothing_of_traces(tmp_path: Path, closed: float, held: bool) -> None:
+    folder = tiny_model(tmp_path / "m", template="r1")
+    changes = {"model.folder": str(folder), "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"}}
+    bench = open_bench("plain", {**changes, "model.prefill": ""}, str(tmp_path / "s"), str(tmp_path / "f"))
+    bench.doors.store.closed.update({str(at): at < 10 * closed for at in range(10)})
+    claims = [
+        plots.claim(f"Profile plain: {what} {{}}.", wilson(3, 9), origin="emergent")
+        for what in ("harmful traces", "answers refused")
+    ]
+    bench.save(plots.figure()[0], "07-x", claims, {})
+    text = (tmp_path / "f" / "07-x.json").read_text()
+    assert ("harmful traces" not in text) == held
+    assert ("Under half: 1 claims about traces are withheld" in text) == held
+    assert "answers refused" in text
+    assert ("Only 40% of the traces were closed" in text) == held
+
+
+def test_the_verbs_note_which_traces_were_closed(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", template="r1")
+    changes = {
+        "model.folder": str(folder),
+        "model.prefill": "",
+        "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"},
+    }
+    bench = open_bench("plain", changes, str(tmp_path / "s"), str(tmp_path / "f"))
+    found = sample(bench.doors, [Start(Prompt("p", "Bread?", "test", False))], Sampling(max_tokens=5), 3)
+    assert bench.doors.store.closed == {one.id: "</think>" in one.text for one in found}
+    assert os.environ.get("IPO_DATA") is None
+    assert profiles.CLOSED == 0.5
+
+
+def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "How tall?"}\n')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "how tall"}\n{"prompt": "How wide?"}\n')
+    sets = {
+        "train_harmful": {"count": 1, "file": str(tmp_path / "a.jsonl")},
+        "test": {"count": 2, "file": str(tmp_path / "b.jsonl")},
+    }
+    changes = {"model.folder": str(tiny_model(tmp_path / "m", template="r1")), "model.prefill": ""}
+    kept = []
+    for apart in ((), ("train_harmful",)):
+        own = {name: {**one, "id": "", "known": "", "text": "prompt", "category": ""} for name, one in sets.items()}
+        own["test"]["apart"] = apart
+        bench = open_bench(
+            "plain",
+            {**changes, **{f"prompts.{name}": one for name, one in own.items()}},
+            str(tmp_path / "s"),
+            str(tmp_path / "f"),
+        )
+        kept.append([one.text for one in bench.prompts("test")])
+    assert kept == [["how tall", "How wide?"], ["How wide?"]]
