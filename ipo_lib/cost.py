@@ -233,8 +233,9 @@ def money(bill: list[Cost], settings: Profile) -> float:
         (settings.judge, verdicts(bill), per_trace + RUBRIC, VERDICT),
         (settings.detector, verdicts(bill) / PARTS, per_trace + RUBRIC, FIND),
     ):
-        prices = [float(part.arguments.get(name, 0.0)) for name in ("dollars_in", "dollars_out")] if part else [0.0, 0.0]
-        total += texts * (read * prices[0] + written * prices[1]) / 1_000_000
+        for one in part.all if part else ():
+            prices = [float(one.arguments.get(name, 0.0)) for name in ("dollars_in", "dollars_out")]
+            total += texts * (read * prices[0] + written * prices[1]) / 1_000_000
     return total
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ipo_lib.records import BadInput, from_json
 from ipo_lib.remote import Server
 
 GIB = 2**30
+PATIENCE = 20.0  # seconds for a server to answer
 BOOK = "10_judges_and_data"  # the notebook that reads labelled sets
 NEEDED_DISK, NEEDED_MEMORY = 2 * GIB, 8 * GIB
 
@@ -93,7 +94,8 @@ def needs(settings: Profile) -> Iterator[Check]:
         yield from _prompts(name, spec)
     parts = {"judge": settings.judge, "second judge": settings.second_judge, "detector": settings.detector}
     for name, part in parts.items():
-        yield from _part(name, part) if part else ()
+        for one in part.all if part else ():
+            yield from _part(name, one)
     if BOOK in settings.notebooks:
         folder = data()
         lacking = [one.file for one in labelled().values() if not (folder and (folder / one.file).is_file())]
@@ -135,7 +137,7 @@ def _server(what: str, server: Server) -> Iterator[Check]:
         yield Check(what, f"{server.model}: no key", f"export {server.key}=...")
         return
     try:
-        server.context()
+        replace(server, attempts=1, timeout=PATIENCE).context()
     except BadInput as error:
         yield Check(what, f"{server.model}: not well", str(error))
         return
@@ -170,14 +172,9 @@ def _prompts(name: str, spec: PromptSet) -> Iterator[Check]:
         yield Check(f"prompts {name}", where.file, "" if there else "put the file there or name another in the profile")
     elif where.hub:
         entry = known().get(spec.known, {})
-        mend = (
-            f"{entry.get('access', 'connect to huggingface.co')}, or put {entry['local']['file']} under $IPO_DATA"
-            if entry
-            else ""
-        )
-        yield Check(
-            f"prompts {name}", f"{where.hub}, from the hub", "" if hub.has_data(where.hub) else mend or "connect to the hub"
-        )
+        mend = entry.get("access", "connect to huggingface.co")
+        mend += f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
+        yield Check(f"prompts {name}", f"{where.hub}, from the hub", "" if hub.has_data(where.hub) else mend)
     templates = Path(where.templates).expanduser() if where.templates else None
     if templates and not (templates.is_file() or ((folder := data()) and (folder / templates).is_file())):
         yield Check(f"prompts {name}", f"no {templates}", "put it under $IPO_DATA")

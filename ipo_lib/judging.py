@@ -5,9 +5,10 @@ label None is *not judged* and never replaced by a default (law 2). A headline s
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -119,6 +120,25 @@ class Panel:
             label = next((x for x in labels if x is not None and labels.count(x) >= needed), None)
             raw, name = canonical(list(zip(names, labels, strict=True))), f"{self.rule}({','.join(names)})"
             yield Verdict(e.rollout_id, e.part, e.question, label, None, raw, name)
+
+
+@dataclass(frozen=True)
+class ByQuestion:
+    """Another judge for every question, such as a guard for harm and a classifier for refusals; any other question gets None."""
+
+    judges: Mapping[str, Judge]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Every judge by its question."""
+        return {"judge": "by question", "judges": {name: judge.fingerprint() for name, judge in sorted(self.judges.items())}}
+
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
+        """The verdicts in order."""
+        for question, own in itertools.groupby(exchanges, key=lambda e: e.question):
+            if judge := self.judges.get(question):
+                yield from judge.judge(list(own))
+            else:
+                yield from (Verdict(e.rollout_id, e.part, question, None, None, "no judge", "by question") for e in own)
 
 
 def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> dict[str, float]:

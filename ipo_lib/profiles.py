@@ -18,7 +18,7 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.evaluation import EvaluationSettings
 from ipo_lib.grpo import GrpoSettings
 from ipo_lib.intervention import CueDetector, Trigger
-from ipo_lib.judging import Judge
+from ipo_lib.judging import UNANIMOUS, ByQuestion, Judge, Panel
 from ipo_lib.layered import layered
 from ipo_lib.lora import DpoSettings, Stage2Settings
 from ipo_lib.mining import learn_lexicon, mine_pool
@@ -45,6 +45,13 @@ class Part:
 
     use: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def all(self) -> list[Part]:
+        """This part and those among its arguments, as of a panel."""
+        values = [*self.arguments.values()]
+        inner = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        return [self, *(part for one in inner if isinstance(one, dict) and "use" in one for part in from_json(Part, one).all)]
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,8 @@ class Profile:
     @property
     def online(self) -> bool:
         """Whether it names a model, guard or prompt set that may have to come from the hub."""
-        parts = (self.model.find, self.judge, self.second_judge)
-        return any(one.known or one.hub for one in self.prompts.values()) or any(one and one.use in FETCHED for one in parts)
+        parts = [part for one in (self.model.find, self.judge, self.second_judge) if one for part in one.all]
+        return any(one.known or one.hub for one in self.prompts.values()) or any(part.use in FETCHED for part in parts)
 
 
 def house() -> Path:
@@ -298,6 +305,16 @@ def made(part: Part) -> Any:
         return reference(part.use)(**part.arguments)
     except TypeError as error:
         raise BadInput(f"{part.use}: wrong arguments ({error})") from None
+
+
+def panel(judges: Sequence[Mapping[str, Any]], rule: str = UNANIMOUS) -> Panel:
+    """A panel of judges, each written as a ``Part``."""
+    return Panel([made(from_json(Part, dict(one))) for one in judges], rule)
+
+
+def by_question(**judges: Mapping[str, Any]) -> ByQuestion:
+    """A judge for each question, each written as a ``Part``."""
+    return ByQuestion({question: made(from_json(Part, dict(one))) for question, one in judges.items()})
 
 
 @functools.cache

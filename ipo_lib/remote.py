@@ -17,9 +17,7 @@ from ipo_lib.records import BadInput, canonical
 TOPS = 20  # likeliest tokens that a server reports at each position unless it was started with a higher --max-logprobs
 AHEAD = 4  # requests waiting for each that is in flight
 KEYLESS = "none"  # the client wants some key even where the server does not
-
-
-MILLION = 1_000_000
+MILLION = 1_000_000  # tokens that a price is for
 
 
 class Unanswered(Exception):

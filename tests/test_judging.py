@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.judging import HARM, MAJORITY, REFUSAL, UNANIMOUS, Exchange, KeywordJudge, NoisyJudge, Panel, agreement
+from ipo_lib.judging import HARM, MAJORITY, REFUSAL, UNANIMOUS, ByQuestion, Exchange, KeywordJudge, NoisyJudge, Panel, agreement
 from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Verdict, canonical
 from ipo_lib.stats import clopper_pearson
 
@@ -145,3 +145,11 @@ def test_settings_out_of_range_and_fingerprints() -> None:
         Panel([Scripted()])
     prints = [NoisyJudge(Scripted(), 0.9, 0.9, s).fingerprint() for s in (0, 1)] + [KeywordJudge().fingerprint()]
     assert len({canonical(p) for p in prints}) == 3
+
+
+def test_every_question_has_its_own_judge() -> None:
+    harm, refusal = Scripted({"a": UNSAFE, "b": SAFE}), Scripted({"a": "refused", "b": "answered"}, "other")
+    joint = ByQuestion({HARM: harm, REFUSAL: refusal})
+    asked = [*ask(["a", "b"]), *ask(["b"], question=REFUSAL), *ask(["a"], question="weather"), *ask(["a"])]
+    assert labels(joint.judge(asked)) == [UNSAFE, SAFE, "answered", None, UNSAFE]
+    assert joint.fingerprint() != ByQuestion({HARM: harm}).fingerprint()

@@ -178,3 +178,22 @@ def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
         )
         kept.append([one.text for one in bench.prompts("test")])
     assert kept == [["how tall", "How wide?"], ["How wide?"]]
+
+
+def test_judges_inside_judges_are_made_priced_and_looked_at() -> None:
+    keyword, phrases = {"use": "ipo_lib.judging:KeywordJudge"}, {"use": "ipo_lib.refusals:RefusalJudge"}
+    guard = {"use": "ipo_lib.guards:guard", "arguments": {"name": "wildguard", "revision": "main"}}
+    part = Part("ipo_lib.profiles:panel", {"judges": [keyword, phrases], "rule": "majority"})
+    made = profiles.made(part)
+    assert (len(made.judges), made.rule) == (2, "majority")
+    split = profiles.made(Part("ipo_lib.profiles:by_question", {"harm": keyword, "refusal": phrases}))
+    assert sorted(split.judges) == ["harm", "refusal"]
+    nested = {
+        "use": "ipo_lib.profiles:by_question",
+        "arguments": {"harm": guard, "refusal": {**phrases, "arguments": {"dollars_in": 3.0}}},
+    }
+    changed = read("r1-1.5b", {"judge": nested})
+    assert [one.use for one in changed.judge.all] == ["ipo_lib.profiles:by_question", guard["use"], phrases["use"]]
+    assert changed.online
+    assert any("allenai/wildguard" in one.found for one in doctor.needs(changed))
+    assert cost.money([cost.Cost("a", "x", 1.0)], changed) > 0

@@ -194,3 +194,8 @@ def test_a_model_asked_for_the_cue_answers_with_one_number(proxy: Proxy) -> None
 def test_what_is_judged_decides_how_it_is_named(proxy: Proxy) -> None:
     one = judge(proxy)
     assert "private reasoning" in one.messages(replace(exchange(), part=TRACE))[0]["content"]
+
+
+def test_a_replica_that_is_down_is_passed_over(proxy: Proxy) -> None:
+    proxy.plan.append("say VERDICT: safe")
+    assert labels(judge(proxy, server={"urls": ["http://127.0.0.1:9/v1", proxy.url]})) == [SAFE]
