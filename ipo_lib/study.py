@@ -204,12 +204,12 @@ def _write(bench: Bench, table: str, changes: Changes, found: Sequence[Any]) -> 
 
 
 def table(bench: Bench, name: str, full: bool) -> tuple[list[Cell], str]:
-    """The cells of a table and their date: run now, or as committed with the last full run."""
-    return (
-        (run(bench, name), datetime.date.today().isoformat())
-        if full
-        else committed(bench.profile.name, name, Cell, bench.figures)
-    )
+    """The cells of a table and their date: run now, or as committed with the last full run; none where the profile runs none."""
+    if not rows(bench, name):
+        return [], "never"
+    if full:
+        return run(bench, name), datetime.date.today().isoformat()
+    return committed(bench.profile.name, name, Cell, bench.figures)
 
 
 def committed(profile: str, table: str, kind: type[Record], figures: Path | None = None) -> tuple[list[Record], str]:
