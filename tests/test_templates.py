@@ -124,6 +124,9 @@ def test_smollm2_gives_its_own_system_turn() -> None:
     assert text.endswith(f"<|im_start|>user\n{ASK.text}<|im_end|>\n<|im_start|>assistant\n<think>\n")
 
 
+FUSED = {"llama_r1": 1}  # Llama 3 has one token for a Chinese full stop and the character after it
+
+
 def inside(text: str, offsets: Sequence[int], start: int, end: int) -> tuple[int, int]:
     """How many sentence ends of a region lie inside a token that has text on both sides, of how many."""
     spans = sentences(text, offsets, start, end)
@@ -133,7 +136,7 @@ def inside(text: str, offsets: Sequence[int], start: int, end: int) -> tuple[int
 
 @pytest.mark.skipif(not KIT, reason=NO_KIT)
 @pytest.mark.parametrize("name", ["llama_r1", "qwen_r1", "qwen3"])
-def test_no_sentence_of_a_real_trace_ends_inside_a_token(name: str, request: pytest.FixtureRequest) -> None:
+def test_sentences_of_real_traces_end_where_tokens_do(name: str, request: pytest.FixtureRequest) -> None:
     chat, bad, every = Chat(request.getfixturevalue(name)), 0, 0
     assert KIT is not None
     for line in (KIT / "train" / "star1.jsonl").read_text("utf-8").splitlines():
@@ -144,7 +147,7 @@ def test_no_sentence_of_a_real_trace_ends_inside_a_token(name: str, request: pyt
         found = inside(text, chat.offsets(ids), *span)
         bad, every = bad + found[0], every + found[1]
     assert every > 14_000
-    assert bad == 0
+    assert bad == FUSED.get(name, 0)
 
 
 def test_a_cut_inside_a_token_would_be_seen() -> None:
