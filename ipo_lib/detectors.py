@@ -157,6 +157,7 @@ class Asked:
         try:
             found = self.server.call(lambda client: client.chat.completions.create(model=self.server.model, **body))
         except Declined:
+            self.budget.release(reserved)
             return UNREAD
         except Unanswered as error:
             raise BadInput(f"{who}: no answer ({error}); finds so far are kept, run again when it is well") from None

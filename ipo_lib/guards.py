@@ -57,8 +57,13 @@ class GuardJudge:
     context: float = math.inf
 
     def fingerprint(self) -> dict[str, Any]:
-        """The guard's data and the model that answers."""
-        return {"judge": "guard", "guard": to_json(self.guard), "sampler": self.sampler.fingerprint()}
+        """What the guard reads and how its answers are weighed, and the model that answers."""
+        data = to_json(self.guard)
+        return {
+            "judge": "guard",
+            **{name: data[name] for name in ("text", "answers", "mass")},
+            "sampler": self.sampler.fingerprint(),
+        }
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
         """One verdict an exchange; every possible answer is read by the model once."""

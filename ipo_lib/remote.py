@@ -57,6 +57,11 @@ class Budget:
             self.spent, self.made = self.spent + most, self.made + 1
         return most
 
+    def release(self, reserved: float) -> None:
+        """Put back what was reserved for a request that the server turned down: it is not billed."""
+        with self.lock:
+            self.spent -= reserved
+
     def settle(self, reserved: float, used: Any) -> None:
         """Put what a request did cost in the place of what was reserved; where the server does not tell, the reserve stays."""
         if used is not None:

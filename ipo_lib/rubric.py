@@ -106,6 +106,7 @@ class RubricJudge:
         try:
             found = self.server.call(lambda client: client.chat.completions.create(model=self.server.model, **body))
         except Declined as error:
+            self.budget.release(reserved)
             return f"declined: {error}"
         except Unanswered as error:
             raise BadInput(f"{who}: no answer ({error}); verdicts so far are kept, run again when it is well") from None

@@ -204,12 +204,13 @@ class TransformersSampler:
         prefixes = [one.prompt_ids + one.prefix_ids for one in requests]
 
         def draw(live: Sequence[int], logits: Tensor) -> Tensor:
-            bars = logits.new_tensor([rows[one].barred for one in live], dtype=_float64()).long()
+            bars = [rows[one].barred for one in live]
+            barred = logits.new_tensor(bars, dtype=_float64()).long() if max(bars) >= 0 else None
             if not sampling.temperature:
-                logits[bars >= 0, bars[bars >= 0]] = -math.inf
+                if barred is not None:
+                    logits[barred >= 0, barred[barred >= 0]] = -math.inf
                 return logits.argmax(-1)
             uniforms = logits.new_tensor([rows[one].uniform for one in live], dtype=_float64())
-            barred = bars if bool((bars >= 0).any()) else None
             return nucleus_draw(logits, uniforms, sampling.temperature, sampling.top_p, barred=barred)
 
         def take(one: int, token: int) -> bool:

@@ -89,13 +89,7 @@ class ServerSampler:
                 "logit_bias": bias,
             }
             stops = {"stop": [CLOSE], "include_stop_str_in_output": True} if sampling.until == "think" else {}
-            more = {
-                "return_token_ids": True,
-                "stop_token_ids": [*self.chat.eos_ids],
-                "skip_special_tokens": False,
-                **PLAIN,
-                **stops,
-            }
+            more = {"return_token_ids": True, "stop_token_ids": [*self.chat.eos_ids], "skip_special_tokens": False}
             choice = self._completion(request.prompt_ids, {**body, "extra_body": {**more, **PLAIN, **stops}})
             if (ids := getattr(choice, "token_ids", None)) is None:
                 raise BadInput(f"server {self.server.urls[0]} returns no token ids; use vLLM 0.10.2 or later")

@@ -260,8 +260,9 @@ def cues(doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetect
         texts = {r.id: trace_texts(doors, r) for r in rollouts}
         found = ask({key: texts[key] for key in ledger.missing(texts)})
         ledger.collect(((key, {"sentence": at}) for key, at in found), WRITE_EVERY)
-        doors.store.unread |= {key for key in texts if ledger[key]["sentence"] == UNREAD}
-        return {key: None if key in doors.store.unread else ledger[key]["sentence"] for key in texts}
+        unread = {key for key in texts if ledger[key]["sentence"] == UNREAD}
+        doors.store.unread = (doors.store.unread - texts.keys()) | unread  # of this detector, not of one before
+        return {key: None if key in unread else ledger[key]["sentence"] for key in texts}
     if many := getattr(detector, "many", None):  # it asks a model
         return dict(many(prompts, rollouts))
     return {r.id: detector.first(r, prompts[r.prompt_id], trace_texts(doors, r)) for r in rollouts}
@@ -293,10 +294,9 @@ def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger
             cue |= cues(doors, prompts, [result for _, result in results], detector)
         for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
             blind = plan.accept == NO_CUE and result.id in doors.store.unread
-            done = dataclasses.replace(
-                intervention, accepted=None if blind else accepted(plan.accept, cue.get(result.id), verdict)
-            )
-            found[loser.id] = Corrected(loser, done, result, found[loser.id].cut if loser.id in found else intervention.cut)
+            kept = None if blind else accepted(plan.accept, cue.get(result.id), verdict)
+            done, before = dataclasses.replace(intervention, accepted=kept), found.get(loser.id)
+            found[loser.id] = Corrected(loser, done, result, before.cut if before else intervention.cut)
         last = [found[loser.id] for loser, _ in active]
         active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue.get(one.result.id) is not None]
     return [found[rollout.id] for rollout in rollouts if rollout.id in found]

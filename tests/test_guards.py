@@ -12,9 +12,9 @@ import pytest
 from models import tiny_model, tiny_tokenizer
 
 from ipo_lib.chat import Chat
-from ipo_lib.guards import GuardJudge, guard, known
+from ipo_lib.guards import Guard, GuardJudge, guard, known
 from ipo_lib.judging import HARM, REFUSAL, Exchange
-from ipo_lib.records import ANSWER, SAFE, UNSAFE, BadInput
+from ipo_lib.records import ANSWER, SAFE, UNSAFE, BadInput, digest
 from ipo_lib.sampling import Request, Sampling, TransformersSampler
 
 # The chat template in Llama Guard 3's repository, line by line: the role judged is that of the last turn.
@@ -176,3 +176,11 @@ def test_bad_input(tmp_path: Path) -> None:
         guard("gpt")
     with pytest.raises(BadInput, match="no chat template"):
         next(iter(made(tmp_path, "qwen3guard-4b", None, {})[0].judge([exchange()])))  # type: ignore[arg-type]
+
+
+def test_a_guard_of_one_s_own_needs_no_score_on_reasoning_and_is_known_by_what_it_reads(tmp_path: Path) -> None:
+    judge, sampler = made(tmp_path, "llama-guard-3-8b", LLAMA_GUARD, {})
+    own = Guard("me/mine", "Mine.", judge.guard.answers)
+    assert digest(GuardJudge("mine", own, judge.chat, sampler).fingerprint()) == digest(judge.fingerprint())
+    other = Guard("me/mine", "Mine.", judge.guard.answers, mass=0.9)
+    assert GuardJudge("mine", other, judge.chat, sampler).fingerprint() != judge.fingerprint()

@@ -117,10 +117,12 @@ def test_an_outage_stops_with_what_was_answered_and_asks_nothing_more(proxy: Pro
     assert labels(one) == [UNSAFE]  # it is well again
 
 
-def test_an_error_s_body_is_not_said(proxy: Proxy) -> None:
+def test_an_error_s_body_is_not_said_and_what_is_turned_down_costs_nothing(proxy: Proxy) -> None:
     proxy.plan.append(400)
-    (verdict,) = judge(proxy).judge([exchange()])
+    one = judge(proxy, dollars=9.0, dollars_in=1000.0)
+    (verdict,) = one.judge([exchange()])
     assert "injected" not in verdict.raw
+    assert one.budget.spent == 0
 
 
 def test_nonsense_stops_at_the_bound_and_spends_nothing_more(proxy: Proxy) -> None:
