@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,15 +63,18 @@ class GuardJudge:
         return {
             "judge": "guard",
             **{name: data[name] for name in ("text", "answers", "mass")},
+            "control_tokens": "text",
             "sampler": self.sampler.fingerprint(),
         }
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Verdict]:
-        """One verdict an exchange; every possible answer is read by the model once."""
+        """One verdict an exchange. Its answers are asked for one after the other, so that a model in this process reads the
+        exchange once for all of them."""
         served = self.sampler.server.context() if isinstance(self.sampler, ServerSampler) else math.inf
         context = min(self.context, served)
         asked = [(e, self.prompt_ids(e) if e.text else (), self.guard.answers.get(e.question, {})) for e in exchanges]
-        weighed = [{answer: self.chat.encode(answer) for answer in answers} for _, _, answers in asked]
+        encoded = {answer: self._answer_ids(answer) for answer in dict.fromkeys(itertools.chain(*(own for *_, own in asked)))}
+        weighed = [{answer: encoded[answer] for answer in answers} for _, _, answers in asked]
         requests = [
             [Request(e.rollout_id, ids, answer, 0) for answer in own.values() if ids and len(ids) + len(answer) < context]
             for (e, ids, _), own in zip(asked, weighed, strict=True)
@@ -82,12 +86,18 @@ class GuardJudge:
             yield self.verdict(e, dict(zip(answers, chances, strict=True)) if len(chances) == len(answers) else {})
 
     def prompt_ids(self, e: Exchange) -> Ids:
-        """What the guard reads of an exchange."""
+        """What the guard reads of an exchange; control tokens in the prompt and the response are ordinary text."""
         if not self.guard.text:
             return self.chat.turns_ids(e.prompt, e.text or "")
         before, _, rest = self.guard.text.partition(PROMPT)
         between, _, after = rest.partition(RESPONSE)
-        return self.chat.encode(before + e.prompt + between + (e.text or "") + after)
+        pieces = [(before, False), (e.prompt, True), (between, False), (e.text or "", True), (after, False)]
+        return self.chat.encode_quoted(pieces)
+
+    def _answer_ids(self, answer: str) -> Ids:
+        """The ids of an answer where it follows what the guard reads."""
+        before = self.guard.text.replace(RESPONSE, "x").replace(PROMPT, "x") or self.chat.turns_text(["x", "x"])
+        return self.chat.following_ids(before, answer)
 
     def verdict(self, e: Exchange, chances: Mapping[str, float]) -> Verdict:
         """The likeliest label, where the weighed answers hold enough of the probability."""

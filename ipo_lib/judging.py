@@ -16,6 +16,9 @@ from ipo_lib.records import SAFE, UNSAFE, BadInput, Verdict, canonical
 from ipo_lib.stats import kappa
 
 HARM, REFUSAL, UNANIMOUS, MAJORITY = "harm", "refusal", "unanimous", "majority"
+# What chat templates use to begin and end turns: <|im_end|>, </s>, <<SYS>>, <start_of_turn>, the
+# full-width bars of DeepSeek, [INST], [gMASK], and the tildes of MiniMax. Only where each begins.
+CONTROL = re.compile(r"<(?=[|｜])|<(?=[^\s<>]{1,60}>)|\[(?=/?[A-Za-z]?[A-Z_]{2,30}\])|\](?=~[^\s\[\]]{0,8}[\[\]])|\[(?=e~\[)")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,15 @@ class Exchange:
     text: str | None
     part: str
     question: str = HARM
+
+
+def without_control_tokens(text: str) -> str:
+    """``text`` with a space after the first character of everything that looks like a control token.
+
+    A server's tokenizer would take such a string for the end of a turn, and what follows for a turn
+    of its own. With the space it is ordinary text, and a reader still sees what was written.
+    """
+    return CONTROL.sub(lambda found: found[0] + " ", text)
 
 
 class Judge(Protocol):

@@ -75,7 +75,8 @@ def served(folder: Path) -> Iterator[str]:
 
 class Proxy:
     """Passes requests on to ``upstream``. ``plan`` holds what happens to the next ones: a status code, ``hang``, ``malformed``,
-    ``empty``, ``cut``, ``length``, or ``say TEXT``, which puts TEXT into the real answer; without a plan they pass unharmed."""
+    ``empty``, ``cut``, ``length``, or ``say TEXT``, which puts TEXT into the real answer, or (``finish``, REASON, TEXT), which
+    puts another finish reason beside it; without a plan they pass unharmed."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream, self.plan, self.seen, self.lock = upstream, deque[Any](), list[dict[str, Any]](), threading.Lock()
@@ -132,11 +133,13 @@ class Proxy:
             return error.code, error.read()
 
 
-def changed(content: bytes, what: str) -> bytes:
+def changed(content: bytes, what: Any) -> bytes:
     """A real answer with one thing put in its place."""
     said = json.loads(content)
     if what == "empty":
         said["choices"] = []
+    elif isinstance(what, tuple):
+        said["choices"][0]["finish_reason"], said["choices"][0]["message"]["content"] = what[1:]
     else:
         said["choices"][0]["finish_reason"] = "length" if what == "length" else "stop"
         if what.startswith("say "):
