@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ipo_lib import prompts as sets
 from ipo_lib.layered import Yaml
 from ipo_lib.records import BadInput, canonical
 
+NUMBERED = re.compile(r"\d\d_")  # begins a notebook's name
 KEYWORD = "keyword"  # the judge that needs no model
 PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
 
@@ -38,6 +41,36 @@ def declared(book: Path) -> dict[str, tuple[str, Any]]:
     tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
     lines = [line for line in ast.parse("".join(tagged["source"])).body if isinstance(line, ast.AnnAssign)]
     return {ast.unparse(one.target): (ast.unparse(one.annotation), ast.literal_eval(one.value)) for one in lines if one.value}
+
+
+def for_notebook(parameters: Mapping[str, Any], book: str) -> dict[str, Any]:
+    """A profile's parameters for one notebook: those for all notebooks, and on top of them those under its name."""
+    everywhere = {name: value for name, value in parameters.items() if not NUMBERED.match(name)}
+    return {**everywhere, **(parameters.get(book) or {})}
+
+
+def known_parameters(profile: str, parameters: Mapping[str, Any], books: Mapping[str, Mapping[str, Any]]) -> None:
+    """BadInput where a profile's ``parameters`` name a notebook, or a parameter, that does not exist.
+
+    Args:
+        profile: The profile's name, for the message.
+        parameters: What it says under ``parameters``.
+        books: The parameters that each notebook declares, by its name.
+    """
+    mend = "mend it under parameters"
+    every = {name for declared_ in books.values() for name in declared_}
+    for name, value in parameters.items():
+        if not NUMBERED.match(name):
+            if name not in every:
+                raise BadInput(f"profile {profile!r}: no notebook has the parameter {name!r}; {mend}")
+            continue
+        if name not in books:
+            raise BadInput(f"profile {profile!r}: no notebook is called {name!r}; known: {', '.join(sorted(books))}; {mend}")
+        if not isinstance(value, Mapping):
+            raise BadInput(f"profile {profile!r}: {name} holds {value!r}; write its parameters as name: value; {mend}")
+        for inner in value:
+            if inner not in books[name]:
+                raise BadInput(f"profile {profile!r}: {name} has no parameter {inner!r}; {mend}")
 
 
 def checked(name: str, value: Any, kind: str) -> Any:

@@ -18,17 +18,19 @@ from ipo_lib.records import BadInput
 
 @dataclass(frozen=True)
 class Task:
-    """A task of lm-eval: its name there, the metric read, and whether it executes code that the model wrote."""
+    """A task of lm-eval: its name there, the metric read, whether it executes code that the model wrote, and how many tokens a
+    reasoning model may need for it (0: not known to be many)."""
 
     name: str
     metric: str
     runs_code: bool = False
+    tokens: int = 0
 
 
 TASKS = {
     "math-500": Task("minerva_math500", "math_verify,none"),
     "gsm8k": Task("gsm8k_cot_zeroshot", "exact_match,flexible-extract"),
-    "aime-2024": Task("aime24", "exact_match,none"),
+    "aime-2024": Task("aime24", "exact_match,none", tokens=32_768),
     "gpqa-diamond": Task("gpqa_diamond_cot_zeroshot", "exact_match,flexible-extract"),  # gated: Idavidrein/gpqa
     "humaneval": Task("humaneval_instruct", "pass@1,create_test", runs_code=True),
 }
@@ -64,6 +66,17 @@ def command(settings: Profile, folder: Path, task: str, out: Path, *, adapter: P
     found += ["--gen_kwargs", _pairs(drawn), "--apply_chat_template", "--output_path", str(out), "--log_samples"]
     found += ["--batch_size", "auto", "--seed", str(settings.seed)]
     return [*found, *(["--limit", str(limit)] if limit else []), *([CODE] if TASKS[task].runs_code else [])]
+
+
+def too_short(settings: Profile, task: str) -> str:
+    """A warning where the profile's limit cuts off the thinking that a task needs; empty where it does not."""
+    needed, limit = TASKS[task].tokens, settings.sampling.max_tokens
+    if limit >= needed:
+        return ""
+    return (
+        f"{task}: sampling.max_tokens is {limit:,}, long thinking needs {needed:,}; what is cut off counts as wrong, so that the "
+        f"accuracy is too low: -p sampling.max_tokens={needed}"
+    )
 
 
 def _pairs(given: Mapping[str, Any]) -> str:

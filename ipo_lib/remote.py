@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import math
@@ -9,7 +10,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ipo_lib.records import BadInput, canonical
@@ -17,6 +20,7 @@ from ipo_lib.records import BadInput, canonical
 TOPS = 20  # likeliest tokens that a server reports at each position unless it was started with a higher --max-logprobs
 AHEAD = 4  # requests waiting for each that is in flight
 KEYLESS = "none"  # the client wants some key even where the server does not
+BUDGET_FILE = "IPO_BUDGET_FILE"  # the environment variable that names the file in which a whole run counts
 MILLION = 1_000_000  # tokens that a price is for
 
 
@@ -30,8 +34,12 @@ class Declined(Exception):
 
 @dataclass
 class Budget:
-    """What may be spent on a server in this process: ``dollars`` at the prices for a million tokens, and ``calls`` (0: no bound).
-    Every request is reckoned at its most before it is made, so that many in flight cannot pass the bound together."""
+    """What may be spent on a server: ``dollars`` at the prices for a million tokens, and ``calls`` (0: no bound).
+
+    Every request is reckoned at its most before it is made, so that many in flight cannot pass the bound
+    together. Without a ``file`` this process counts alone. With one, what is ``spent`` and how many calls
+    are ``made`` stands there under ``name``, for all processes and resumes of a run.
+    """
 
     dollars: float = 0.0
     calls: int = 0
@@ -39,6 +47,8 @@ class Budget:
     dollars_out: float = 0.0
     spent: float = 0.0
     made: int = 0
+    file: Path | None = None
+    name: str = ""
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,26 +58,72 @@ class Budget:
     def reserve(self, who: str, read: int, written: int) -> float:
         """The most that a request of ``read`` characters and ``written`` tokens can cost, taken off. BadInput: it is too much."""
         most = (read * self.dollars_in + written * self.dollars_out) / MILLION
-        with self.lock:
+        with self._counted():
+            kept = "answers so far are kept"
+            if self.file:
+                kept += f"; all processes of this run count in {self.file}, delete it to count anew"
             if self.calls and self.made >= self.calls:
-                raise BadInput(f"{who}: {self.calls} calls made, the bound; raise calls, answers so far are kept")
+                raise BadInput(f"{who}: {self.made} of {self.calls} calls made, the bound; raise calls, {kept}")
             if self.dollars and self.spent + most > self.dollars:
                 spent = f"{self.spent:.2f} of {self.dollars:.2f} dollars spent"
-                raise BadInput(f"{who}: {spent}, the next call could pass the bound; raise the budget, answers so far are kept")
+                raise BadInput(f"{who}: {spent}, the next call could pass the bound; raise the budget, {kept}")
             self.spent, self.made = self.spent + most, self.made + 1
         return most
 
     def release(self, reserved: float) -> None:
         """Put back what was reserved for a request that the server turned down: it is not billed."""
-        with self.lock:
+        with self._counted():
             self.spent -= reserved
 
     def settle(self, reserved: float, used: Any) -> None:
         """Put what a request did cost in the place of what was reserved; where the server does not tell, the reserve stays."""
-        if used is not None:
-            paid = (used.prompt_tokens * self.dollars_in + used.completion_tokens * self.dollars_out) / MILLION
-            with self.lock:
+        read, written = (getattr(used, name, None) for name in ("prompt_tokens", "completion_tokens"))
+        if read is not None and written is not None:
+            paid = (read * self.dollars_in + written * self.dollars_out) / MILLION
+            with self._counted():
                 self.spent += paid - reserved
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Hold the lock, and the file's where there is one; what is changed inside is written there."""
+        if not self.file:
+            with self.lock:
+                yield
+            return
+        with self.lock, _locked(self.file):
+            every = _counts(self.file)
+            own = every.get(self.name, {})
+            self.spent, self.made = float(own.get("dollars", 0.0)), int(own.get("calls", 0))
+            yield
+            new = {"dollars": self.spent, "calls": self.made}
+            if new != own:
+                written = self.file.with_suffix(".tmp")  # the lock makes it ours
+                written.write_text(json.dumps({**every, self.name: new}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                os.replace(written, self.file)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """The lock beside a budget's file; it ends with its process. BadInput where the file system has none to give."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("ab")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise BadInput(f"budget file {file}: {error.strerror}; name another in ${BUDGET_FILE}, or none") from None
+    with lock:
+        yield
+
+
+def _counts(file: Path) -> dict[str, dict[str, float]]:
+    """What a budget's file says by name; nothing where there is none yet."""
+    try:
+        found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise BadInput(f"budget file {file} cannot be read ({error}); mend it, or delete it to count anew") from None
+    if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
+        raise BadInput(f"budget file {file} holds no budgets; mend it, or delete it to count anew")
+    return found
 
 
 @dataclass(frozen=True)
@@ -189,9 +245,12 @@ class Server:
 _BUDGETS: dict[str, Budget] = {}
 
 
-def budget(server: Server, **bounds: float) -> Budget:
-    """The one budget of this process for a server and these bounds, whoever asks for it."""
-    return _BUDGETS.setdefault(canonical([server.urls, server.model, bounds]), Budget(**bounds))  # type: ignore[arg-type]
+def budget(server: Server, purpose: str = "", **bounds: float) -> Budget:
+    """The one budget of this process for a server, a purpose (a judge's and a detector's are two) and these bounds. Where
+    ``$IPO_BUDGET_FILE`` names a file, all processes that are given it count there, and raised bounds go on from what it says."""
+    file, name = os.environ.get(BUDGET_FILE, ""), f"{purpose} {server.model} at {', '.join(server.urls)}".strip()
+    made = Budget(**bounds, file=Path(file).absolute() if file else None, name=name)  # type: ignore[arg-type]
+    return _BUDGETS.setdefault(canonical([name, bounds, file]), made)
 
 
 def _said(error: Exception) -> str:

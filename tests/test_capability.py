@@ -67,3 +67,11 @@ def test_every_task_is_one_of_lm_eval_s() -> None:
     declared = "\n".join(path.read_text("utf-8", "replace") for path in folder.rglob("*.yaml"))
     for one in capability.TASKS.values():
         assert f"task: {one.name}\n" in declared, one.name
+
+
+def test_a_limit_that_cuts_off_long_thinking_is_said() -> None:
+    said = capability.too_short(read("ds-8b"), "aime-2024")
+    assert "sampling.max_tokens is 8,192, long thinking needs 32,768" in said
+    assert said.endswith("-p sampling.max_tokens=32768")
+    assert capability.too_short(read("ds-8b", {"sampling.max_tokens": 32_768}), "aime-2024") == ""
+    assert capability.too_short(read("ds-8b"), "gsm8k") == ""
