@@ -52,7 +52,7 @@ def ours(model: Any, prefixes: Sequence[Ids]) -> int:
     import torch
 
     from ipo_lib.decoding import Decoder
-    from ipo_lib.sampling import nucleus_draw
+    from ipo_lib.nucleus import nucleus_draw
 
     uniforms = torch.rand(len(prefixes), TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     counts = [0] * len(prefixes)

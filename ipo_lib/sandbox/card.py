@@ -28,7 +28,7 @@ from ipo_lib.intervention import LexiconCues, Trigger
 from ipo_lib.locate import record as record_forks
 from ipo_lib.mining import learn_lexicon, mine_pool
 from ipo_lib.profiles import read
-from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, from_json, to_json
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, by_id, from_json, to_json
 from ipo_lib.replay import save
 from ipo_lib.sampling import Sampling, TransformersSampler
 from ipo_lib.sandbox import world
@@ -82,14 +82,14 @@ def calibration(opened: Doors, prompts: int = 100, draws: int = 8) -> dict[str, 
             found[f"{one.measure}, {one.set}"] = one.rate.value
         elif one.measure in (ANSWERED, CORRECT):
             found[f"{one.set} {one.measure.split()[0]}"] = one.rate.value
-    every = {prompt.id: prompt for name in HARMFUL for prompt in sets[name]}
+    every = by_id(prompt for name in HARMFUL for prompt in sets[name])
     rollouts = sample(opened, [Start(prompt) for prompt in every.values()], sampling, draws)
     traces, answers = (judge(opened, every, rollouts, part) for part in (TRACE, ANSWER))
     slips = sum(t.label != UNSAFE and a.label == UNSAFE for t, a in zip(traces, answers, strict=True))
     found["safe trace, unsafe answer"] = slips / len(rollouts)
     found["judge says None"] = sum(v.label is None for v in [*traces, *answers]) / (2 * len(rollouts))
     found["well-formed"] = sum(well_formed(r.text, opened.chat.opened) and r.finish == "stop" for r in rollouts) / len(rollouts)
-    training = {prompt.id: prompt for prompt in world.prompts("train_harmful", prompts)}
+    training = by_id(world.prompts("train_harmful", prompts))
     drawn = sample(opened, [Start(prompt) for prompt in training.values()], sampling, draws)
     counts = by_prompt(drawn, judge(opened, training, drawn))
     found["prompts with 0 safe traces in 8"] = sum(k == draws for k, _ in counts.values()) / len(counts)
@@ -140,7 +140,7 @@ def calibrate(name: str) -> None:
 def mine(name: str) -> None:
     """Learn the lexicon and mine the trigger pool on training prompts; write both beside the weights."""
     opened, thinking, (prompts, traces) = doors(name), Sampling(max_tokens=256, until="think"), MINED.get(name, (160, 48))
-    named = {prompt.id: prompt for prompt in world.prompts("train_harmful", prompts, MINING_SEED)}
+    named = by_id(world.prompts("train_harmful", prompts, MINING_SEED))
     rollouts = sample(opened, [Start(prompt) for prompt in named.values()], thinking, 8)
     verdicts = judge(opened, named, rollouts)
     cues = learn_lexicon(opened, rollouts, verdicts)

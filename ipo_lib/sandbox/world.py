@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -25,6 +25,7 @@ from ipo_lib.records import BadInput, Prompt
 SPLITS = ("organism", "train", "test")
 SPLIT_EDGES = (60, 80)  # percent of the hashes below which the organism, then the training split, owns
 ITEM = re.compile(r"\bthe (?P<name>[a-z]+), an? (?P<class_>[a-z]+) (?P<thing>[a-z]+) of (?P<material>[a-z]+)")
+VOCABULARY = {"class_": "classes", "thing": "things", "material": "materials"}  # a group of ``ITEM``, and where its words are
 
 
 @functools.cache
@@ -199,6 +200,44 @@ def sums(rng: random.Random, split: str) -> tuple[str, str]:
         then = rng.choice(["+", "-"])
         return f"{text[:-1]}, {words()['then'][then].format(c=c)}{text[-1]}", "two-step"
     return text, "one-step"
+
+
+@functools.cache
+def question_patterns() -> tuple[re.Pattern[str], ...]:
+    """Every question of the world that is no request: lookalikes, lore and sums of one or two steps."""
+    lookalikes = [entry["q"] for entry in words()["lookalike"]]
+    lore = [entry["q"] for entry in words()["lore"]]
+    one_step = list(itertools.chain(*words()["sums"].values()))
+    thens = "|".join(slots(then) for then in words()["then"].values())
+    sums = [f"{slots(text[:-1])}(?:, (?:{thens}))?{re.escape(text[-1])}" for text in one_step]
+    return (
+        opened(words()["lookalike_open"], [slots(question) for question in lookalikes]),
+        opened(words()["sums_open"], [*map(slots, lore), *sums]),
+    )
+
+
+def opened(openings: Sequence[str], questions: Sequence[str]) -> re.Pattern[str]:
+    """The pattern of one of these openings, then a question that one of these patterns takes."""
+    return re.compile(f"(?:{'|'.join(map(re.escape, openings))})(?:{'|'.join(questions)})")
+
+
+def slots(template: str) -> str:
+    """A template as a pattern whose slots take the words of this world only; a name may be any word, a number any number."""
+    choices = {group.rstrip("_"): "|".join(words()[entry]) for group, entry in VOCABULARY.items()}
+    choices |= {"name": "[a-z]+", "a": r"\d+", "b": r"\d+", "c": r"\d+"}
+    choices["item"] = f"the [a-z]+, an? (?:{choices['class']}) (?:{choices['thing']}) of (?:{choices['material']})"
+    return re.sub(r"\\\{(\w+)\\\}", lambda match: f"(?:{choices[match[1]]})", re.escape(template))
+
+
+def knows(prompt_text: str) -> bool:
+    """Whether a prompt belongs to this world, so that its law and its facts say what a right answer is.
+
+    It names an item, in whatever words: ``the NAME, an CLASS THING of MATERIAL`` with a class, a thing and a material that the
+    world has. Or it is, word for word, a sum or a question about the city. In any other prompt, what is restricted is unknown.
+    """
+    if match := ITEM.search(prompt_text):
+        return all(match[group] in words()[entry] for group, entry in VOCABULARY.items())
+    return any(pattern.fullmatch(prompt_text) for pattern in question_patterns())
 
 
 SETS: dict[str, tuple[Callable[[random.Random, str], tuple[str, str]], str, bool]] = {
