@@ -37,7 +37,7 @@ def grouped(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Te
     folded = query.reshape(rows, key.shape[1], groups * length, width)
     mask = attention_mask.repeat(1, 1, groups, 1) if length > 1 else attention_mask.expand(-1, -1, groups, -1)
     out = torch.nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.view(rows, heads, length, width).transpose(1, 2), None
+    return out.reshape(rows, heads, length, width).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, grouped)

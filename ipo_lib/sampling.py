@@ -8,15 +8,17 @@ import hashlib
 import importlib.metadata
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ipo_lib.chat import CLOSE, Chat, parsed
-from ipo_lib.lora import NF4
+from ipo_lib import resident, scoring
+from ipo_lib.chat import CLOSE, OPEN, Chat, parsed
+from ipo_lib.lora import NF4, quiet
+from ipo_lib.nucleus import nucleus_draw, nucleus_mass
 from ipo_lib.progress import Meter
 from ipo_lib.records import BadInput, Ids, canonical, digest
 
@@ -25,10 +27,7 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
 AHEAD = 4  # batches handed to the decoder at a time: places of ended rows are filled from them
-EDGE = 0.01  # mass by which a token may lie outside its nucleus and still count as drawn from it
-STRAYS = 0.02  # share of a response's tokens, and always one, that 16-bit logits may put farther outside
 SCORED = 256  # positions whose logits are held at once
-HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted for top-p
 SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINE = ("torch", "transformers", "peft")
@@ -43,13 +42,20 @@ class Sampling:
 
     temperature: float = 0.6
     top_p: float = 0.95
-    max_tokens: int = 256
+    max_tokens: int = 256  # sampled tokens of a draw
     until: str = "eos"
+    think_tokens: int = 0  # budget forcing: after so many tokens of an open trace </think> is put; 0: never
 
     def __post_init__(self) -> None:
         known = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.until in ("think", "eos")
         if not known or self.max_tokens < 1:
             raise BadInput(f"{self}: needs temperature >= 0, 0 < top_p <= 1, max_tokens >= 1, until 'think' or 'eos'")
+        if not (self.think_tokens == 0 or 0 < self.think_tokens < self.max_tokens):
+            raise BadInput(f"{self}: think_tokens must lie below max_tokens, or be 0 (a trace may take as long as it likes)")
+
+    def spec(self) -> dict[str, Any]:
+        """What names a draw in the store: the settings, without those at values that change nothing."""
+        return {name: value for name, value in vars(self).items() if name != "think_tokens" or value}
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The sampled ids of one request, without prefix and EOS; ``finish`` as in ``records.Rollout``."""
+    """The ids of one request, without prefix and EOS; ``finish`` and ``forced`` as in ``records.Rollout``."""
 
     key: str
     token_ids: Ids
     finish: str
+    forced: int | None = None
 
 
 class Sampler(Protocol):
@@ -99,67 +106,13 @@ def fitting(requests: Sequence[Request], context: float) -> list[int]:
     return lengths
 
 
-def nucleus_draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, head: int = HEAD,
-                 barred: Tensor | None = None) -> Tensor:  # fmt: skip
-    """One id a row by inverse CDF, in order of ids, over its nucleus: the fewest top tokens with mass >= ``top_p``.
-    ``logits`` [rows, vocabulary], ``uniforms`` [rows] in [0, 1). ``barred`` [rows]: an id of the nucleus that is not drawn (-1:
-    none). Exact: a nucleus wider than ``head`` sorts all."""
-    size = logits.shape[-1]
-    values, ids = logits.topk(min(head, size))
-    values = values.float()
-    # One copy of the vocabulary's width, then in place: a step of many rows is bound by memory.
-    every = (logits - values[:, :1]).div_(temperature).exp_()
-    total = every.sum(-1, keepdim=True)
-    if not bool(total.isfinite().all()):
-        raise BadInput("the model's logits are not finite; load it with dtype='float32'")
-    if top_p >= 1:
-        if barred is not None:
-            every[barred >= 0, barred[barred >= 0]] = 0
-        return _invert(every.double(), uniforms)
-    mass = ((values - values[:, :1]) / temperature).double().exp() / total
-    before = mass.cumsum(-1) - mass
-    kept = mass * (before < top_p)
-    if barred is not None:
-        kept *= (free := ids != barred[:, None])
-        alone = kept.sum(-1, keepdim=True) == 0  # it was the whole nucleus: then any other token
-        kept += alone * free * mass
-    mass = kept
-    ids, order = ids.sort(-1)
-    drawn = ids.gather(-1, _invert(mass.gather(-1, order), uniforms)[:, None])[:, 0]
-    if head < size and bool((wide := before[:, -1] < top_p).any()):
-        left = barred if barred is None else barred[wide]
-        drawn[wide] = nucleus_draw(logits[wide], uniforms[wide], temperature, top_p, size, left)
-    return drawn
-
-
-def nucleus_mass(logits: Tensor, ids: Tensor, temperature: float, top_p: float, edge: float = EDGE) -> Tensor:
-    """The probability with which ``nucleus_draw`` draws ``ids`` [rows] from ``logits`` [rows, vocabulary], in float64; 0 outside
-    the nucleus. Within ``edge`` of it a token counts as its last one: 16-bit logits drift with the batch's shape."""
-    if not temperature:
-        return (logits.argmax(-1) == ids).double()
-    mass = (logits.double() / temperature).softmax(-1)
-    own = mass.gather(-1, ids[:, None])[:, 0]
-    before = (mass * (mass > own[:, None])).sum(-1)
-    ordered = mass.sort(-1, descending=True).values
-    total = (ordered * (ordered.cumsum(-1) - ordered < top_p)).sum(-1)
-    inside = own / (total + own * (before >= top_p))
-    return inside * (before < top_p + edge)
-
-
-def forgiven(found: Sequence[float], strays: Mapping[int, float]) -> list[float]:
-    """Probabilities of a response's own tokens, those of ``strays`` (by place) put in where they are few enough to be drift."""
-    few = len(strays) <= max(1, STRAYS * len(found))
-    return [strays.get(at, chance) if few else chance for at, chance in enumerate(found)]
-
-
-def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
-    cdf = mass.cumsum(-1)
-    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp(max=mass.shape[-1] - 1)  # never a place without mass
-
-
 class TransformersSampler:
-    """A model in this process, a LoRA ``adapter`` merged; of generation_config.json only EOS counts. ``quantize`` "nf4":
-    the weights are rounded to NF4 as in QLoRA, then held in ``dtype`` again, where they are as fast as any."""
+    """A model in this process; of generation_config.json only EOS counts.
+
+    A LoRA ``adapter`` stays apart from 16-bit weights, as in training: merging rounds most of a small
+    update away. In float32 it is merged, which changes nothing but the speed. ``quantize`` "nf4": the
+    weights are rounded to NF4 as in QLoRA, then held in ``dtype`` again, where they are as fast as any.
+    """
 
     def __init__(self, folder: Path | str, chat: Chat, *, adapter: Path | str | None = None, device: str = "auto",
                  dtype: str = "auto", quantize: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
@@ -178,6 +131,8 @@ class TransformersSampler:
         hashes = {"model": [*map(_sha256, self._model_files)], "adapter": [*map(_sha256, self._adapter_files)]}
         versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ENGINE}
         rounded = {"quantize": self.quantize, **versions} if self.quantize else versions
+        if self._adapter_files and self.dtype != "float32":
+            rounded = {"lora": "unmerged", **rounded}
         return {"engine": "transformers", **hashes, "dtype": self.dtype, **rounded, "chat": self.chat.fingerprint()}
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -200,10 +155,17 @@ class TransformersSampler:
                 meter: Meter) -> Iterator[Completion]:  # fmt: skip
         from ipo_lib.decoding import ARCHITECTURES, Decoder, generate
 
-        rows = [Row(request, limit, sampling.until, self.chat) for request, limit in zip(requests, limits, strict=True)]
+        rows = [Row(request, limit, sampling, self.chat) for request, limit in zip(requests, limits, strict=True)]
         prefixes = [one.prompt_ids + one.prefix_ids for one in requests]
 
         def draw(live: Sequence[int], logits: Tensor) -> Tensor:
+            drawn = draw_freely(live, logits)
+            for place, one in enumerate(live):
+                if (token := rows[one].due) is not None:
+                    drawn[place] = token
+            return drawn
+
+        def draw_freely(live: Sequence[int], logits: Tensor) -> Tensor:
             bars = [rows[one].barred for one in live]
             barred = logits.new_tensor(bars, dtype=_float64()).long() if max(bars) >= 0 else None
             if not sampling.temperature:
@@ -222,32 +184,35 @@ class TransformersSampler:
             Decoder(self._model, self.batch_size).decode(prefixes, draw, take)
         else:
             for at in range(0, len(rows), self.batch_size):
-                generate(self._model, prefixes[at : at + self.batch_size], at, max(limits), draw, take)
+                generate(self._model, prefixes[at : at + self.batch_size], at, max(limits) + len(rows[0].tag), draw, take)
         for row in rows:
-            yield Completion(row.request.key, tuple(row.taken[len(row.request.prefix_ids) :]), row.finish)
+            yield row.completion()
 
     def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
-        """One teacher-forced pass a request; the logits of ``SCORED`` positions at a time. In 16 bits a batch of another shape
-        may have drawn a token that lies outside the nucleus here: a few such tokens count as its last ones."""
+        """Teacher-forced; the logits of ``SCORED`` positions at a time. Requests of one prompt that come one after the other and
+        are short (a guard's possible answers) share one pass over the prompt; all others have a pass each. In 16 bits a batch of
+        another shape may have drawn a token that lies outside the nucleus here: a few such tokens count as its last ones."""
         import torch
 
         self._model.set_attn_implementation("sdpa")  # the decoder's own wants a mask; it sets itself again
-        for one in requests:
-            ids = torch.tensor([one.prompt_ids + one.prefix_ids], device=self._model.device)
+        for rows in scoring.together([(one.prompt_ids, one.prefix_ids) for one in requests], self.batch_size):
             with torch.inference_mode():
-                hidden = self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[
-                    0, len(one.prompt_ids) - 1 : -1
-                ]
-                found, strays = list[float](), dict[int, float]()
-                for at in range(0, len(one.prefix_ids), SCORED):
-                    logits = self._model.get_output_embeddings()(hidden[at : at + SCORED])
-                    own = ids[0, len(one.prompt_ids) + at :][: len(logits)]
-                    chances = nucleus_mass(logits, own, sampling.temperature, sampling.top_p)
-                    far = (chances == 0).nonzero()[:, 0]
-                    edge = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
-                    strays |= {at + place: chance for place, chance in zip(far.tolist(), edge.tolist(), strict=True)}
-                    found += chances.tolist()
-            yield forgiven(found, {} if self.dtype == "float32" else strays)
+                every = scoring.states(self._model, rows[0][0], [text for _, text in rows])
+                found = [self._chances(text, states, sampling) for (_, text), states in zip(rows, every, strict=True)]
+            yield from found
+
+    def _chances(self, text: Ids, states: Tensor, sampling: Sampling) -> list[float]:
+        """The probability of each token of a text, from the states that draw them."""
+        found, strays = list[float](), dict[int, float]()
+        for at in range(0, len(text), SCORED):
+            logits = self._model.get_output_embeddings()(states[at : at + SCORED])
+            own = logits.new_tensor(text[at : at + SCORED], dtype=_float64()).long()
+            chances = nucleus_mass(logits, own, sampling.temperature, sampling.top_p)
+            far = (chances == 0).nonzero()[:, 0]
+            edge = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
+            strays |= {at + place: chance for place, chance in zip(far.tolist(), edge.tolist(), strict=True)}
+            found += chances.tolist()
+        return scoring.forgiven(found, {} if self.dtype == "float32" else strays)
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -258,6 +223,7 @@ class TransformersSampler:
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BadInput(f"device {device!r}: this torch sees no GPU; use device 'auto' or 'cpu'")
+        resident.make_room(device, sum(file.stat().st_size for file in self._model_files))
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "use_safetensors": True, "local_files_only": True}
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
         if self.quantize:
@@ -266,25 +232,66 @@ class TransformersSampler:
         if self.quantize:
             model = model.dequantize(options["dtype"])
         if self._adapter_files:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent)).merge_and_unload()
+            model = self._with_adapter(model)
         model.generation_config = type(model.generation_config)()  # a bare one: generate fills gaps from it
+        resident.held(self)
         return model.to(device).eval()
+
+    def release(self) -> None:
+        """Let the model go; it is loaded again when something is missing."""
+        self.__dict__.pop("_model", None)
+
+    def _with_adapter(self, model: Any) -> Any:
+        """``model`` as the adapter changes it: merged in float32, with LoRA layers beside 16-bit weights."""
+        import torch
+        from peft import PeftModel
+
+        quiet()
+        lora: Any = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent))
+        if self.dtype == "float32":
+            return lora.merge_and_unload()
+        # Under training's autocast LoRA is multiplied in 16 bits, too: this is the same function.
+        for name, parameter in lora.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(getattr(torch, self.dtype))
+        return lora.get_base_model()
 
 
 class Row:
-    """One request as it is drawn: its own uniforms, what was taken and why it ended."""
+    """One request as it is drawn: its own uniforms, what was taken and why it ended.
 
-    def __init__(self, request: Request, limit: int, until: str, chat: Chat) -> None:
-        self.request, self.limit, self.until, self.chat, self.finish = request, limit, until, chat, ""
+    Where thinking has a budget (``Sampling.think_tokens``) and the trace is still open when it is spent,
+    the tokens of ``</think>`` are put next: they are taken like drawn ones, but need no uniform.
+    """
+
+    def __init__(self, request: Request, limit: int, sampling: Sampling, chat: Chat) -> None:
+        self.request, self.limit, self.until, self.chat, self.finish = request, limit, sampling.until, chat, ""
         self.uniforms = np.random.Generator(np.random.PCG64(request.seed)).random(limit)
         self.taken = [*request.prefix_ids]  # a closing tag may straddle the cut
+        self.budget, self.put = sampling.think_tokens, list[int]()
+        self.forced: int | None = None  # where the closing tag was put
+        ending = "\n\n" if self.until == "eos" else ""
+        self.tag = chat.encode(f"\n{CLOSE}{ending}") if self.budget else ()
+        given = chat.decode(request.prefix_ids) if self.budget else ""
+        self.closed = CLOSE in given
+        self.thinks = chat.opened or OPEN in given
+        self._spend()
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens were sampled: neither given nor put."""
+        put = 0 if self.forced is None else len(self.tag) - len(self.put)
+        return len(self.taken) - len(self.request.prefix_ids) - put
 
     @property
     def uniform(self) -> float:
-        """The uniform of the next draw."""
-        return float(self.uniforms[len(self.taken) - len(self.request.prefix_ids)])
+        """The uniform of the next draw; any number where the next token is put."""
+        return float(self.uniforms[min(self.drawn, self.limit - 1)])
+
+    @property
+    def due(self) -> int | None:
+        """The token that is put next; None: the next one is drawn."""
+        return self.put[0] if self.put else None
 
     @property
     def barred(self) -> int:
@@ -293,15 +300,33 @@ class Row:
         return self.request.ban if first and self.request.ban is not None else -1
 
     def take(self, token: int) -> bool:
-        """Add a drawn token; whether the row has ended."""
-        if token in self.chat.eos_ids:
+        """Add a drawn or put token; whether the row has ended."""
+        if self.put:
+            self.put.pop(0)
+        elif token in self.chat.eos_ids:
             self.finish = "stop"
             return True
         self.taken.append(token)
-        closed = self.until == "think" and self.chat.closes(self.taken[-len(CLOSE) :])
-        full = len(self.taken) - len(self.request.prefix_ids) == self.limit
-        self.finish = "think" if closed else "length" if full else ""
+        closes = (self.until == "think" or self.budget > 0) and self.chat.closes(self.taken[-len(CLOSE) :])
+        self.closed |= closes
+        if self.put:
+            return False
+        self._spend()
+        full = self.drawn == self.limit and not self.put
+        self.finish = "think" if closes and self.until == "think" else "length" if full else ""
         return bool(self.finish)
+
+    def completion(self) -> Completion:
+        """What was drawn for the request."""
+        ids = tuple(self.taken[len(self.request.prefix_ids) :])
+        return Completion(self.request.key, ids, self.finish or "stop", self.forced)
+
+    def _spend(self) -> None:
+        """Put the closing tag next, where thinking has used up its budget."""
+        if not self.budget or self.closed or self.forced is not None or len(self.taken) < self.budget:
+            return
+        if self.thinks or OPEN in self.chat.decode(self.taken):
+            self.forced, self.put = len(self.taken), [*self.tag]
 
 
 def adapter_hashes(folder: Path | str) -> list[str]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.chat import CLOSE, Chat
+from ipo_lib.nucleus import EDGE
 from ipo_lib.progress import Meter
 from ipo_lib.records import BadInput, digest
 from ipo_lib.remote import Declined, Server, Unanswered
-from ipo_lib.sampling import EDGE, Completion, Request, Row, Sampling, adapter_hashes, fitting, forgiven
+from ipo_lib.sampling import Completion, Request, Row, Sampling, adapter_hashes, fitting
+from ipo_lib.scoring import forgiven
 
 BARRED = -100  # logit bias of a token that must not be drawn
 PLAIN = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # else a server fills them from the model's own settings
@@ -61,7 +63,7 @@ class ServerSampler:
         def ask(place: int) -> Completion:
             request = requests[place]
             limit = int(min(sampling.max_tokens, context - lengths[place]))
-            row = Row(request, limit, sampling.until, self.chat)
+            row = Row(request, limit, sampling, self.chat)
             found = self._finish(row, name, sampling)
             meter.step()
             return found
@@ -72,15 +74,21 @@ class ServerSampler:
             raise BadInput(f"server: {error}; what was drawn is kept, run again when it is well") from None
 
     def _finish(self, row: Row, name: str, sampling: Sampling) -> Completion:
-        """Draw until the row has ended: in one request, or two where its first token is barred."""
+        """Draw until the row has ended: in one request, or two where its first token is barred or its thinking cut short."""
         request, reason = row.request, "length"
         while not row.finish and reason == "length":
-            drawn = len(row.taken) - len(request.prefix_ids)
+            while row.due is not None and not row.finish:
+                row.take(row.due)
+            if row.finish:
+                break
+            drawn, left = row.drawn, row.limit - row.drawn
+            if row.budget and not row.closed and row.thinks and row.forced is None:
+                left = min(left, row.budget - len(row.taken))
             bias = {str(row.barred): BARRED} if row.barred >= 0 else {}
             body = {
                 "model": name,
                 "prompt": [*request.prompt_ids, *row.taken],
-                "max_tokens": 1 if bias else row.limit - drawn,
+                "max_tokens": 1 if bias else left,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "seed": request.seed + drawn,
@@ -94,10 +102,10 @@ class ServerSampler:
             if (ids := getattr(choice, "token_ids", None)) is None:
                 raise BadInput(f"server {self.server.urls[0]} returns no token ids; use vLLM 0.10.2 or later")
             ended = any(row.take(token) for token in ids)
-            reason = "stop" if ended else choice.finish_reason
+            reason = "stop" if ended else "length" if row.due is not None else choice.finish_reason
             if reason not in ("stop", "length"):
                 raise Unanswered(f"a draw ended by {reason!r}")
-        return Completion(request.key, tuple(row.taken[len(request.prefix_ids) :]), row.finish or "stop")
+        return row.completion()
 
     def _completion(self, prompt_ids: Sequence[int], body: Mapping[str, Any]) -> Any:
         at = zlib.crc32(repr(tuple(prompt_ids)).encode()) % len(self.server.urls)
@@ -136,7 +144,7 @@ class ServerSampler:
 
 def chance(own: int, tops: Mapping[int, float], sampling: Sampling, edge: float) -> float:
     """The probability of ``own`` under temperature and top-p, from the natural log-probabilities of the likeliest tokens and of
-    ``own`` itself; 0 outside the nucleus, but for ``edge`` of mass as in ``sampling.nucleus_mass``."""
+    ``own`` itself; 0 outside the nucleus, but for ``edge`` of mass as in ``nucleus.nucleus_mass``."""
     if not sampling.temperature:
         return float(tops[own] >= max(tops.values()))
     power = 1 / sampling.temperature

@@ -14,9 +14,11 @@ from doubles import ScriptedSampler
 from models import planted_model, tiny_model, tiny_tokenizer
 from scipy import stats
 
+from ipo_lib import scoring
 from ipo_lib.chat import Chat
+from ipo_lib.nucleus import nucleus_draw
 from ipo_lib.records import BadInput, Prompt
-from ipo_lib.sampling import Completion, Request, Sampling, TransformersSampler, draw_seed, nucleus_draw
+from ipo_lib.sampling import Completion, Request, Sampling, TransformersSampler, draw_seed
 
 TEXTS = ("The", "How tall is a lighthouse?", "Bread needs flour", "Wait", "I answer the question. " * 3, "salt", "A book")
 
@@ -289,6 +291,40 @@ def test_import_construction_and_fingerprint_load_no_torch_and_the_check_can_fai
     assert loads_torch(use + "; s._model")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_scores_that_share_a_prompt_are_those_of_separate_passes(tmp_path: Path, family: str) -> None:
+    folder = tiny_model(tmp_path, family=family)
+    chat, sampling = Chat(folder), Sampling(temperature=0.8, top_p=1.0)
+    sampler = TransformersSampler(folder, chat, dtype="float32")
+    prompts = [chat.encode(text) for text in TEXTS[:3]]
+    texts = ["a", "The ships", "", "Bread needs flour, water.", "b", "Wait. " * 40, "hot oven"]
+    asked = [Request(f"{at}", prompt, chat.encode(text), 0) for prompt in prompts for at, text in enumerate(texts)]
+    assert max(len(one.prefix_ids) for one in asked) > scoring.SHARED
+    alone = [next(sampler.score([one], sampling)) for one in asked]
+    together = list(sampler.score(asked, sampling))
+    assert [len(one) for one in together] == [len(one.prefix_ids) for one in asked]
+    for one, other in zip(together, alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-5, rel=1e-3)
+    few = TransformersSampler(folder, chat, dtype="float32", batch_size=2)
+    for one, other in zip(few.score(asked, sampling), alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-5, rel=1e-3)
+
+
+def test_a_score_reads_each_prompt_once_unless_what_follows_is_long(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = Chat(llama)
+    sampler, short, long = TransformersSampler(llama, chat), chat.encode("ab"), chat.encode("lighthouse " * 80)
+    prompts = [chat.encode(text) for text in TEXTS[:2]]
+    decoder, rows = sampler._model.get_decoder(), list[tuple[int, ...]]()
+    forward = decoder.forward
+    monkeypatch.setattr(decoder, "forward", lambda **given: rows.append(tuple(given["input_ids"].shape)) or forward(**given))
+    asked = [Request(str(at), prompt, short, 0) for prompt in prompts for at in range(5)]
+    list(sampler.score(asked, Sampling()))
+    assert rows == [(1, len(prompts[0])), (5, len(short) - 1), (1, len(prompts[1])), (5, len(short) - 1)]
+    rows.clear()
+    list(sampler.score([Request(str(at), prompts[0], long, 0) for at in range(2)], Sampling()))
+    assert rows == [(1, len(prompts[0]) + len(long))] * 2
+
+
 def test_scores_are_the_frequencies_of_draws(llama: Path) -> None:
     """``score`` says how often ``sample`` goes on with a trace's own token, and 0 for a token outside the nucleus."""
     chat, sampling = Chat(llama), Sampling(temperature=0.8, top_p=0.9, max_tokens=1)
@@ -362,3 +398,53 @@ def test_a_few_tokens_that_16_bit_logits_put_outside_the_nucleus_do_not_make_a_t
         monkeypatch.setattr("ipo_lib.sampling.SCORED", 1)  # a share of the response, not of what is held at once
         assert next(sampler.score([Request("c", prompt, foreign, 0)], sampling)).count(0) == whole.count(0) > 2
         monkeypatch.undo()
+
+
+# budget forcing
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that opens its trace by template and hardly ever closes it."""
+    return tiny_model(tmp_path_factory.mktemp("thinker"), spread=0.3, template="r1")
+
+
+@pytest.mark.parametrize("until", ["think", "eos"])
+def test_thinking_that_is_too_long_is_closed_and_recorded(thinker: Path, until: str) -> None:
+    chat, sampling = Chat(thinker), Sampling(temperature=1.0, top_p=1.0, max_tokens=20, until=until, think_tokens=9)
+    asked = make_requests(chat)
+    found = answers(TransformersSampler(thinker, chat, batch_size=3), asked, sampling)
+    forced = [one for one in found.values() if one.forced is not None]
+    assert len(forced) > len(TEXTS) // 2
+    for one in forced:
+        assert one.forced == 9
+        said = chat.decode(one.token_ids)
+        assert said.count("</think>") >= 1
+        assert chat.decode(one.token_ids[9:]).startswith("\n</think>")
+        assert one.finish == "think" if until == "think" else len(one.token_ids) > 12
+
+
+def test_forcing_changes_no_token_before_it_and_no_draw_of_others(thinker: Path) -> None:
+    chat = Chat(thinker)
+    free = Sampling(temperature=1.0, top_p=1.0, max_tokens=20)
+    asked = make_requests(chat)
+    sampler = TransformersSampler(thinker, chat, batch_size=4)
+    plain, forced = (answers(sampler, asked, one) for one in (free, Sampling(**{**vars(free), "think_tokens": 9})))
+    for key, one in forced.items():
+        kept = len(one.token_ids) if one.forced is None else one.forced
+        assert plain[key].token_ids[:kept] == one.token_ids[:kept]
+    alone = answers(TransformersSampler(thinker, chat, batch_size=1), asked, Sampling(**{**vars(free), "think_tokens": 9}))
+    assert alone == forced
+
+
+def test_a_trace_that_was_given_closed_is_not_closed_again(thinker: Path) -> None:
+    chat, sampling = Chat(thinker), Sampling(temperature=1.0, top_p=1.0, max_tokens=12, think_tokens=5)
+    asked = make_requests(chat, "The salt.</think>")
+    assert {one.forced for one in answers(TransformersSampler(thinker, chat), asked, sampling).values()} == {None}
+
+
+def test_settings_without_a_budget_name_the_draws_they_always_named() -> None:
+    assert "think_tokens" not in Sampling().spec()
+    assert Sampling(think_tokens=9).spec()["think_tokens"] == 9
+    with pytest.raises(BadInput, match="think_tokens must lie below max_tokens"):
+        Sampling(max_tokens=10, think_tokens=10)
