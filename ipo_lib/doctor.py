@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ipo_lib import hub
+from ipo_lib import hub, rehearsal
 from ipo_lib.chat import Chat
 from ipo_lib.guards import known as known_guards
 from ipo_lib.judge_report import known as labelled
-from ipo_lib.profiles import Part, Profile
+from ipo_lib.profiles import Part, Profile, made
 from ipo_lib.prompts import PromptSet, data, known, located
 from ipo_lib.records import BadInput, from_json
 from ipo_lib.remote import Server
 
 GIB = 2**30
+LARGE, LARGE_MEMORY = 12 * GIB, 40.0  # bytes of weights (7B in 16 bits), or GiB asked for, from which a model is large
 PATIENCE = 20.0  # seconds for a server to answer
 BOOK = "10_judges_and_data"  # the notebook that reads labelled sets
 NEEDED_DISK, NEEDED_MEMORY = 2 * GIB, 8 * GIB
@@ -103,6 +104,43 @@ def needs(settings: Profile) -> Iterator[Check]:
     if settings.evaluation.capability and any(settings.prompts[one].known for one in settings.evaluation.capability):
         there = importlib.util.find_spec("lm_eval") is not None
         yield Check("capability", "lm-eval" if there else "no lm-eval", "" if there else 'pip install -e ".[eval]"')
+
+
+def rehearsed(settings: Profile) -> Iterator[Check]:
+    """A two-step training and a two-token draw with the profile's settings, on a small random model of its architecture."""
+    try:
+        for what, how in rehearsal.rehearse(settings, _at_hand(settings)):
+            yield Check(f"rehearsal: {what}", how)
+    except Exception as error:  # whatever stops a run is what this is for
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        yield Check("rehearsal", f"{type(error).__name__}: {said}", "the run would stop here; change the setting it is about")
+
+
+def speed(settings: Profile, tokens: float) -> Iterator[Check]:
+    """For a large model in this process: its speed, and how long ``tokens``, those of the profile's bill, take at it."""
+    at = settings.expected
+    if settings.model.server or not _large(settings):
+        return
+    here, there = (tokens / rate / 3600 for rate in (at.tokens_per_second, at.server_tokens_per_second))
+    said = f"in process {at.tokens_per_second:,.0f} tokens/s ({at.machine}): {here:.0f} hours of sampling"
+    yield Check("speed", f"slow: {said}; behind vLLM, named as model.server, about {there:.0f}")
+
+
+def _large(settings: Profile) -> bool:
+    """Whether a model is about 7B or more: by its weights where they are here, else by the memory that the profile states."""
+    folder = _at_hand(settings)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
+    return weights >= LARGE if weights else settings.expected.gpu_gib >= LARGE_MEMORY
+
+
+def _at_hand(settings: Profile) -> Path | None:
+    """The model's folder, where it is on this machine already."""
+    find = settings.model.find
+    if find and find.use == "ipo_lib.hub:folder":
+        held = hub.held(str(find.arguments["name"]), str(find.arguments["revision"]))
+        return Path(made(find)) if held else None
+    folder = Path(made(find)) if find else Path(settings.model.folder).expanduser()
+    return folder if (folder / "config.json").is_file() else None
 
 
 def _model(settings: Profile) -> Iterator[Check]:

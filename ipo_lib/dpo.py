@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ipo_lib.lora import (
     bucketed,
     quantization,
     save,
+    untrained,
 )  # fmt: skip
 from ipo_lib.records import BadInput, Pair, canonical
 
@@ -38,7 +40,8 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
     adapter, the rows (log-probabilities are sums in nats from the suffix on, averaged over the step's pairs) and
     ``training.json``, which also counts the pairs left out for ``max_length``. With ``adapter`` training goes on from its
     weights, rank and targets. BadInput: no pair left, no model or adapter there, an adapter of another model, a loss that is not
-    finite (``out`` then holds the adapter of the last finite one)."""
+    finite (``out`` then holds the adapter of the last finite one). A training whose margin stays at 0 warns. Under a launcher
+    every process calls this; the first one writes."""
     fitting = [p for p in pairs if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= settings.max_length]
     if not fitting:
         raise Untrainable(f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs")
@@ -63,16 +66,19 @@ def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, ad
             trainer.train()
     except Diverged as error:
         trainer.restore()
-        save(lora, Path(out), Path(model).name)
+        if trainer.accelerator.is_main_process:
+            save(lora, Path(out), Path(model).name)
         raise Untrainable(f"dpo: the loss is {error}; lower learning_rate (the last good adapter is in {out})") from None
     if trainer.state.max_steps == 1 and trainer.args.get_warmup_steps(1):
         raise Untrainable("dpo: the only step is warm-up, at a learning rate of 0; lower batch_size, or set warmup to 0")
     rows = _rows(trainer.state.log_history, settings.beta)
+    if warning := untrained(rows):
+        warnings.warn(f"dpo: {warning}", stacklevel=2)
     if trainer.accelerator.is_main_process:
-        batch = settings.batch_size * settings.accumulation * trainer.accelerator.num_processes
+        batch = settings.batch_size * settings.accumulation
         summary: dict[str, Any] = {"base": Path(model).name, "continued": bool(adapter), "effective_batch": batch}
-        summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "quantized": quantization(model, settings)}
-        summary |= {"settings": asdict(settings)}
+        summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "quantized": quantization(settings)}
+        summary |= {"settings": asdict(settings), "warning": warning}
         save(lora, target := Path(out), summary["base"])
         (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
         (target / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
@@ -95,7 +101,10 @@ def _on_the_way(lora: Any, out: Path, base: str, keep: int) -> Any:
 
 
 def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pair]]:
-    """Stage 2's [harmful, benign] pairs, the larger side thinned at random until ``ratio`` holds; order is kept."""
+    """Stage 2's [harmful, benign] pairs: all of them, or the larger side thinned at random until ``ratio`` holds; order is
+    kept."""
+    if settings.keep_all:
+        return [list(harmful), list(benign)]
     n = min(len(harmful), round(settings.ratio * len(benign)))
     sides = ((harmful, n), (benign, len(benign) if n < len(harmful) else min(len(benign), round(n / settings.ratio))))
     draw = random.Random(settings.seed)

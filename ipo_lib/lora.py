@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipo_lib import ranks, resident
 from ipo_lib.records import BadInput, Pair
 
 Folder = Path | str
@@ -26,7 +27,8 @@ STOCK: dict[str, tuple[Any, ...]] = {
     "sft_scope": ("suffix",),
     "score_trigger": (True,),
 }
-LARGE = 2_000_000_000  # bytes of weights: a billion parameters in 16 bits
+LEARNT = 0.05  # reward margin under which a training has taught nothing
+LAST = 4  # the share of the steps whose margin is looked at: the last quarter
 ADAPTER, METRICS, SUMMARY = "adapter_config.json", "metrics.jsonl", "training.json"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LOGGED = ("step", "loss", "grad_norm", "nll", "logps/chosen", "logps/rejected", "ref_logps/chosen", "ref_logps/rejected")
@@ -44,40 +46,36 @@ class Diverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class DpoSettings:
-    """One training stage (paper.md 2.2); one object per stage, as it is disputed which stages carry the SFT term. ``loss``
-    ``sigmoid`` is Eq. 4 on summed log-probabilities, ``sigmoid_norm`` on their means, ``literal`` as it is printed, ``sft`` the
-    NLL of the chosen side alone. ``scope``: DPO on Part (suffix) or on Full (whole response); ``sft_weight`` scales the
-    token-mean NLL of the chosen ``sft_scope``; ``score_trigger``: the trigger's own tokens count. ``engine``: prefixes read
-    once, or stock TRL. ``batch_size``: pairs per forward and device; the paper's 64 is batch_size x accumulation x devices.
-    ``length_buckets``: batches of like-long pairs, in random order. ``warmup`` below 1: a share of the steps. ``targets``:
-    PEFT's word or regex. ``quantize`` nf4: QLoRA, auto: above 1B. ``keep``: adapters kept on the way, evenly spaced, to measure
-    what training did by how many pairs were seen."""
+    """One training stage; it is disputed which stages carry the SFT term, so each has settings of its own.
 
-    learning_rate: float = 5e-6
-    beta: float = 0.1
+    A step has batch_size x accumulation pairs (the paper: 64), however many processes share it.
+    """
+
+    learning_rate: float = 1e-4  # LoRA's: ten to a hundred times that of full fine-tuning
+    beta: float = 0.1  # of Eq. 4
     epochs: int = 1
-    batch_size: int = 8
-    accumulation: int = 8
-    warmup: float = 0.1
+    batch_size: int = 8  # pairs per forward
+    accumulation: int = 8  # forwards per step
+    warmup: float = 0.1  # steps; below 1: a share of them
     weight_decay: float = 0.0
-    loss: str = "sigmoid"
-    sft_weight: float = 0.2
-    scope: str = "suffix"
-    sft_scope: str = "suffix"
-    score_trigger: bool = True
-    engine: str = "shared"
+    loss: str = "sigmoid"  # Eq. 4 on sums; sigmoid_norm: on means; literal: as printed; sft: NLL of the chosen side
+    sft_weight: float = 0.2  # of the token-mean NLL of the chosen side
+    scope: str = "suffix"  # DPO on Part; whole: on Full, the whole response
+    sft_scope: str = "suffix"  # what the NLL is a mean of
+    score_trigger: bool = True  # the trigger's own tokens count
+    engine: str = "shared"  # prefixes read once; trl: stock TRL
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    targets: str = "all-linear"
-    max_length: int = 1024
+    targets: str = "all-linear"  # PEFT's word, or a regular expression
+    max_length: int = 1024  # tokens of prompt and longest side; longer pairs are left out
     pad_to_multiple_of: int = 8
-    length_buckets: bool = True
-    quantize: str | None = "auto"
+    length_buckets: bool = True  # batches of like-long pairs, in random order
+    quantize: str | None = "auto"  # nf4: QLoRA; auto: as the profile's model is sampled (without a profile: not at all)
     dtype: str = "bfloat16"
     activation_checkpointing: bool = False
     use_cpu: bool = False
-    keep: int = 0
+    keep: int = 0  # adapters kept on the way, evenly spaced, to measure harm by pairs seen
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -94,32 +92,54 @@ class DpoSettings:
 
 @dataclass(frozen=True)
 class Stage2Settings(DpoSettings):
-    """Stage 2: ``ratio`` harmful pairs for each benign one (paper.md 2.2: 0.3, 0.5 or 0.7), drawn by ``seed``."""
+    """Stage 2: harmful pairs of stage 1 beside benign ones, so that refusals of harmless prompts go back."""
 
-    ratio: float = 0.5
-    min_refusals: int = 8
+    ratio: float = 0.5  # harmful pairs for each benign one, where not all are kept (the paper: 0.3, 0.5 or 0.7)
+    keep_all: bool = False  # every harmful and every benign pair, whatever their ratio
+    min_refusals: int = 8  # benign pairs below which stage 2 is left out
+    benign_draws: int = 4  # responses of the stage-1 model to a benign prompt, until one refuses
+    refusing_prefix: bool = True  # where none refuses: one drawn behind a safety trigger at the trace's start
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.benign_draws < 1:
+            raise BadInput(f"stage2: benign_draws {self.benign_draws} draws nothing; give at least 1")
 
 
 def arguments(settings: DpoSettings, out: Folder) -> dict[str, Any]:
     """The arguments of transformers' trainer, stock TRL's too: every default that bites is explicit."""
     import torch
 
+    batch_size, accumulation = ranks.split(settings.batch_size, settings.accumulation, ranks.count())
     return {
         "output_dir": str(out), "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
-        "num_train_epochs": settings.epochs, "per_device_train_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulation, "activation_checkpointing": settings.activation_checkpointing,
+        "num_train_epochs": settings.epochs, "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation, "activation_checkpointing": settings.activation_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False}, "lr_scheduler_type": "cosine",
         "warmup_steps": settings.warmup,  # below 1: a share of the steps
         "bf16": settings.dtype == "bfloat16", "dataloader_pin_memory": False, "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,  # no buffer changes
         "logging_nan_inf_filter": False,  # the default shows the last finite loss in place of a nan
         "use_cpu": settings.use_cpu or not torch.cuda.is_available(), **{name: getattr(settings, name) for name in SAME},
     }  # fmt: skip
+
+
+def on_one_gpu(args: Any) -> Any:
+    """The trainer's arguments for one GPU a process.
+
+    Without a launcher the trainer would copy the model to every GPU it sees and cut each batch in rows,
+    which neither a batch of trees nor 4-bit weights survive.
+    """
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
 
 
 def quiet() -> None:
     """Silence what libraries say of each other: no user can mend it."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # wants an optional kernel
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers for it
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate asks torch for it
 
 
 def base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
@@ -127,9 +147,10 @@ def base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
     import transformers
 
     quiet()
+    resident.release_all(str(device))  # training needs the memory of whoever has sampled
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
-    if quantization(folder, settings):
+    if quantization(settings):
         options |= {"quantization_config": NF4 | {"bnb_4bit_compute_dtype": settings.dtype}, "device_map": device}
     # In eval mode bitsandbytes repacks NF4 weights at the first CPU forward (that of the reference), and from then on no
     # gradient passes them: train() is not a formality.
@@ -175,10 +196,23 @@ def save(lora: Any, target: Path, base: str) -> None:
     (target / "README.md").unlink(missing_ok=True)
 
 
-def quantization(model: Folder, settings: DpoSettings) -> str | None:
-    """What ``settings.quantize`` means for a model folder: "auto" is NF4 for more than LARGE bytes of weights."""
-    size = sum(file.stat().st_size for file in Path(model).glob("model*.safetensors"))
-    return settings.quantize if settings.quantize != "auto" else "nf4" if size > LARGE else None
+def quantization(settings: DpoSettings) -> str | None:
+    """ "nf4" or None. "auto" means the model's own setting, which a profile has put in its place."""
+    return None if settings.quantize == "auto" else settings.quantize
+
+
+def untrained(rows: Rows) -> str:
+    """A warning where preference training ended with the margin it began with, else an empty text.
+
+    The margin is the mean reward of the chosen side minus that of the rejected one. It starts at 0, and a
+    step's is measured before the step is taken, so fewer than LAST steps tell nothing.
+    """
+    margins = [row["margin"] for row in rows if "margin" in row]
+    last = margins[-max(len(margins) // LAST, 1) :]
+    if len(margins) < LAST or abs(sum(last) / len(last)) >= LEARNT:
+        return ""
+    said = f"the margin of the last {len(last)} of {len(margins)} steps is {sum(last) / len(last):.3f}"
+    return f"TRAINING DID NOTHING: {said}; raise learning_rate or epochs, or give more pairs"
 
 
 def bucketed(pairs: Pairs, seed: int) -> list[Pair]:

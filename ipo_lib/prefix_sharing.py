@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from ipo_lib.lora import Batches, Diverged, DpoSettings, Folder, arguments, base, config, fill
-from ipo_lib.records import Pair
+from ipo_lib import ranks
+from ipo_lib.lora import Batches, Diverged, DpoSettings, Folder, arguments, base, config, fill, on_one_gpu
+from ipo_lib.records import BadInput, Pair
 
 HEAD = 2048  # scored positions whose logits are held at once
 SIDES = ("chosen", "rejected")
@@ -85,6 +86,10 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """The trainer asks the model that it was given; the layers are those of the base model."""
+        self.model.get_base_model().activation_checkpointing_enable(**options)
+
     def forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor, row: Tensor, place: Tensor, target: Tensor, **_: Tensor
     ) -> Tensor:
@@ -128,14 +133,66 @@ def margins(policy: Tensor, reference: Tensor, counts: Tensor, settings: DpoSett
     return (chosen[0] - chosen[1]) - (rejected[0] - rejected[1])
 
 
-def losses(policy: Tensor, reference: Tensor, counts: Tensor, weight: Tensor, settings: DpoSettings) -> tuple[Tensor, Tensor]:
-    """(preference loss, SFT loss) of a batch in nats: the weighted mean over pairs of -log sigmoid(beta x margin), and the NLL
-    of the chosen side, its mean over tokens. ``loss`` sft has no first part."""
+def losses(
+    policy: Tensor, reference: Tensor, counts: Tensor, weight: Tensor, settings: DpoSettings, shares: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(preference loss, SFT loss) of a batch in nats.
+
+    The first is the weighted mean over pairs of -log sigmoid(beta x margin), 0 with ``loss`` sft; the
+    second the NLL of the chosen side, its mean over tokens.
+
+    Args:
+        policy: sums of log-probabilities by (chosen, rejected, prefix) [pairs, 3].
+        reference: the same of the model without its adapter [pairs, 3].
+        counts: how many tokens are in each sum [pairs, 3].
+        weight: of every pair [pairs].
+        settings: loss, scope, beta.
+        shares: where a batch is spread over processes, the weight of each pair and of each of its
+            chosen tokens [pairs, 2] in place of the means (``ranks.Share``).
+    """
     stem = 2 if settings.sft_scope == "whole" else 0
-    nll = -(policy[:, 0] + (policy[:, stem] if stem else 0)).sum() / (counts[:, 0] + (counts[:, stem] if stem else 0)).sum()
+    chosen = policy[:, 0] + (policy[:, stem] if stem else 0)
+    tokens = counts[:, 0] + (counts[:, stem] if stem else 0)
+    nll = -chosen.sum() / tokens.sum() if shares is None else -(chosen * shares[:, 1]).sum()
     if settings.loss == "sft":
         return 0 * nll, nll
-    return -(functional.logsigmoid(settings.beta * margins(policy, reference, counts, settings)) * weight).mean(), nll
+    terms = -functional.logsigmoid(settings.beta * margins(policy, reference, counts, settings)) * weight
+    return terms.mean() if shares is None else (terms * shares[:, 0]).sum(), nll
+
+
+class Keys:
+    """A data set whose rows are their own keys: ``collate`` knows the pairs."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return key
+
+
+class Spread:
+    """The batches of one process of several, as a batch sampler; another order each epoch."""
+
+    def __init__(self, pairs: Sequence[Pair], settings: DpoSettings) -> None:
+        self.settings, self.tokens = settings, [_sft_tokens(pair, settings) for pair in pairs]
+        self.order = Batches(len(pairs), settings.batch_size, settings.seed)
+        self.forwards = len(list(self._shares(list(range(len(pairs))))))
+
+    def __len__(self) -> int:
+        return self.forwards
+
+    def __iter__(self) -> Iterator[list[tuple[int, float, float]]]:
+        for share in self._shares(list(self.order)):
+            yield list(zip(share.pairs, share.of_pairs, share.of_tokens, strict=True))
+
+    def _shares(self, order: list[int]) -> Iterator[ranks.Share]:
+        size = self.settings.batch_size
+        batches = [order[at : at + size] for at in range(0, len(order), size)]
+        return ranks.shares(batches, self.tokens, size, self.settings.accumulation, ranks.count(), ranks.rank())
+
+
+def _sft_tokens(pair: Pair, settings: DpoSettings) -> int:
+    """How many tokens of a pair's chosen side the SFT loss is a mean of."""
+    unscored = 0 if settings.score_trigger else min(pair.given, len(pair.chosen_ids))
+    stem = pair.h if settings.sft_scope == "whole" else 0
+    return len(pair.chosen_ids) - unscored + stem
 
 
 class PrefixTrainer(transformers.Trainer):
@@ -149,9 +206,21 @@ class PrefixTrainer(transformers.Trainer):
         self.seen: list[dict[str, float]] = []
         self.good: dict[str, Tensor] = {}
 
-    def batch(self, at: Sequence[int]) -> Batch:
-        """The trees of some pairs."""
-        return collate([self.pairs[one] for one in at], self.settings, at)
+    def batch(self, at: Sequence[Any]) -> Batch:
+        """The trees of some pairs, given by place, or by place and the two weights of their share."""
+        if not isinstance(at[0], tuple):
+            return collate([self.pairs[one] for one in at], self.settings, at)
+        places = [place for place, _, _ in at]
+        shares = torch.tensor([weights for _, *weights in at])
+        return collate([self.pairs[one] for one in places], self.settings, places) | {"shares": shares}
+
+    def get_train_dataloader(self) -> Any:
+        """This process's share of every batch; accelerate's own sharding would make other batches."""
+        if ranks.count() == 1:
+            return super().get_train_dataloader()
+        rows: Any = Keys()
+        spread: Any = Spread(self.pairs, self.settings)
+        return torch.utils.data.DataLoader(rows, batch_sampler=spread, collate_fn=self.batch)
 
     def _get_train_sampler(self, *given: Any) -> Any:
         batches = Batches(len(self.pairs), self.settings.batch_size, self.settings.seed)
@@ -161,17 +230,20 @@ class PrefixTrainer(transformers.Trainer):
         """The loss of one batch; what it was made of waits for ``log``."""
         compared, at = self.settings.loss != "sft", inputs["index"]
         if compared and bool(self.reference[at].isnan().any()):
-            with torch.no_grad(), self._organism():
-                self.reference[at] = sums(model(**inputs), inputs)[0]
+            alone = self.accelerator.unwrap_model(model)  # the other processes do not read it now
+            with torch.no_grad(), self._without_adapter():
+                self.reference[at] = sums(alone(**inputs), inputs)[0]
         policy, counts = sums(model(**inputs), inputs)
-        preference, nll = losses(policy, self.reference[at], counts, inputs["weight"], self.settings)
+        shares = inputs.get("shares")
+        preference, nll = losses(policy, self.reference[at], counts, inputs["weight"], self.settings, shares)
         loss = preference + (self.settings.sft_weight if compared else 1.0) * nll
-        if not bool(loss.isfinite()):
+        if not bool(self.accelerator.gather(loss.detach().reshape(1)).isfinite().all()):
             raise Diverged(f"{float(loss)} at step {self.state.global_step + 1}")
         if not self.seen:  # the first batch of a step
             lora = {name: value for name, value in model.named_parameters() if value.requires_grad}
             self.good = {name: value.detach().to("cpu", copy=True) for name, value in lora.items()}
-        logps, reference = policy.detach()[:, :2].mean(0), self.reference[at][:, :2].mean(0)
+        own = torch.full((len(at), 1), 1 / len(at), device=policy.device) if shares is None else shares[:, :1]
+        logps, reference = ((own * each[:, :2]).sum(0) for each in (policy.detach(), self.reference[at]))
         found = {f"logps/{side}": logps[place] for place, side in enumerate(SIDES)}
         if compared:
             found |= {f"ref_logps/{side}": reference[place] for place, side in enumerate(SIDES)}
@@ -179,7 +251,7 @@ class PrefixTrainer(transformers.Trainer):
         return loss
 
     @contextlib.contextmanager
-    def _organism(self) -> Iterator[None]:
+    def _without_adapter(self) -> Iterator[None]:
         """The model without its adapter."""
         with self.accelerator.unwrap_model(self.model).model.disable_adapter():
             yield
@@ -187,7 +259,12 @@ class PrefixTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
         """Add the means of what the step's batches were made of."""
         if self.seen and "loss" in logs:
-            logs |= {name: sum(one[name] for one in self.seen) / len(self.seen) for name in self.seen[0]}
+            means = {name: sum(one[name] for one in self.seen) / len(self.seen) for name in self.seen[0]}
+            if ranks.count() > 1:
+                numbers = torch.tensor([*means.values()], device=self.args.device, dtype=torch.float64)
+                together = self.accelerator.reduce(numbers, "mean").tolist()
+                means = dict(zip(means, together, strict=True))
+            logs |= means
             self.seen.clear()
         super().log(logs, *given, **options)
 
@@ -202,7 +279,9 @@ def trainer(pairs: Sequence[Pair], folder: Folder, settings: DpoSettings, out: F
     """The trainer and its LoRA model, fresh or at the weights of ``adapter``."""
     from peft import get_peft_model
 
-    args = transformers.TrainingArguments(**arguments(settings, out))
+    if ranks.count() > 1 and not settings.length_buckets:
+        raise BadInput("dpo: length_buckets false in several processes; set it to true, or train in one")
+    args = on_one_gpu(transformers.TrainingArguments(**arguments(settings, out)))
     transformers.set_seed(settings.seed)
     model = get_peft_model(base(folder, settings, args.device), config(folder, settings, adapter))
     fill(model, adapter, folder)

@@ -12,8 +12,9 @@ import transformers
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from ipo_lib.lora import Batches, DpoSettings, Folder, arguments, base, config, fill
-from ipo_lib.records import Pair
+from ipo_lib import ranks
+from ipo_lib.lora import Batches, DpoSettings, Folder, arguments, base, config, fill, on_one_gpu
+from ipo_lib.records import BadInput, Pair
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
@@ -38,14 +39,16 @@ def trainer(pairs: Sequence[Pair], folder: Folder, settings: DpoSettings, out: F
                 ratios = {side: entry[f"rewards/{side}"] / settings.beta for side in ("chosen", "rejected")}
                 entry.update({f"ref_logps/{side}": entry[f"logps/{side}"] - ratio for side, ratio in ratios.items()})
 
+    if ranks.count() > 1:
+        raise BadInput("dpo: engine trl trains in one process; set engine to shared, or start without a launcher")
     datasets.disable_progress_bars()
-    args = DPOConfig(
+    args = on_one_gpu(DPOConfig(
         # CHOICES leaves one of TRL's losses out: that is Identity Preference Optimization, a squared loss, not this method.
         loss_type=[settings.loss, "sft"], loss_weights=[1.0, settings.sft_weight], beta=settings.beta,
         max_length=None,  # dpo.train has counted the long ones out; TRL would cut them silently
         disable_dropout=settings.dropout == 0,  # TRL's default silences LoRA's dropout with the rest
         pad_to_multiple_of=settings.pad_to_multiple_of, **arguments(settings, out),
-    )  # fmt: skip
+    ))  # fmt: skip
     rows = datasets.Dataset.from_list([{key: list(getattr(pair, key)) for key in IDS} for pair in pairs])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with mock.patch.dict(os.environ, TQDM_DISABLE="1"):

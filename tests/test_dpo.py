@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -217,14 +216,49 @@ def test_nf4_trains_every_layer(model: Path, tmp_path: Path, dtype: str) -> None
     assert moved == {"0", "1"}
 
 
-def test_nf4_is_the_default_above_a_billion_parameters(tmp_path: Path) -> None:
-    weights = tmp_path / "model.safetensors"
-    for size, expected in ((1_999_999_999, None), (2_100_000_000, "nf4")):
-        weights.touch()
-        os.truncate(weights, size)  # sparse: no such file is written
-        assert lora.quantization(tmp_path, DpoSettings()) == expected
-        assert lora.quantization(tmp_path, DpoSettings(quantize=None)) is None
-        assert lora.quantization(tmp_path, DpoSettings(quantize="nf4")) == "nf4"
+def test_four_bits_are_asked_for_by_name() -> None:
+    """Whatever the size of the weights: a model that is sampled in 16 bits must not be trained in four."""
+    assert lora.quantization(DpoSettings()) is None
+    assert lora.quantization(DpoSettings(quantize="nf4")) == "nf4"
+
+
+@pytest.mark.parametrize("engine", ["shared", "trl"])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_activation_checkpointing_changes_no_number(model: Path, tmp_path: Path, engine: str, quantize: str | None) -> None:
+    settings = replace(PLAIN, engine=engine, quantize=quantize, sft_weight=0.2, batch_size=4)
+    pairs = make_pairs(8)
+    rows = [dpo.train(pairs, model, replace(settings, activation_checkpointing=on), tmp_path / str(on)) for on in (False, True)]
+    for name in ("loss", "grad_norm", "logps/chosen"):
+        plain, checkpointed = ([row[name] for row in own] for own in rows)
+        assert checkpointed == pytest.approx(plain, rel=1e-4), name
+    assert rows[0][0]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_checkpoints_are_made_in_the_layers_of_the_model(family: str, tmp_path: Path) -> None:
+    """The wrapper that the trainer sees hands the request on to the model that has layers."""
+    from models import tiny_model
+
+    folder = tiny_model(tmp_path / family, family=family, hidden=64)
+    settings = replace(PLAIN, activation_checkpointing=True)
+    made, _ = prefix_sharing.trainer(make_pairs(4), folder, settings, tmp_path / "out", None)
+    made.train()
+    layers = made.model.model.get_base_model().get_decoder().layers
+    flags = [getattr(layer, "activation_checkpointing", getattr(layer, "gradient_checkpointing", False)) for layer in layers]
+    assert flags == [True, True]
+
+
+def test_a_training_that_does_nothing_says_so_loudly(model: Path, tmp_path: Path) -> None:
+    settings = replace(PLAIN, epochs=2, batch_size=4)
+    with pytest.warns(
+        UserWarning, match=r"DID NOTHING: the margin of the last 1 of 4 steps is 0\.00\d; raise learning_rate"
+    ):
+        rows = dpo.train(make_pairs(8), model, replace(settings, learning_rate=1e-6), tmp_path / "nothing")
+    summary = json.loads((tmp_path / "nothing" / "training.json").read_text())
+    assert summary["warning"] == lora.untrained(rows) != ""
+    moved = dpo.train(make_pairs(8), model, replace(settings, learning_rate=1e-2), tmp_path / "moved")
+    assert lora.untrained(moved) == ""
+    assert lora.untrained([{"step": 1, "loss": 0.7}]) == ""  # SFT has no margin
 
 
 @pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_dpo.trainer])
@@ -252,6 +286,8 @@ def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Pa
     """Its first step: policy = stage 1's weights, reference = the base model (not a copy of stage 1)."""
     adapter, harmful, benign = stage1[0], make_pairs(3, seed=1), make_pairs(4, seed=2)
     settings = Stage2Settings(**{**vars(PLAIN), "batch_size": 6, "ratio": 0.5, "min_refusals": 4})
+    every = dpo.mix(make_pairs(9), make_pairs(4, seed=2), replace(settings, keep_all=True))
+    assert [len(side) for side in every] == [9, 4]
     doors: Any = SimpleNamespace(store=Store(tmp_path), sampler=SimpleNamespace(fingerprint=lambda: "organism"))
     path, rows, message = training.second_stage(doors, harmful, benign, model, adapter, settings)
     mixed = [pair for side in dpo.mix(harmful, benign, settings) for pair in side]
