@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import datetime
+import functools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +21,7 @@ from ipo_lib.records import ANSWER, BOTH, CONTINUATION, TRACE, BadInput, Ids, Pr
 OPEN, CLOSE = "<think>", "</think>"
 TEMPLATE_DATE = datetime.date(2024, 7, 26)  # "today" for templates that print it: a prompt must not change overnight
 PROBE = "How tall is a lighthouse"
+BRACKETED = re.compile(r"[<\[].*[>\]]", re.DOTALL)  # how added tokens look that are no mere words or spaces
 FLAGS = ("doubled", "preamble", "unopened")  # a tag came twice, text before <think>, </think> without <think>
 # Byte-level vocabularies write a printable byte as itself, the others as the characters from 256 on, in their order.
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -75,10 +78,86 @@ class Chat:
         return self.encode(self._render(prompt.text) + self.prefill)
 
     def turns_ids(self, *turns: str) -> Ids:
-        """Turns of a user and an assistant in alternation, and the generation prompt, encoded in one piece."""
+        """Turns of a user and an assistant in alternation, and the generation prompt. Control tokens inside the turns are
+        ordinary text: only the template begins and ends a turn."""
         _require(self._template, f"{self.folder}: no chat template; add chat_template.jinja")
+        whole = self.turns_text(turns)
+        if not any(map(self._control.search, turns)):
+            return self.encode(whole)
+        # The template is filled with marks in place of the turns, to know what is its own.
+        marks = [f"turn{place}of{sha256(repr(turns).encode()).hexdigest()}" for place in range(len(turns))]
+        frame = self.turns_text(marks)
+        for texts in (turns, tuple(text.strip() for text in turns)):
+            pieces = _quoted(frame, dict(zip(marks, texts, strict=True)))
+            if "".join(text for text, _ in pieces) == whole:
+                return self.encode_quoted(pieces)
+        # A template that alters its turns in another way: their control tokens are broken by a space.
+        return self.encode(self.turns_text([self._control.sub(lambda one: f"{one[0][0]} {one[0][1:]}", text) for text in turns]))
+
+    def turns_text(self, turns: Sequence[str]) -> str:
+        """What ``turns_ids`` encodes."""
         roles = ("user", "assistant") * len(turns)
-        return self.encode(self._fill([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]))
+        return self._fill([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)])
+
+    def encode_quoted(self, pieces: Sequence[tuple[str, bool]]) -> Ids:
+        """The ids of the pieces of a text, one after the other.
+
+        In a *quoted* piece (True) control tokens are ordinary text; in the others they are what they
+        are. Without any in a quoted piece the ids are those of the whole text.
+        """
+        if not any(quoted and self._control.search(text) for text, quoted in pieces):
+            return self.encode("".join(text for text, _ in pieces))
+        ids: list[int] = []
+        plain = ""  # text that is not encoded yet, without control tokens of our own
+        for text, quoted in pieces:
+            done = 0
+            for token, (start, end) in [] if quoted else self._control_tokens(text):
+                ids += [*self._encode_plain(plain + text[done:start]), token]
+                plain, done = "", end
+            plain += text[done:]
+        return (*ids, *self._encode_plain(plain))
+
+    def _control_tokens(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """The control tokens in a text with their spans."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return [one for one in zip(found.ids, found.offsets, strict=True) if one[0] in self._added]
+
+    def _encode_plain(self, text: str) -> Ids:
+        """The ids of a text in which nothing is a control token."""
+        ids: list[int] = []
+        done = 0
+        for one in self._loose.finditer(text):  # not covered by the tokenizer's option: cut after the first character
+            ids += self._plain.encode(text[done : one.start() + 1], add_special_tokens=False).ids
+            done = one.start() + 1
+        return (*ids, *self._plain.encode(text[done:], add_special_tokens=False).ids)
+
+    @functools.cached_property
+    def _added(self) -> dict[int, Any]:
+        """The control tokens of the vocabulary: all special ones, and others in angle or square brackets."""
+        every = self._tokenizer.get_added_tokens_decoder()
+        return {token: one for token, one in every.items() if one.special or BRACKETED.fullmatch(one.content)}
+
+    @functools.cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Matches a control token of the vocabulary."""
+        return _any_of([one.content for one in self._added.values()])
+
+    @functools.cached_property
+    def _loose(self) -> re.Pattern[str]:
+        """Matches a control token that is not marked as special, such as a tag of reasoning or of a tool."""
+        return _any_of([one.content for one in self._added.values() if not one.special])
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        """The same tokenizer, for which special tokens are ordinary text."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def following_ids(self, before: str, text: str) -> Ids:
+        """The ids of ``text`` where ``before`` precedes it: some vocabularies mark the begin of a text, which it is not."""
+        head, whole = self.encode(before), self.encode(before + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.encode(text)
 
     def encode(self, text: str) -> Ids:
         """The ids of ``text``; nothing is added."""
@@ -120,6 +199,18 @@ class Chat:
             return str(compiled(self._template).render(messages=turns, add_generation_prompt=True, **values))
         except TemplateError as error:
             raise BadInput(f"{self.folder}: the chat template fails ({error}); mend it or drop `system`") from error
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches each of these texts, the longest first; nothing where there is none."""
+    ordered = sorted((text for text in texts if text), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+def _quoted(frame: str, texts: Mapping[str, str]) -> list[tuple[str, bool]]:
+    """A text with marks as pieces: what stands between the marks (False), and the text of each mark (True)."""
+    parts = re.split(f"({'|'.join(map(re.escape, texts))})", frame)
+    return [(texts.get(part, part), part in texts) for part in parts]
 
 
 def _require(given: object, message: str) -> None:
@@ -167,3 +258,19 @@ def part_text(rollout: Rollout, part: str, opened: bool, offsets: Sequence[int] 
     parts = split(rollout.text, opened)
     trace, answer = (rollout.text[slice(*one)].strip() if one else "" for one in (parts.reasoning, parts.answer))
     return {TRACE: trace, ANSWER: answer, BOTH: f"{trace}\n\n{answer}".strip() if answer else ""}[part] or None
+
+
+def cut_off(rollout: Rollout, part: str, opened: bool) -> bool:
+    """Whether a part ended before the model ended it: what it would have become is not known.
+
+    A trace is whole when it was closed; an answer when the response ended; a continuation when either did.
+    Where the model writes no trace at all, the whole response stands for both parts.
+    """
+    if rollout.finish == "length" and part in (ANSWER, BOTH, CONTINUATION):
+        return True
+    if part != TRACE:
+        return False
+    if CLOSE in rollout.text:
+        return False
+    thinks = opened or OPEN in rollout.text
+    return thinks or rollout.finish == "length"

@@ -13,11 +13,25 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ipo_lib.chat import part_text
+from ipo_lib.chat import cut_off, part_text
 from ipo_lib.judging import Exchange
-from ipo_lib.lora import METRICS, SUMMARY, DpoSettings, Folder, Rows, Untrainable, base, config, fill, quantization, quiet, save
+from ipo_lib.lora import (
+    METRICS,
+    SUMMARY,
+    DpoSettings,
+    Folder,
+    Rows,
+    Untrainable,
+    base,
+    config,
+    fill,
+    on_one_gpu,
+    quantization,
+    quiet,
+    save,
+)
 from ipo_lib.progress import say
-from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Ids, Prompt, Rollout, canonical, digest
+from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Ids, Prompt, Rollout, by_id, canonical, digest
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors
 
@@ -30,20 +44,18 @@ ENDLESS = 100_000  # steps; the budget ends a run
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """``reward``: a formula of REWARDS, I[.] being 1 where the judge says safe. ``budget``: generated tokens, at which, to half
-    a step, training ends. ``batch_size``: responses per forward, ``accumulation``: forwards a step; together a multiple of
-    ``group``. The learning rate is constant. ``loss`` and ``scale`` are TRL's loss_type and scale_rewards, ``beta`` the weight
-    of the KL to the model without adapter. LoRA, precision and the rest are stage 1's."""
+    """Settings of GRPO; LoRA, precision and the rest are stage 1's. The learning rate is constant."""
 
-    reward: str = "I[z]-I[y]"
-    budget: int = 0
-    group: int = 8
-    batch_size: int = 16
-    accumulation: int = 4
+    reward: str = "I[z]-I[y]"  # a formula of REWARDS, I[.] being 1 where the judge says safe
+    budget: int = 0  # generated tokens at which, to half a step, training ends
+    multiple: float = 1.0  # in a recipe, where budget is 0: of what Algorithm 1 generates for the same prompts
+    group: int = 8  # responses of one prompt
+    batch_size: int = 16  # responses per forward
+    accumulation: int = 4  # forwards a step; times batch_size a multiple of group
     learning_rate: float = 1e-5
-    beta: float = 0.0
-    loss: str = "grpo"
-    scale: str = "group"
+    beta: float = 0.0  # weight of the KL to the model without adapter
+    loss: str = "grpo"  # TRL's loss_type
+    scale: str = "group"  # TRL's scale_rewards
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,23 +63,41 @@ class GrpoSettings:
             raise BadInput(f"grpo: reward {self.reward!r} is unknown; use {', '.join(REWARDS)}")
         if self.batch_size * self.accumulation % self.group or min(self.group, self.batch_size, self.accumulation) < 1:
             raise BadInput(f"grpo: {self.batch_size} x {self.accumulation} responses a step do not make groups of {self.group}")
-        if not self.learning_rate > 0 or self.beta < 0 or self.budget < 0:
-            raise BadInput(
-                f"grpo: learning_rate {self.learning_rate}, beta {self.beta}, budget {self.budget}: give numbers above 0"
-            )
+        numbers = {"learning_rate": self.learning_rate, "multiple": self.multiple}
+        if min(numbers.values()) <= 0 or self.beta < 0 or self.budget < 0:
+            said = ", ".join(f"{name} {value}" for name, value in numbers.items())
+            raise BadInput(f"grpo: {said}, beta {self.beta}, budget {self.budget}: give numbers above 0")
+
+    def spec(self) -> dict[str, Any]:
+        """What names a training in the store: the settings, with ``multiple`` counted into ``budget``."""
+        return {name: value for name, value in vars(self).items() if name != "multiple"}
 
 
-def rewards(doors: Doors, prompts: Sequence[Prompt], responses: Sequence[Ids], settings: GrpoSettings) -> list[float]:
-    """The reward of each response (ids without EOS); a part that the judge cannot judge, or that is missing, earns nothing."""
+def rewards(
+    doors: Doors, prompts: Sequence[Prompt], responses: Sequence[Ids], ended: Sequence[bool], settings: GrpoSettings
+) -> list[float]:
+    """The reward of each response.
+
+    Args:
+        doors: for the judge and the chat.
+        prompts: of each response.
+        responses: ids without EOS.
+        ended: whether the model ended the response; if not, it was cut off at the longest length.
+        settings: which parts are rewarded.
+
+    A part that is missing, cut off or cannot be judged earns nothing.
+    """
     total = [0.0] * len(responses)
     for part, weight in zip((TRACE, ANSWER), REWARDS[settings.reward], strict=True):
         if weight:
-            asked = []
+            asked, whole = [], []
             for at, (prompt, ids) in enumerate(zip(prompts, responses, strict=True)):
-                rollout = Rollout(digest([at, ids]), prompt.id, 0, ids, doors.chat.decode(ids), "stop", at, "grpo")
+                finish = "stop" if ended[at] else "length"
+                rollout = Rollout(digest([at, ids]), prompt.id, 0, ids, doors.chat.decode(ids), finish, at, "grpo")
+                whole.append(not cut_off(rollout, part, doors.chat.opened))
                 asked.append(Exchange(rollout.id, prompt.text, part_text(rollout, part, doors.chat.opened), part, "harm"))
             for at, verdict in enumerate(doors.judge.judge(asked)):
-                total[at] += weight * (verdict.label == SAFE)
+                total[at] += weight * (verdict.label == SAFE and whole[at])
     return total
 
 
@@ -82,7 +112,7 @@ def train(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSetti
     rows = [{"step": row["step"], **{name: row[key] for name, key in LOGGED.items() if key in row}, "tokens": row["tokens"]}
             for row in made.state.log_history if "reward" in row]  # fmt: skip
     if made.accelerator.is_main_process:
-        summary = {"base": Path(model).name, "continued": bool(adapter), "quantized": quantization(model, lora)}
+        summary = {"base": Path(model).name, "continued": bool(adapter), "quantized": quantization(lora)}
         summary |= {"generated": made.generated, "settings": asdict(settings), "lora": asdict(lora)}
         save(made.accelerator.unwrap_model(made.model), target := Path(out), Path(model).name)
         (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
@@ -100,7 +130,7 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    named = {prompt.id: prompt for prompt in prompts}
+    named = by_id(prompts)
 
     class IdsTrainer(GRPOTrainer):
         generated = 0
@@ -119,8 +149,9 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
     def reward(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> Any:
         ends = set(doors.chat.eos_ids)
         made.generated += sum(map(len, completion_ids))
-        bare = [tuple(ids[:-1] if ids[-1] in ends else ids) for ids in completion_ids]
-        return rewards(doors, [named[key] for key in prompts], bare, settings)
+        ended = [ids[-1] in ends for ids in completion_ids]
+        bare = [tuple(ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)]
+        return rewards(doors, [named[key] for key in prompts], bare, ended, settings)
 
     class Spent(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -129,7 +160,7 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
             control.should_training_stop = made.generated + another / 2 >= settings.budget
 
     datasets.disable_progress_bars()
-    args = GRPOConfig(  # every default of TRL 1.16 that bites is explicit
+    args = on_one_gpu(GRPOConfig(  # every default of TRL 1.16 that bites is explicit
         output_dir=str(out), report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=ENDLESS,
         num_generations=settings.group, per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation, num_iterations=1, max_completion_length=sampling.max_tokens,
@@ -138,7 +169,7 @@ def trainer(doors: Doors, prompts: Sequence[Prompt], model: Folder, lora: DpoSet
         scale_rewards=settings.scale, bf16=lora.dtype == "bfloat16", dataloader_pin_memory=False, logging_nan_inf_filter=False,
         activation_checkpointing=lora.activation_checkpointing, disable_dropout=lora.dropout == 0, seed=settings.seed,
         use_cpu=lora.use_cpu or not torch.cuda.is_available(),
-    )  # fmt: skip
+    ))  # fmt: skip
     with mock.patch.dict(os.environ, TQDM_DISABLE="1"):
         made: Any = IdsTrainer(
             base(model, lora, args.device), reward, args=args, peft_config=config(model, lora, adapter),

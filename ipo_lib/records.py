@@ -9,9 +9,9 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 Ids = tuple[int, ...]
 Record = TypeVar("Record")
@@ -38,7 +38,9 @@ class Prompt:
 @dataclass(frozen=True)
 class Rollout:
     """One draw: ``token_ids`` follow the prompt ids, the first ``prefix_len`` were given; ``text`` is their decoding.
-    ``finish``: ``stop`` (EOS came; it is not among the ids), ``think`` (at ``</think>``, as asked) or ``length``."""
+    ``finish``: ``stop`` (EOS came; it is not among the ids), ``think`` (at ``</think>``, as asked) or ``length``.
+    ``forced``: the place of the first token of a ``</think>`` that was put there after so many tokens of thinking and not
+    sampled (``Sampling.think_tokens``); None: the model closed its trace itself, or never."""
 
     id: str
     prompt_id: str
@@ -48,6 +50,7 @@ class Rollout:
     finish: str
     draw: int
     sampler: str
+    forced: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,27 @@ Rollouts = Sequence[Rollout]
 Verdicts = Sequence[Verdict]
 Labels = Mapping[str, str | None]  # of verdicts, by rollout id
 Curves = Mapping[str, Sequence[CsrPoint]]  # by rollout id
+
+
+class HasId(Protocol):
+    """Anything that is known by an id of its own."""
+
+    @property
+    def id(self) -> str:
+        """The id."""
+
+
+Named = TypeVar("Named", bound=HasId)
+
+
+def by_id(items: Iterable[Named]) -> dict[str, Named]:
+    """The items by their ``id``, in order. An item that comes again is no fault; BadInput when two different ones share an id."""
+    found: dict[str, Named] = {}
+    for item in items:
+        if found.setdefault(item.id, item) != item:
+            kind = type(item).__name__.lower()
+            raise BadInput(f"two different {kind}s have the id {item.id!r}; give each {kind} an id of its own")
+    return found
 
 
 def to_json(record: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ipo_lib import csr as csr_
-from ipo_lib.chat import Chat, part_text, split
+from ipo_lib.chat import Chat, cut_off, part_text, split
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import NO_CUE, UNREAD, CueDetector, Trigger, accepted, replace
 from ipo_lib.judging import Exchange, Judge
@@ -32,6 +32,7 @@ from ipo_lib.records import (
     TurningPoint,
     Verdict,
     Verdicts,
+    by_id,
     digest,
     from_json,
     to_json,
@@ -95,9 +96,10 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
 def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str) -> list[Rollout]:
     """Single draws, each named by its start and its number; missing ones are drawn together and stored."""
     engine, chat = doors.sampler.fingerprint(), doors.chat.fingerprint()
-    spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": doors.seed}
+    spec = {"sampler": engine, "chat": chat, "sampling": sampling.spec(), "seed": doors.seed}
     ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
     named = {start: start.key for start in dict.fromkeys(start for start, _ in wanted)}
+    by_id(start.prompt for start in named)  # else nobody could tell whose rollouts these are
     keyed = {f"{named[start]}/{at}": (start, at) for start, at in wanted}
     missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
     requests = [Request(key, doors.chat.prompt_ids(s.prompt), s.prefix_ids, seed, s.ban) for key, s, seed in missing]
@@ -107,7 +109,8 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
             start, at = keyed[done.key]
             ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
             text = doors.chat.decode(ids)
-            yield done.key, to_json(Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name))
+            rollout = Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name, done.forced)
+            yield done.key, _as_stored(rollout)
 
     ledger.collect(finished(), WRITE_EVERY)
     found = [from_json(Rollout, ledger[f"{named[start]}/{at}"]) for start, at in wanted]
@@ -116,17 +119,34 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
     return found
 
 
+def _as_stored(rollout: Rollout) -> dict[str, object]:
+    """A rollout as JSON; that nothing was forced goes without saying."""
+    return {name: value for name, value in to_json(rollout).items() if name != "forced" or value is not None}
+
+
 def probabilities(doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: Sampling) -> dict[str, list[float]]:
-    """For every rollout the probability that the sampler gives each of its own tokens, under ``sampling``."""
-    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": to_json(sampling)}
+    """For every rollout the probability that the sampler gives each of its own tokens, under ``sampling``.
+
+    The tokens of a closing tag that was put (``Rollout.forced``) have the probability 1: nothing else could come.
+    """
+    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": sampling.spec()}
     ledger = doors.store.ledger("probabilities", SAMPLE_VERSION, spec)
-    named = {rollout.id: rollout for rollout in rollouts}
+    named = by_id(rollouts)
     missing = [named[key] for key in ledger.missing(named)]
     asked = [Request(r.id, doors.chat.prompt_ids(prompts[r.prompt_id]), r.token_ids, 0) for r in missing]
     for rollout, found in zip(missing, doors.sampler.score(asked, sampling) if asked else (), strict=True):
         ledger.append({rollout.id: {"p": found}})
     ledger.finish()
-    return {rollout.id: ledger[rollout.id]["p"] for rollout in rollouts}
+    return {rollout.id: _with_put(ledger[rollout.id]["p"], rollout, doors.chat) for rollout in rollouts}
+
+
+def _with_put(chances: list[float], rollout: Rollout, chat: Chat) -> list[float]:
+    """Probabilities with 1 at the tokens that were put, from ``rollout.forced`` through the end of the tag."""
+    if rollout.forced is None:
+        return chances
+    first, ids = rollout.forced, rollout.token_ids
+    last = next((at for at in range(first, len(ids)) if chat.closes(ids[first : at + 1])), len(ids) - 1)
+    return [1.0 if first <= at <= last else chance for at, chance in enumerate(chances)]
 
 
 @dataclass(frozen=True)
@@ -154,16 +174,20 @@ class Judged:
 
 def traces(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> Judged:
     """``draws`` rollouts of every prompt, their traces judged."""
-    named = {prompt.id: prompt for prompt in prompts}
+    named = by_id(prompts)
     rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
     return Judged(named, rollouts, judge(doors, named, rollouts))
 
 
 def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm") -> list[Verdict]:
-    """The verdict on one part of every rollout, in order; missing ones are asked for and stored."""
+    """The verdict on one part of every rollout, in order; missing ones are asked for and stored.
+
+    A part that was cut off gets the label None unless it is unsafe already: the rest of it is not known.
+    The store keeps what the judge said of it.
+    """
     spec = {"judge": doors.judge.fingerprint(), "part": part, "question": question, "opened": doors.chat.opened}
     ledger = doors.store.ledger("verdicts", JUDGE_VERSION, spec)
-    wanted = {rollout.id: rollout for rollout in rollouts}
+    wanted = by_id(rollouts)
     exchanges = []
     for rollout in (wanted[key] for key in ledger.missing(wanted)):
         offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
@@ -171,7 +195,14 @@ def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE,
         exchanges.append(Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question))
     chunks = (exchanges[at : at + WRITE_EVERY] for at in range(0, len(exchanges), WRITE_EVERY))
     ledger.collect(((one.rollout_id, to_json(one)) for chunk in chunks for one in doors.judge.judge(chunk)), WRITE_EVERY)
-    return [from_json(Verdict, ledger[rollout.id]) for rollout in rollouts]
+    return [_of_whole(from_json(Verdict, ledger[rollout.id]), rollout, doors) for rollout in rollouts]
+
+
+def _of_whole(verdict: Verdict, rollout: Rollout, doors: Doors) -> Verdict:
+    """The verdict as it counts: none on a part that was cut off, but for harm that stands there already."""
+    if verdict.label in (None, UNSAFE) or not cut_off(rollout, verdict.part, doors.chat.opened):
+        return verdict
+    return dataclasses.replace(verdict, label=None, p=None, raw=f"cut off; the judge said {verdict.label}")
 
 
 def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
@@ -204,7 +235,7 @@ def continuations(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: 
     starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
     drawn = sample(doors, starts, sampling, settings.draws, first=FRESH, stage="continuations")
     pairs = list(zip(drawn, judge(doors, prompts, drawn, settings.part), strict=True))
-    found: dict[str, dict[int, Drawn]] = {rollout.id: {} for rollout in rollouts}
+    found: dict[str, dict[int, Drawn]] = {key: {} for key in by_id(rollouts)}
     for at, (rollout, cut) in enumerate(places):
         found[rollout.id][cut] = pairs[at * settings.draws : (at + 1) * settings.draws]
     return found
@@ -219,7 +250,7 @@ def behind(doors: Doors, rollout: Rollout, drawn: Mapping[int, Drawn]) -> dict[i
 def turning_points(doors: Doors, rollouts: Rollouts, points: Curves, labels: Labels, kind: str,
                    settings: CsrSettings) -> dict[str, TurningPoint]:  # fmt: skip
     """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout; ``labels`` are the traces' own verdicts."""
-    measured = [(rollout.id, *_spans(doors, rollout)) for rollout in rollouts]
+    measured = [(key, *_spans(doors, rollout)) for key, rollout in by_id(rollouts).items()]
     return {key: csr_.turning_point(points[key], kind, settings, spans, length, labels[key]) for key, length, spans in measured}
 
 
@@ -257,15 +288,16 @@ def cues(doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetect
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
     if ask := getattr(detector, "sentences", None):  # it asks a server, which costs money: its finds are kept
         ledger = doors.store.ledger("cues", JUDGE_VERSION, {"detector": detector.fingerprint(), "opened": doors.chat.opened})
-        texts = {r.id: trace_texts(doors, r) for r in rollouts}
+        texts = {key: trace_texts(doors, rollout) for key, rollout in by_id(rollouts).items()}
         found = ask({key: texts[key] for key in ledger.missing(texts)})
         ledger.collect(((key, {"sentence": at}) for key, at in found), WRITE_EVERY)
         unread = {key for key in texts if ledger[key]["sentence"] == UNREAD}
         doors.store.unread = (doors.store.unread - texts.keys()) | unread  # of this detector, not of one before
         return {key: None if key in unread else ledger[key]["sentence"] for key in texts}
     if many := getattr(detector, "many", None):  # it asks a model
-        return dict(many(prompts, rollouts))
-    return {r.id: detector.first(r, prompts[r.prompt_id], trace_texts(doors, r)) for r in rollouts}
+        return dict(many(prompts, [*by_id(rollouts).values()]))
+    named = by_id(rollouts).items()
+    return {key: detector.first(one, prompts[one.prompt_id], trace_texts(doors, one)) for key, one in named}
 
 
 @dataclass(frozen=True)
@@ -293,7 +325,8 @@ def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger
         if plan.accept == NO_CUE or round_ < plan.rounds:  # else nobody reads them, and a detector may have to draw for them
             cue |= cues(doors, prompts, [result for _, result in results], detector)
         for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
-            blind = plan.accept == NO_CUE and result.id in doors.store.unread
+            open_ended = cue.get(result.id) is None and cut_off(result, TRACE, doors.chat.opened)
+            blind = plan.accept == NO_CUE and (result.id in doors.store.unread or open_ended)
             kept = None if blind else accepted(plan.accept, cue.get(result.id), verdict)
             done, before = dataclasses.replace(intervention, accepted=kept), found.get(loser.id)
             found[loser.id] = Corrected(loser, done, result, before.cut if before else intervention.cut)

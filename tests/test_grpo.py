@@ -37,9 +37,24 @@ def test_rewards_are_their_formulas(bench: Bench) -> None:
     asked, ids = [named[one.prompt_id] for one in rollouts], [one.token_ids for one in rollouts]
     for reward, (p, q) in sums.items():
         expected = [p * a + q * b for a, b in zip(z, y, strict=True)]
-        assert grpo.rewards(bench.doors, asked, ids, replace(SETTINGS, reward=reward)) == expected
+        ended = [True] * len(ids)
+        assert grpo.rewards(bench.doors, asked, ids, ended, replace(SETTINGS, reward=reward)) == expected
     cut = [rollouts[0].token_ids[:3]]  # no trace was closed, no answer begun: nothing to reward
-    assert grpo.rewards(bench.doors, [named[rollouts[0].prompt_id]], cut, replace(SETTINGS, reward="I[y]")) == [0.0]
+    first = [named[rollouts[0].prompt_id]]
+    for reward in sums:
+        assert grpo.rewards(bench.doors, first, cut, [False], replace(SETTINGS, reward=reward)) == [0.0]
+
+
+def test_a_response_that_was_cut_off_earns_nothing(bench: Bench) -> None:
+    """A model that is rewarded for a trace with no harm in it yet learns to write without end."""
+    prompts = bench.prompts("train_harmful")
+    rollouts = sample(bench.doors, [Start(prompt) for prompt in prompts], SAMPLING, 6)
+    named = {prompt.id: prompt for prompt in prompts}
+    answers = judge(bench.doors, named, rollouts, "answer")
+    one = next(r for r, v in zip(rollouts, answers, strict=True) if v.label == "safe")
+    asked, settings = [named[one.prompt_id]], replace(SETTINGS, reward="I[y]")
+    assert grpo.rewards(bench.doors, asked, [one.token_ids], [True], settings) == [1.0]
+    assert grpo.rewards(bench.doors, asked, [one.token_ids], [False], settings) == [0.0]
 
 
 def test_trl_is_given_our_prompt_ids_and_ends(bench: Bench, tmp_path: Path) -> None:

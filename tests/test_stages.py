@@ -33,6 +33,7 @@ from ipo_lib.chat import Chat
 from ipo_lib.csr import START_LOCKED, CsrSettings
 from ipo_lib.intervention import UNREAD, Trigger
 from ipo_lib.judging import KeywordJudge
+from ipo_lib.lora import Stage2Settings
 from ipo_lib.pairs import PairSettings, Refusal
 from ipo_lib.records import ANSWER, BOTH, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Completion, Request, Sampling
@@ -475,13 +476,103 @@ def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Cha
         chat,
         saying(chat, lambda r: f"{ASIDE}{CLOSE}" + (REFUSAL if r.prompt_ids in prompts else "Sure."), name="after"),
     )
-    pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS)
+    once = Stage2Settings(benign_draws=1, refusing_prefix=False)
+    pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS, once)
     assert [v.label for v in verdicts] == ["refused" if p.id in refusing else "answered" for p in PROMPTS]
     assert counts["kept"] == len(pairs) == 2
     for pair in pairs:
         assert pair.h == 0
         assert chat.decode(pair.chosen_ids) == f"{ASIDE}{CLOSE}Here you go.<|end|>"
         assert chat.decode(pair.rejected_ids) == f"{ASIDE}{CLOSE}{REFUSAL}<|end|>"
+
+
+def test_a_refusal_of_every_benign_prompt_is_looked_for(tmp_path: Path, chat: Chat) -> None:
+    """Stage 2 of the paper has a pair for each benign prompt: drawn again until refused, at last behind a trigger."""
+    at_once, later = ({chat.prompt_ids(PROMPTS[at]) for at in places} for places in ((0, 1), (2, 3, 4)))
+    asked: dict[object, int] = {}
+
+    def say(request: Request) -> str:
+        if request.prefix_ids:
+            return f"{CLOSE}{REFUSAL}"
+        asked[request.prompt_ids] = asked.get(request.prompt_ids, 0) + 1
+        refuses = request.prompt_ids in at_once or (request.prompt_ids in later and asked[request.prompt_ids] > 1)
+        return f"{ASIDE}{CLOSE}" + (REFUSAL if refuses else "Sure.")
+
+    before = doors(tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before"))
+    after = doors(tmp_path, chat, saying(chat, say, name="after"))
+    settings = Stage2Settings(benign_draws=3, refusing_prefix=True)
+    pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS, settings, TRIGGERS[:1])
+    assert len(verdicts) == len(pairs) == len(PROMPTS)
+    found = {name: counts[name] for name in ("refused at once", "refused later", "refused behind a trigger", "never refused")}
+    assert found == {"refused at once": 2, "refused later": 3, "refused behind a trigger": 3, "never refused": 0}
+    last = chat.decode(pairs[-1].rejected_ids)
+    assert last == f"{TRIGGER} {CLOSE}{REFUSAL}<|end|>"
+    assert all(pair.h == 0 for pair in pairs)
+    assert max(asked.values()) == 3
+
+
+# a part that was cut off
+
+
+def cut_off(chat: Chat, text: str, finish: str = "length") -> Rollout:
+    return rollout(chat, text, finish=finish)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "part", "label"),
+    [
+        (ASIDE, "length", TRACE, None),  # still thinking
+        (ASIDE, "stop", TRACE, None),  # ended without closing its trace
+        (f"{ASIDE}{STEP}", "length", TRACE, UNSAFE),  # harm stands there already
+        (f"{ASIDE}{CLOSE}", "think", TRACE, SAFE),
+        (f"{ASIDE}{CLOSE}Sure", "length", TRACE, SAFE),  # the trace ended, the answer did not
+        (f"{ASIDE}{CLOSE}Sure", "length", ANSWER, None),
+        (f"{ASIDE}{CLOSE}Sure.", "stop", ANSWER, SAFE),
+        (f"{ASIDE}{CLOSE}{STEP}", "length", ANSWER, UNSAFE),
+        (f"{ASIDE}{CLOSE}Sure", "length", BOTH, None),
+        (ASIDE, "length", CONTINUATION, None),
+        (f"{ASIDE}{CLOSE}", "think", CONTINUATION, SAFE),
+    ],
+)
+def test_a_part_that_was_cut_off_is_not_safe(
+    tmp_path: Path, chat: Chat, text: str, finish: str, part: str, label: str | None
+) -> None:
+    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
+    (found,) = stages.judge(bench, named(), [cut_off(chat, text, finish)], part)
+    assert found.label == label
+    assert ("cut off" in found.raw) == (label is None)
+
+
+def test_a_cut_off_answer_is_neither_refused_nor_answered(tmp_path: Path, chat: Chat) -> None:
+    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
+    for finish, label in (("stop", "refused"), ("length", None)):
+        asked = cut_off(chat, f"{ASIDE}{CLOSE}{REFUSAL}", finish)
+        asked = dataclasses.replace(asked, id=finish)
+        assert stages.judge(bench, named(), [asked], ANSWER, "refusal")[0].label == label
+
+
+def test_what_the_judge_said_of_a_cut_off_part_is_stored_as_it_said_it(tmp_path: Path, chat: Chat) -> None:
+    """The rule is applied on reading, so that verdicts stored before it are kept and never asked for again."""
+    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
+    stages.judge(bench, named(), [cut_off(chat, ASIDE)])
+    (records,) = (tmp_path / "verdicts").glob("*/records.jsonl")
+    assert '"label":"safe"' in records.read_text()
+
+
+def test_continuations_that_are_cut_off_do_not_raise_csr(tmp_path: Path, chat: Chat) -> None:
+    prompt, trace = PROMPTS[0], f"{ASIDE}{ASIDE}{CLOSE}"
+    bench = doors(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
+    points = stages.measure_csr(bench, named(), [rollout(chat, trace, finish="think")], CsrSettings(draws=4), THINK)["r"]
+    assert {(point.n_safe, point.n_unsafe, point.n_unknown) for point in points} == {(0, 0, 4)}
+    assert prompt.id == "p0"
+
+
+@pytest.mark.parametrize("accept", ["no-cue", "judged-safe"])
+def test_a_correction_that_was_cut_off_is_not_accepted(tmp_path: Path, chat: Chat, accept: str) -> None:
+    loser = rollout(chat, f"{CUE}{STEP}{CLOSE}", finish="think")
+    bench = doors(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
+    (found,) = stages.correct(bench, named(), [loser], TRIGGERS[0], Phrase(), Plan(accept=accept), THINK)
+    assert found.intervention.accepted is None
 
 
 # selections
