@@ -6,11 +6,13 @@ import itertools
 import json
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipo_lib import stats
 from ipo_lib.records import BadInput
 from ipo_lib.stats import Interval, format_interval
 
@@ -37,12 +39,15 @@ LOG2, LOG2_TOLERANCE = math.log(2), 1e-3  # the first DPO loss, before any step
 
 
 def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure, Any]:
-    """An empty figure in the house style, ``width`` paper columns a panel, and its Axes (an array of several)."""
+    """An empty figure in the house style, ``width`` paper columns a panel, and its Axes (an array of several). A notebook does
+    not show it before ``save`` does: pyplot has already closed it."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sns.set_theme(style="ticks", palette=list(SERIES), rc=STYLE)
-    return plt.subplots(rows, columns, figsize=(COLUMN[0] * width * columns, COLUMN[1] * rows))
+    fig, axes = plt.subplots(rows, columns, figsize=(COLUMN[0] * width * columns, COLUMN[1] * rows))
+    plt.close(fig)
+    return fig, axes
 
 
 def csr_curve(rows: Rows, ax: Axes, *, colour: str = SAFE_COLOUR, label: str = "", marker: str = "o", least: int = 1) -> Axes:
@@ -212,38 +217,60 @@ def rewards(series: Mapping[str, Sequence[tuple[float, float]]], ax: Axes) -> Ax
     return ax
 
 
-def claim(sentence: str, value: Interval, *, origin: str, percent: bool = True,
-          paper: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
-    """A computed claim: ``sentence`` with its ``{}`` filled by the value, interval and n. ``origin``: calibrated (the world was
-    built or fitted to show it: not a finding) or emergent. ``paper``: what ``paper.reported`` found, said beside it."""
+def claim(
+    sentence: str,
+    value: Interval,
+    *,
+    origin: str,
+    above: bool = True,
+    than: float = 0.0,
+    margin: float | None = None,
+    verdict: str = "",
+    percent: bool = True,
+    paper: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A claim that a number can hold up or refute; its sentence ends in what it comes to.
+
+    Args:
+        sentence: with ``{}`` where the number, its interval and n belong.
+        value: the number.
+        origin: calibrated (the world was built or fitted to show it: not a finding) or emergent.
+        above: the claim says that the number lies above ``than``; False: below.
+        than: what the number is compared with.
+        margin: the claim says instead that there is no difference, up to this much.
+        verdict: what the claim comes to where a rule of its own decides (``results.verdicts``).
+        percent: whether the number is printed as percent.
+        paper: what ``paper.reported`` found, said beside it.
+    """
+    said = verdict or (stats.verdict(value, above, than) if margin is None else stats.no_difference(value, margin))
+    found = estimate(sentence.rstrip("."), value, origin=origin, percent=percent, paper=paper)
+    built = f" ({BUILT.strip().rstrip('.').lower()})" if origin == ORIGINS[0] else ""
+    text = found["claim"].removesuffix(BUILT) + f"{built}: {said}."
+    return found | {"claim": text, "verdict": said}
+
+
+def estimate(sentence: str, value: Interval, *, origin: str, percent: bool = True,
+             paper: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """A measured number that claims nothing; arguments as in ``claim``."""
     if origin not in ORIGINS:
         raise BadInput(f"claim origin {origin!r} is unknown; known: {', '.join(ORIGINS)}")
     number, interval = None if math.isnan(value.value) else round(value.value, 6), [round(value.low, 6), round(value.high, 6)]
     text = sentence.format(format_interval(value, percent)) + BUILT * (origin == ORIGINS[0])
     said = {"claim": text, "value": number, "interval": interval, "n": value.n, "method": value.method, "origin": origin}
-    return said | ({"paper": {**paper, "as": "reported second-hand"}} if paper else {})
+    return said | {"verdict": None} | ({"paper": {**paper, "as": "reported second-hand"}} if paper else {})
 
 
 def withheld(claims: Rows, profile: str, closed: Interval) -> list[Mapping[str, Any]]:
     """The claims of a model that closes less than half of its traces: none that speaks of traces, and one that says so."""
     said = f"Profile {profile}: traces that were closed: {{}}. Under half: {{held}} claims about traces are withheld."
     kept = [one for one in claims if not OF_TRACES.search(one["claim"])]
-    return [*kept, claim(said.replace("{held}", str(len(claims) - len(kept))), closed, origin=ORIGINS[1])]
-
-
-def verdict(value: Interval, above: bool = True) -> str:
-    """``holds`` when the whole interval lies above 0 (below it, if not ``above``), else ``does not hold``; ``not measured``."""
-    if math.isnan(value.value):
-        return "not measured"
-    return "holds" if (value.low > 0 if above else value.high < 0) else "does not hold"
+    return [*kept, estimate(said.replace("{held}", str(len(claims) - len(kept))), closed, origin=ORIGINS[1])]
 
 
 def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, about: str, artifacts: Mapping[str, Any],
          tokens: int = 0) -> None:  # fmt: skip
     """Write ``name``.pdf, .png and .json; the same input gives the same bytes. ``about`` stands under the figure; ``tokens``:
-    what its data cost to generate."""
-    import matplotlib.pyplot as plt
-
+    what its data cost to generate. In a notebook the written image is shown, whatever backend matplotlib has there."""
     folder.mkdir(parents=True, exist_ok=True)
     fig.supxlabel(f"profile {profile}: {about}", fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
     fig.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None})
@@ -251,4 +278,14 @@ def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, ab
     sidecar = {"profile": profile, "about": about, "claims": list(claims), "tokens": tokens}
     sidecar["artifacts"] = dict(sorted(artifacts.items()))
     (folder / f"{name}.json").write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    plt.close(fig)
+    if in_kernel():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(folder / f"{name}.png")))  # type: ignore[no-untyped-call]
+
+
+def in_kernel() -> bool:
+    """Whether this code runs in a Jupyter kernel. Without one nothing is shown, and IPython is not loaded."""
+    if (module := sys.modules.get("IPython")) is None:
+        return False
+    return hasattr(module.get_ipython(), "kernel")

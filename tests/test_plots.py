@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 os.environ.setdefault("MPLBACKEND", "agg")
+
+import matplotlib.pyplot
 
 from ipo_lib import plots
 from ipo_lib.records import BadInput
@@ -150,3 +156,43 @@ def test_a_claim_says_where_it_comes_from() -> None:
 ])  # fmt: skip
 def test_a_verdict_needs_the_whole_interval(low: float, high: float, above: bool, says: str) -> None:
     assert plots.verdict(Interval((low + high) / 2, low, high, 9, "t"), above) == says
+
+
+SHOWN = """
+from pathlib import Path
+from ipo_lib import plots
+from ipo_lib.stats import wilson
+figure, ax = plots.figure()
+"""
+SAVED = """
+plots.rates([("a", wilson(3, 16))], ax, unit="unsafe (%)")
+plots.save(figure, Path("out"), "ab-one", [], profile="p", about="A test.", artifacts={})
+for name in ("ab-two", "ab-three"):
+    figure, ax = plots.figure()
+    plots.save(figure, Path("out"), name, [], profile="p", about="A test.", artifacts={})
+"""
+
+
+@pytest.mark.parametrize("backend", ["agg", "module://matplotlib_inline.backend_inline"])
+def test_a_notebook_shows_each_figure_once_where_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", backend)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (SHOWN, SAVED)])
+    NotebookClient(book, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    begun, saved = ([output for output in cell.outputs if output.output_type != "stream"] for cell in book.cells)
+    assert begun == []
+    files = [(tmp_path / "out" / f"{name}.png").read_bytes() for name in ("ab-one", "ab-two", "ab-three")]
+    assert [base64.b64decode(output.data["image/png"]) for output in saved] == files
+
+
+def test_outside_a_kernel_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = list[object]()
+    monkeypatch.setattr("IPython.display.display", lambda *each: shown.extend(each))
+    draw(tmp_path)
+    assert shown == []
+    assert matplotlib.pyplot.get_fignums() == []
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=1))
+    draw(tmp_path)
+    assert len(shown) == 1
