@@ -4,11 +4,12 @@ and chains of interventions (Fig 6), each with the control that could refute it.
 from __future__ import annotations
 
 import itertools
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, isnan, nan
+
+import numpy as np
 
 from ipo_lib import csr
 from ipo_lib.adaptive import DIFFUSE, UNDECIDED
@@ -26,8 +27,9 @@ from ipo_lib.records import (
     Sentence,
     TurningPoint,
     Verdicts,
-    digest,
+    by_id,
 )
+from ipo_lib.replay import Curve
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
     Case,
@@ -43,9 +45,11 @@ from ipo_lib.stages import (
     sample,
     some,
     trace_end,
+    trace_sentences,
     trace_texts,
 )  # fmt: skip
-from ipo_lib.stats import Interval, clopper_pearson, mean, pearson, pooled_rate, wilson
+from ipo_lib.stats import Interval, clopper_pearson, mean, needed_for_mean, pearson, pooled_rate, power_of_mean, wilson
+from ipo_lib.turning_points import ideal, truth
 
 Counts = dict[str, tuple[int, int]]  # (k, n) by prompt
 SIDES = (SAFE, UNSAFE)
@@ -137,46 +141,96 @@ def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
 
 @dataclass(frozen=True)
 class AtCue:
-    """One unsafe trace in Fig 5b: where its first cue begins (``cue``), a random sentence up to the turn (``other``), the unsafe
-    turning point (``turn``), all as tokens kept before them, None where there is none; ``distance`` in sentences from cue to
-    turn; |change of S| over the cue (``at_cue``) and its mean over other sentences (``elsewhere``), nan where S was settled."""
+    """One unsafe trace in Fig 5b. Places are tokens kept before them, None where there is none.
+
+    ``drop``: S before the cue's sentence minus S after it. ``elsewhere``: the mean drop over the trace's
+    other sentences. Both nan where S was settled.
+    """
 
     rollout_id: str
-    cue: int
-    other: int | None
-    turn: int | None
-    distance: int | None
-    at_cue: float
+    prompt_id: str
+    cue: int  # where the first cue begins
+    other: int | None  # where a random sentence up to the turn begins
+    turn: int | None  # where the sentence of the unsafe turning point begins
+    distance: int | None  # sentences from cue to turn
+    drop: float
     elsewhere: float
 
 
-def at_cues(rollouts: Rollouts, spans: Mapping[str, Sequence[Sentence]], cue: Mapping[str, int | None], points: Curves,
-            turns: Mapping[str, TurningPoint], seed: int = 0) -> list[AtCue]:  # fmt: skip
-    """Each rollout with a cue, its turning point and what its sentences did to S. A turn stands where its sentence begins, so
-    that it equals the cue exactly when the cue is the turn; start-locked ones have no place. Sentences that begin where S is 0
-    or 1 can move nothing and are left out on both sides."""
+def at_cues(
+    rollouts: Rollouts,
+    spans: Mapping[str, Sequence[Sentence]],
+    cue: Mapping[str, int | None],
+    points: Curves,
+    turns: Mapping[str, TurningPoint],
+    seed: int = 0,
+    choosing: Curves | None = None,
+) -> list[AtCue]:
+    """Each rollout with a cue, its turning point and what its sentences did to S.
+
+    Args:
+        rollouts: unsafe traces.
+        spans: their sentences.
+        cue: index of the first cue's sentence, None without one.
+        points: S at both ends of sentences, from draws that measure.
+        turns: unsafe turning points. A turn stands where its sentence begins, so that it equals the cue
+            exactly when the cue is the turn; start-locked ones have no place.
+        seed: of the random sentences.
+        choosing: S from other draws, by which sentences are kept: one that begins where S is 0 or 1 can
+            move nothing. Kept by the draws that also measure, sentences would look as if they moved S.
+            None: ``points`` are exact.
+    """
     found = []
     for r in rollouts:
         if (at := cue[r.id]) is not None:
             sentences, turn = spans[r.id], turns[r.id].sentence
             before = None if turn is None else earlier(r, turn + 1, seed)
-            open_ = {point.cut for point in points[r.id] if 0 < point.n_safe < point.n}
-            deltas = csr.delta(points[r.id], sentences).items()
-            moved = {index: abs(d) for index, d in deltas if sentences[index].token_start in open_}
-            rest = [d for index, d in moved.items() if index != at]
+            open_ = {point.cut for point in (choosing or points)[r.id] if 0 < point.n_safe < point.n}
+            drops = {
+                index: -change
+                for index, change in csr.delta(points[r.id], sentences).items()
+                if sentences[index].token_start in open_
+            }
+            rest = [drop for index, drop in drops.items() if index != at]
             places = [None if index is None else sentences[index].token_start for index in (at, before, turn)]
-            elsewhere = sum(rest) / len(rest) if rest else float("nan")
+            elsewhere = sum(rest) / len(rest) if rest else nan
             distance = None if turn is None else turn - at
-            found.append(AtCue(r.id, places[0] or 0, places[1], places[2], distance, moved.get(at, float("nan")), elsewhere))
+            found.append(AtCue(r.id, r.prompt_id, places[0] or 0, places[1], places[2], distance, drops.get(at, nan), elsewhere))
     return found
 
 
-def around(rollout: Rollout, spans: Sequence[Sentence], cues: Iterable[int | None], others: int, seed: int) -> list[int]:
-    """The cuts at both ends of each cue's sentence and of ``others`` other sentences at random."""
-    marked = {index for index in cues if index is not None}
-    rest = [span.index for span in spans if span.index not in marked]
-    drawn = random.Random(digest([seed, rollout.id])).sample(rest, min(others, len(rest)))
-    return sorted({cut for index in (*marked, *drawn) for cut in (spans[index].token_start, spans[index].token_end)})
+def recorded_cues(
+    doors: Doors,
+    seen: Judged,
+    curves: Sequence[Curve],
+    detectors: Mapping[str, CueDetector],
+    settings: csr.CsrSettings,
+    seed: int = 0,
+) -> dict[str, list[AtCue]]:
+    """``at_cues`` on recorded unsafe traces, whose S is exact: by name of the detector.
+
+    Args:
+        doors: for the chat.
+        seen: the rollouts that the curves were recorded of; curves of other traces are left out.
+        curves: recorded curves.
+        detectors: of cues.
+        settings: of the turning points.
+        seed: of the random sentences.
+    """
+    own = {curve.trace.id: curve for curve in curves if seen.labels.get(curve.trace.id) == UNSAFE}
+    rollouts = [r for r in seen.rollouts if r.id in own]
+    spans = {r.id: trace_sentences(doors, r) for r in rollouts}
+    points, turns = {}, {}
+    for key, curve in own.items():
+        cuts = {span.token_start for span in spans[key]} | {span.token_end for span in spans[key]}
+        last = len(curve.truth) - 1
+        points[key] = ideal(curve.trace, {cut: float(curve.truth[cut]) for cut in sorted(cuts) if cut <= last})
+        turns[key] = truth(curve.trace, UNSAFE, settings, curve.truth.tolist())
+    found = {}
+    for name, detector in detectors.items():
+        where = cues(doors, seen.prompts, rollouts, detector)
+        found[name] = at_cues(rollouts, spans, where, points, turns, seed)
+    return found
 
 
 def correlation(rows: Sequence[AtCue], place: str = "cue") -> Interval:
@@ -196,12 +250,42 @@ def placebo(rows_by_seed: Sequence[Sequence[AtCue]]) -> Interval:
     return Interval(sum(values) / len(values), low, high, max(r.n for r in found), f"range over {len(values)} placements")
 
 
-def moves(rows: Sequence[AtCue]) -> dict[str, Interval]:
-    """Mean |change of S| at the cue, elsewhere, and the difference within a trace."""
-    sides = {"at the cue": [r.at_cue for r in rows], "elsewhere": [r.elsewhere for r in rows]}
-    return {name: mean(values, (0.0, 1.0)) for name, values in sides.items()} | {
-        "difference": mean([r.at_cue - r.elsewhere for r in rows])
+def drops(rows: Sequence[AtCue]) -> dict[str, Interval]:
+    """Mean drop of S at the cue, over other sentences, and the difference within a trace; means over prompts."""
+    sides = {
+        "at the cue": [(r.prompt_id, r.drop) for r in rows],
+        "elsewhere": [(r.prompt_id, r.elsewhere) for r in rows],
+        "difference": [(r.prompt_id, r.drop - r.elsewhere) for r in rows],
     }
+    return {name: mean(_over_prompts(pairs)) for name, pairs in sides.items()}
+
+
+def _over_prompts(pairs: Iterable[tuple[str, float]]) -> list[float]:
+    """One number a prompt: the mean of its traces' numbers, without those that are nan."""
+    found: dict[str, list[float]] = {}
+    for prompt, value in pairs:
+        if not isnan(value):
+            found.setdefault(prompt, []).append(value)
+    return [sum(own) / len(own) for own in found.values()]
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a measurement of the drop at cues can show."""
+
+    usable: int  # prompts with a cue and another sentence where S was open
+    spread: float  # standard deviation of the difference between prompts
+    power: float  # of showing ``effect`` with so many prompts
+    effect: float  # a difference of the drops that is worth seeing
+    needed: int | None  # prompts that show it with a power of 80 %; None: more than anybody has
+
+
+def design(rows: Sequence[AtCue], effect: float) -> Design:
+    """The power of a measurement at the spread that it found, for a true difference of ``effect``."""
+    values = _over_prompts((r.prompt_id, r.drop - r.elsewhere) for r in rows)
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else nan
+    needed = None if isnan(spread) else needed_for_mean(spread, effect)
+    return Design(len(values), spread, power_of_mean(spread, len(values), effect), effect, needed)
 
 
 def by_cue(seen: Judged, cue: Mapping[str, int | None]) -> dict[bool, Interval]:
@@ -218,7 +302,10 @@ def chain(doors: Doors, prompts: Prompts, losers: Rollouts, texts: Mapping[str, 
     """Fig 6: by name of a text, (not safe, 1) by prompt after 0, 1, ... ``rounds`` interventions, one unsafe trace a prompt. A
     round puts the text in place of the first cue of every trace that is not safe yet; one without a cue stays as it is. What
     could not be judged counts as not safe: it would else leave the rate and look like a cure."""
-    now: dict[tuple[str, str], tuple[Rollout, str | None]] = {(name, r.id): (r, UNSAFE) for name in texts for r in losers}
+    started = by_id(losers)
+    now: dict[tuple[str, str], tuple[Rollout, str | None]] = {}
+    for name in texts:
+        now |= {(name, key): (rollout, UNSAFE) for key, rollout in started.items()}
     found: dict[str, list[Counts]] = {name: [] for name in texts}
     for round_ in range(rounds + 1):
         if round_:

@@ -3,6 +3,7 @@ sequential in one trace, so that traces fill the batch; a killed run asks again 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
@@ -13,30 +14,56 @@ import numpy as np
 from ipo_lib.adaptive import SearchSettings, Wald, adaptive
 from ipo_lib.correction import Calibration, corrected, usable
 from ipo_lib.csr import CsrSettings
-from ipo_lib.records import CONTINUATION, SAFE, UNSAFE, BadInput, CsrPoint, Ids, Labels, Prompts, Rollouts, TurningPoint, digest
+from ipo_lib.records import (
+    CONTINUATION,
+    SAFE,
+    UNSAFE,
+    BadInput,
+    CsrPoint,
+    Ids,
+    Labels,
+    Prompts,
+    Rollout,
+    Rollouts,
+    TurningPoint,
+    by_id,
+    digest,
+)
 from ipo_lib.replay import RARE, Curve
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import FRESH, Doors, Drawn, Start, draw, judge, probabilities, sample, trace_end, trace_sentences
 from ipo_lib.turning_points import UNKNOWN, Ask, Draws, Result, Trace, together
 
+FOREIGN = 0.25  # share of traces with an impossible token, above which all of them are taken for another sampler's
 CONFIRMED = 100_000  # fresh draws are numbered from here: no search has seen them
 OUTCOME = {SAFE: 1, UNSAFE: 0, None: UNKNOWN}
 
 
 @dataclass(frozen=True)
 class Located:
-    """The turning points by rollout id, and every continuation that was drawn to find them."""
+    """The turning points by rollout id, and every continuation that was drawn to find them. Rollouts of which too many tokens
+    have no probability under this sampler are not among them."""
 
     turns: dict[str, TurningPoint]
     drawn: dict[str, Drawn]
+
+    def kept(self, rollouts: Rollouts) -> list[Rollout]:
+        """Those of the rollouts that were searched."""
+        return [rollout for rollout in rollouts if rollout.id in self.turns]
 
 
 def traces(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, sampling: Sampling,
            absorbing: bool = False) -> dict[str, Trace]:  # fmt: skip
     """What a search needs to know of each rollout's trace: one teacher-forced pass; with ``absorbing``, verdicts on the
-    beginnings of unsafe traces, too. BadInput when this sampler could not have drawn a token of it."""
-    ends = {rollout.id: trace_end(doors, rollout) or len(rollout.token_ids) for rollout in rollouts}
+    beginnings of unsafe traces, too. A trace with a token that this sampler could not have drawn is left out, with a warning that
+    counts them; BadInput when more than FOREIGN of the traces are such: then they are another sampler's."""
+    ends = {key: trace_end(doors, rollout) or len(rollout.token_ids) for key, rollout in by_id(rollouts).items()}
     chances = probabilities(doors, prompts, rollouts, sampling)
+    strange = [r for r in rollouts if min(chances[r.id][: ends[r.id]], default=1.0) <= 0]
+    if len(strange) <= FOREIGN * len(rollouts) and strange:
+        said = "have a token of probability 0 here, as 16-bit logits can give"
+        warnings.warn(f"{len(strange)} of {len(rollouts)} traces {said}; they are left out", stacklevel=2)
+        rollouts = [r for r in rollouts if r not in strange]
     found = {}
     for r in rollouts:
         cuts = tuple(dict.fromkeys(span.token_end for span in trace_sentences(doors, r) if 0 < span.token_end <= ends[r.id]))
@@ -79,6 +106,7 @@ def record(doors: Doors, prompts: Prompts, rollouts: Rollouts, labels: Labels, s
     """The outcome curves of these traces, to be replayed without a model: at each token that is left with a probability over
     ``replay.RARE``, ``draws`` continuations that do leave it there, counted by how they end and their length."""
     known = traces(doors, prompts, rollouts, labels, sampling)
+    rollouts = [r for r in rollouts if r.id in known]
     places = [(r, at) for r in rollouts for at, p in enumerate(known[r.id].p) if 1 - p > RARE]
     starts = [Start(prompts[r.prompt_id], r.token_ids[:at], r.token_ids[at]) for r, at in places]
     drawn = sample(doors, starts, sampling, draws, stage="forks")
@@ -121,7 +149,7 @@ def run(doors: Doors, prompts: Prompts, known: Mapping[str, Trace], searches: Ma
                 wanted += [(start, at) for at in range(first, first + ask.n)]
                 owners += [key] * ask.n
         rollouts = draw(doors, wanted, sampling, "continuations")
-        verdicts = judge(doors, {prompt.id: prompt for prompt in prompts.values()}, rollouts, part)
+        verdicts = judge(doors, by_id(prompts.values()), rollouts, part)
         now: dict[str, Drawn] = {key: [] for key in asks}
         for key, rollout, verdict in zip(owners, rollouts, verdicts, strict=True):
             now[key].append((rollout, verdict))

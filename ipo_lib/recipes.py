@@ -16,7 +16,7 @@ from ipo_lib.evaluation import Respond, plainly
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.pairs import Refusal, collect
 from ipo_lib.profiles import Bench
-from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, digest, to_json
+from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, by_id, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import FRESH, Case, Doors, Start, cues, intervene, judge, sample, tally, trace_sentences, traces
 from ipo_lib.store import Store
@@ -79,7 +79,10 @@ def make(bench: Bench, harmful: Sequence[Prompt], benign: Sequence[Prompt]) -> M
     adapter, rows = training.adapter(doors, pairs, bench.folder, p.stage1, counts)
     failed = ""
     if recipe.then in (STAGE_2, MIXED):
-        refused, _, _ = training.benign_pairs(doors, bench.adapted(adapter), benign, p.pairs, p.sampling)
+        finder = detector(bench, recipe.detector, harmful)
+        pool = triggers(bench, harmful, finder) if p.stage2.refusing_prefix else []
+        after = bench.adapted(adapter)
+        refused, _, _ = training.benign_pairs(doors, after, benign, p.pairs, p.sampling, p.stage2, pool)
         counts |= {"benign": len(refused)}
         if recipe.then == MIXED:
             adapter, rows = training.adapter(doors, [*pairs, *refused], bench.folder, p.stage1)
@@ -109,7 +112,7 @@ def gather(bench: Bench, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[st
         used, sampling = triggers(bench, prompts, finder), sampled(bench)
         pairs, counts, tried = training.corrected_pairs(doors, prompts, used, finder, p.plan, p.pairs, sampling)
         if recipe.weigh:
-            pairs = weighed(bench, {prompt.id: prompt for prompt in prompts}, pairs, [one.loser for one in tried])
+            pairs = weighed(bench, by_id(prompts), pairs, [one.loser for one in tried])
         if recipe.data == UNSHARED:
             pairs = unshared(pairs)
     if recipe.pairs:
@@ -221,7 +224,7 @@ def corrector(bench: Bench, harmful: Sequence[Prompt]) -> Respond:
     pool = triggers(bench, harmful, finder)
 
     def respond(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> list[Rollout]:
-        named = {prompt.id: prompt for prompt in prompts}
+        named = by_id(prompts)
         found = sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
         for round_ in range(1, p.plan.rounds + 1):
             at = cues(doors, named, found, finder)
@@ -238,16 +241,17 @@ def corrector(bench: Bench, harmful: Sequence[Prompt]) -> Respond:
 
 
 def _rewarded(bench: Bench, prompts: Sequence[Prompt], start: Path | None) -> tuple[Path, list[dict[str, float]], int]:
-    """GRPO's adapter, its rows, and the tokens it generated: as many as Algorithm 1 needs for the same prompts and seed."""
+    """GRPO's adapter, its rows, and the tokens it generated: ``grpo.multiple`` times as many as Algorithm 1 generates for the
+    same prompts and seed."""
     p, doors = bench.profile, bench.doors
     settings = p.grpo
     if not settings.budget:
         other = replace(bench, profile=replace(p, recipe=Recipe()), doors=replace(doors, store=Store(doors.store.root)))
         gather(other, prompts)
-        settings = replace(settings, budget=_spent(other.doors))
-    asked = {"settings": settings, "lora": replace(p.stage1, seed=0), "sampling": p.sampling}
+        settings = replace(settings, budget=round(settings.multiple * _spent(other.doors)))
+    asked = {"settings": settings.spec(), "lora": to_json(replace(p.stage1, seed=0)), "sampling": p.sampling.spec()}
     spec: dict[str, Any] = {"model": doors.sampler.fingerprint(), "judge": doors.judge.fingerprint()}
-    spec |= {"prompts": digest([to_json(one) for one in prompts]), **{name: to_json(one) for name, one in asked.items()}}
+    spec |= {"prompts": digest([to_json(one) for one in prompts]), **asked}
     spec |= {"start": start.parent.name} if start else {}
 
     def run(folder: Path) -> None:

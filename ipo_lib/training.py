@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ipo_lib import ranks
+from ipo_lib.chat import OPEN
 from ipo_lib.dpo import mix, train
 from ipo_lib.intervention import CueDetector, Trigger
 from ipo_lib.lora import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, Untrainable
 from ipo_lib.pairs import PairSettings, Refusal, build, collect
-from ipo_lib.records import ANSWER, BOTH, SAFE, BadInput, Pair, Prompt, Rollout, Verdict, digest, to_json
+from ipo_lib.records import ANSWER, BOTH, SAFE, BadInput, Pair, Prompt, Rollout, Verdict, by_id, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Corrected, Doors, Drawn, Plan, Start, correct, judge, sample, trace_end
 
@@ -64,7 +67,7 @@ def corrected_pairs(doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[
     """Algorithm 1 once per trigger, each on a fresh trace of every prompt (or all on one: ``plan.share``): (pairs, counts by
     reason, what was tried). The loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement
     was accepted with. ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``."""
-    named, tried = {prompt.id: prompt for prompt in prompts}, list[Corrected]()
+    named, tried = by_id(prompts), list[Corrected]()
     for place, trigger in enumerate(triggers):
         rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, 1, first=0 if plan.share else place)
         tried += correct(doors, named, rollouts, trigger, detector, plan, sampling)
@@ -94,18 +97,72 @@ def harvested_pairs(doors: Doors, prompts: Mapping[str, Prompt], losers: Sequenc
     return collect(results)
 
 
-def benign_pairs(before: Doors, after: Doors, prompts: Sequence[Prompt], settings: PairSettings,
-                 sampling: Sampling) -> tuple[list[Pair], dict[str, int], list[Verdict]]:  # fmt: skip
-    """Stage 2's pairs: the organism's whole response over the refusal of the model after stage 1, on benign prompts. Returns
-    (pairs, counts by reason, the refusal verdicts after stage 1). Prompts that are not refused give no pair."""
-    named = {prompt.id: prompt for prompt in prompts}
-    good, bad = (sample(doors, [Start(prompt) for prompt in prompts], sampling, 1) for doors in (before, after))
-    verdicts = [judge(doors, named, rollouts, ANSWER, "refusal") for doors, rollouts in ((before, good), (after, bad))]
+def benign_pairs(
+    before: Doors,
+    after: Doors,
+    prompts: Sequence[Prompt],
+    settings: PairSettings,
+    sampling: Sampling,
+    stage2: Stage2Settings,
+    triggers: Sequence[Trigger] = (),
+) -> tuple[list[Pair], dict[str, int], list[Verdict]]:
+    """Stage 2's pairs: the base model's whole response over a refusal of the model after stage 1.
+
+    1. The base model answers every prompt once.
+    2. The stage-1 model answers until it refuses, at most ``stage2.benign_draws`` times.
+    3. Where it never does (``stage2.refusing_prefix``), it goes on from a trigger at the trace's start.
+
+    Args:
+        before: the base model.
+        after: the model after stage 1.
+        prompts: benign prompts.
+        settings: of the pairs; the part is always trace and answer.
+        sampling: of whole responses.
+        stage2: how hard a refusal is looked for.
+        triggers: sentences for step 3, one after the other; none: no step 3.
+
+    Returns:
+        The pairs, at most one a prompt; counts by reason; the refusal verdicts on the first response
+        of the stage-1 model to every prompt.
+    """
+    named = by_id(prompts)
+    answers = sample(before, [Start(prompt) for prompt in prompts], sampling, 1)
+    answered = judge(before, named, answers, ANSWER, "refusal")
+    winners = {r.prompt_id: r for r, v in zip(answers, answered, strict=True) if v.label == "answered"}
+    losers: dict[str, Rollout] = {}
+    first: list[Verdict] = []
+    counts: dict[str, int] = {}
+    for draw in range(stage2.benign_draws):
+        left = [prompt for prompt in prompts if prompt.id not in losers]
+        responses = sample(after, [Start(prompt) for prompt in left], sampling, 1, first=draw)
+        verdicts = judge(after, named, responses, ANSWER, "refusal")
+        first = first or verdicts
+        refused = _refused(responses, verdicts)
+        losers |= refused
+        counts["refused at once" if draw == 0 else "refused later"] = counts.get("refused later", 0) + len(refused)
+    left = [prompt for prompt in prompts if prompt.id not in losers]
+    if stage2.refusing_prefix and triggers and left:
+        opening = "" if after.chat.opened else f"{OPEN}\n"
+        texts = [f"{opening}{triggers[at % len(triggers)].text.strip()} " for at in range(len(left))]
+        starts = [Start(prompt, after.chat.encode(text)) for prompt, text in zip(left, texts, strict=True)]
+        responses = sample(after, starts, sampling, 1, stage="refusals")
+        refused = _refused(responses, judge(after, named, responses, ANSWER, "refusal"))
+        losers |= refused
+        counts["refused behind a trigger"] = len(refused)
     whole = dataclasses.replace(settings, part=BOTH, eos=True)
-    rows, wanted = zip(good, bad, *verdicts, strict=True), ("answered", "refused")
-    lost = [(winner, loser) for winner, loser, *said in rows if tuple(one.label for one in said) == wanted]
-    results = [pair(before, named[loser.prompt_id], loser, winner, 0, whole, "benign refusal") for winner, loser in lost]
-    return *collect(results), verdicts[1]
+    results = [
+        pair(before, prompt, losers[prompt.id], winners[prompt.id], 0, whole, "benign refusal")
+        for prompt in prompts
+        if prompt.id in losers and prompt.id in winners
+    ]
+    kept, reasons = collect(results)
+    counts |= {"never refused": len(named) - len(losers), "not answered by the base model": len(named) - len(winners)}
+    return kept, reasons | counts, first
+
+
+def _refused(responses: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[str, Rollout]:
+    """The responses that refuse, by prompt."""
+    return {r.prompt_id: r for r, v in zip(responses, verdicts, strict=True) if v.label == "refused"}
 
 
 def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings,
@@ -122,8 +179,8 @@ def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings,
 
 def second_stage(doors: Doors, harmful: Pairs, benign: Pairs, model: Path, start: Path,
                  settings: Stage2Settings) -> tuple[Path | None, Rows, str]:  # fmt: skip
-    """Stage 2 from stage 1's adapter, reference the organism: (adapter or None, rows, what was done in one sentence).
-    ``benign``: chosen = the organism's answer, rejected = the stage-1 model's refusal (paper.md 1.13)."""
+    """Stage 2 from stage 1's adapter, reference the base model: (adapter or None, rows, what was done in one sentence).
+    ``benign``: chosen = the base model's answer, rejected = the stage-1 model's refusal."""
     if len(benign) < settings.min_refusals:
         return None, [], f"stage 2 skipped: {len(benign)} benign refusals, at least {settings.min_refusals} needed"
     kept, mixed_in = mix(harmful, benign, settings)
@@ -142,9 +199,14 @@ def _trained(doors: Doors, given: Pairs, taken: Pairs, model: Path, settings: Dp
 def once(doors: Doors, spec: dict[str, Any], run: Callable[[Path], Any]) -> tuple[Path, Rows]:
     """The adapter folder of ``spec``, which ``run`` fills if it is not there yet, and its metrics rows."""
     artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
-    if not artifact.done:
-        with artifact.build() as folder:
-            run(folder)
+    if not ranks.agreed(artifact.done):
+        if ranks.is_first():
+            with artifact.build() as folder:
+                run(folder)
+        else:  # it trains as well, and what it would write is the first process's
+            with tempfile.TemporaryDirectory() as folder:
+                run(Path(folder))
+        ranks.wait()
     return artifact.path, [json.loads(row) for row in (artifact.path / METRICS).read_text("utf-8").splitlines()]
 
 

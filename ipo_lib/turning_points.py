@@ -140,6 +140,35 @@ def measured(trace: Trace, draws: int, cuts: Sequence[int]) -> Generator[list[As
     return _points(trace, drawn, cuts)
 
 
+def split_measured(
+    trace: Trace, draws: int, cuts: Sequence[int]
+) -> Generator[list[Ask], Draws, tuple[list[CsrPoint], list[CsrPoint]]]:
+    """CSR at both ends of sentences, from draws that choose and from others that measure.
+
+    A sentence can move S only where S is open, between 0 and 1. A sentence chosen by the same draws that
+    measure it would look as if it moved S, since both share one error.
+
+    Args:
+        trace: its sentences lie between neighbouring ``cuts``.
+        draws: continuations at each cut, of either kind.
+        cuts: rising. Where the trace holds harm already (``Trace.settled``), S is 0 and nothing is drawn.
+
+    Returns:
+        Points to choose by, at every cut, and points to measure with, at both ends of the sentences
+        that begin where the first ones saw S open.
+    """
+    settled = len(trace.p) + 1 if trace.settled is None else trace.settled
+    known = [CsrPoint(trace.id, cut, 0, draws, 0) for cut in cuts if cut >= settled]
+    asked = [cut for cut in cuts if cut < settled]
+    drawn = yield [Ask(cut, draws, fresh=True) for cut in asked]
+    choosing = _points(trace, drawn, asked)
+    open_ = {point.cut for point in choosing if 0 < point.n_safe < point.n}
+    ends = {cut for sentence in pairwise(cuts) if sentence[0] in open_ for cut in sentence}
+    wanted = [cut for cut in asked if cut in ends]
+    again = (yield [Ask(cut, draws, fresh=True) for cut in wanted]) if wanted else NO_DRAWS
+    return [*choosing, *known], [*_points(trace, again, wanted), *known]
+
+
 def together(searches: Mapping[str, Generator[list[Ask], Draws, Result]],
              draw: Callable[[Mapping[str, list[Ask]]], Mapping[str, Draws]]) -> dict[str, Result]:  # fmt: skip
     """Run many searches in step: each round hands ``draw`` what all of them ask, by name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scripted
 from scripted import (
@@ -29,8 +30,10 @@ from ipo_lib import findings, stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.records import ANSWER, SAFE, UNSAFE, BadInput, CsrPoint, Rollout, Sentence, TurningPoint
+from ipo_lib.replay import Curve
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Doors, Judged
+from ipo_lib.turning_points import Trace
 
 THINK, EOS = Sampling(max_tokens=400, until="think"), Sampling(max_tokens=400)
 
@@ -133,16 +136,6 @@ def test_prevalence_tells_real_turns_from_locks_and_ends() -> None:
     assert {share.n for share in found.values()} == {5}
 
 
-def test_cuts_around_cues_and_some_other_sentences() -> None:
-    one = Rollout("r", "p0", 0, tuple(range(50)), "", "think", 0, "by hand")
-    cuts = findings.around(one, SPANS, [2, None], 1, 0)
-    assert {20, 30} <= set(cuts)
-    assert 3 <= len(cuts) <= 4
-    assert findings.around(one, SPANS, [2], 9, 0) == [0, 10, 20, 30, 40, 50]
-    assert findings.around(one, SPANS, [None], 0, 0) == []
-    assert cuts == findings.around(one, SPANS, [2, None], 1, 0)
-
-
 SPANS = [Sentence(at, 10 * at, 10 * at + 10, 10 * at, 10 * at + 10) for at in range(5)]
 
 
@@ -156,15 +149,18 @@ def test_what_stands_at_a_cue(chat: Chat) -> None:
     (row,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(3, key="a")})
     assert (row.cue, row.turn, row.distance) == (20, 30, 1)
     assert row.other in (0, 10, 20, 30)
-    assert row.at_cue == pytest.approx(0.65)
+    assert row.drop == pytest.approx(0.65)
     assert row.elsewhere == pytest.approx((0 + 0.1 + 0.05) / 3)  # the last sentence begins where S is settled
+    rising = {"a": curve("a", 0.2, 0.4, 0.4, 0.9, 0.0, 0.0)}
+    (up,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, rising, {"a": turn(3, key="a")})
+    assert up.drop == pytest.approx(-0.5)  # a sentence that raises S is no cue, however far it moves it
     assert findings.at_cues([one], {"a": SPANS}, {"a": None}, points, {"a": turn(3, key="a")}) == []
     (locked,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(None, "start-locked", token=0, key="a")})
     assert locked.turn is locked.distance is None
 
 
 def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> None:
-    rollouts = [rollout(chat, "x", id_=str(at)) for at in range(24)]
+    rollouts = [rollout(chat, "x", id_=str(at), prompt=f"p{at}") for at in range(24)]
     cue = {r.id: 1 + at % 4 for at, r in enumerate(rollouts)}
     turns = {r.id: turn(cue[r.id], key=r.id) for r in rollouts}
     points = {r.id: curve(r.id, 0.5, *[0.5 if at < cue[r.id] else 0.0 for at in range(5)]) for r in rollouts}
@@ -174,11 +170,66 @@ def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> Non
     chance = findings.placebo([findings.at_cues(rollouts, spans, cue, points, turns, seed) for seed in range(50)])
     assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
     assert chance.low < chance.value < chance.high
-    moved = findings.moves(rows)
-    assert moved["at the cue"].value == pytest.approx(0.5)
-    assert moved["elsewhere"].value == 0
-    assert moved["difference"].low > 0
+    found = findings.drops(rows)
+    assert found["at the cue"].value == pytest.approx(0.5)
+    assert found["elsewhere"].value == 0
+    assert found["difference"].low > 0
+    assert found["difference"].n == 24
     assert math.isnan(findings.placebo([[]]).value)
+
+
+def noisy_points(key: str, s: float, draws: int, random: np.random.Generator) -> list[CsrPoint]:
+    """S estimated at the ends of five sentences, none of which moves it."""
+    k = random.binomial(draws, s, 6)
+    return [CsrPoint(key, 10 * at, int(one), draws - int(one), 0) for at, one in enumerate(k)]
+
+
+def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
+    """S is 0.05 throughout. A sentence seen open by eight draws is seen too open by the same eight."""
+    random = np.random.default_rng(0)
+    rollouts = [rollout(chat, "x", id_=str(at), prompt=f"p{at}") for at in range(300)]
+    choosing, measuring = ({r.id: noisy_points(r.id, 0.05, 8, random) for r in rollouts} for _ in range(2))
+    cue, spans = dict.fromkeys((r.id for r in rollouts), 2), {r.id: SPANS for r in rollouts}
+    turns = {r.id: turn(3, key=r.id) for r in rollouts}
+    once = findings.at_cues(rollouts, spans, cue, choosing, turns)
+    apart = findings.at_cues(rollouts, spans, cue, measuring, turns, choosing=choosing)
+    assert findings.drops(once)["at the cue"].low > 0.04  # what one set of draws makes up
+    found = findings.drops(apart)["at the cue"]
+    assert found.low < 0 < found.high
+    assert abs(found.value) < 0.03
+
+
+def test_a_design_says_what_it_can_show(chat: Chat) -> None:
+    def rows(drops: list[float]) -> list[findings.AtCue]:
+        return [findings.AtCue(str(at), f"p{at}", 1, 0, 1, 0, drop, 0.0) for at, drop in enumerate(drops)]
+
+    few, many = (findings.design(rows([0.0, 0.4] * count), 0.1) for count in (4, 60))
+    assert (few.usable, many.usable) == (8, 120)
+    assert few.power < 0.4 < 0.9 < many.power
+    assert few.needed == pytest.approx(many.needed, rel=0.2)
+    assert 25 < (many.needed or 0) < 45
+    nothing = findings.design(rows([]), 0.1)
+    assert (nothing.power, nothing.needed) == (0.0, None)
+    assert findings.design([*rows([math.nan, 0.3])], 0.1).usable == 1
+
+
+def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path) -> None:
+    text = f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}"
+    rollouts = [rollout(chat, text, id_=f"r{at}", prompt=f"p{at % 8}", finish="think") for at in range(8)]
+    bench = doors(tmp_path, chat, world(chat))
+    seen = judged(bench, rollouts)
+    ends = tuple(span.token_end for span in stages.trace_sentences(bench, rollouts[0]))
+    size = len(rollouts[0].token_ids)
+    curves = []
+    for r in rollouts:  # half of the continuations leave safely in the cue's sentence, none elsewhere
+        p = [0.5 if at == ends[0] else 1.0 for at in range(size)]
+        ways = [[(1.0, 1.0, 5)] if at == ends[0] else [] for at in range(size)]
+        curves.append(Curve(Trace(r.id, r.token_ids, ends, tuple(p), UNSAFE), ways))
+    found = findings.recorded_cues(bench, seen, curves, {"phrase": Phrase()}, CsrSettings())["phrase"]
+    assert len(found) == 8
+    assert {row.drop for row in found} == {0.5}
+    assert findings.drops(found)["at the cue"].value == 0.5
+    assert findings.recorded_cues(bench, Judged(named(), [], []), curves, {"phrase": Phrase()}, CsrSettings()) == {"phrase": []}
 
 
 def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:

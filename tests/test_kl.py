@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ipo_lib.profiles import Bench
 from ipo_lib.records import SAFE
 from ipo_lib.replay import Curve
 from ipo_lib.stages import traces
+from ipo_lib.store import Store
 from ipo_lib.turning_points import Trace
 
 SMALL = {
@@ -82,10 +84,44 @@ def test_concentration_compares_the_sentence_of_the_largest_change_with_the_rest
     p = tuple(0.5 if at == 4 else 1.0 for at in range(9))  # S: 0.5 up to token 4, 1 after it
     curve = Curve(Trace("t", tuple(range(9)), (3, 6, 9), p, SAFE), ways)
     assert [curve.truth[cut] for cut in (0, 3, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
-    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, [curve], {"t": "p"}) == (("p", 3.0),)
-    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, [curve], {"t": "p"}) == (("p", -3.0),)
+    changes = kl.known_changes([curve])
+    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, changes, {"t": "p"}) == (("p", 3.0),)
+    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, changes, {"t": "p"}) == (("p", -3.0),)
     whole = Curve(Trace("u", (1, 2), (2,), (1.0, 1.0), SAFE), [[], []])
-    assert kl.concentration({"u": [1.0, 2.0]}, [whole], {"u": "p"}) == ()
+    assert kl.concentration({"u": [1.0, 2.0]}, kl.known_changes([whole]), {"u": "p"}) == ()
+
+
+def test_position_is_matched_against_sentences_at_the_same_place() -> None:
+    """KL that only grows along a trace looks concentrated where S changes late; beside the same place it does not."""
+    ends = (0, 2, 4, 6)
+    late = [kl.Changes(f"late {at}", ends, (0.5, 0.5, 0.5, 1.0)) for at in range(3)]
+    early = [kl.Changes(f"early {at}", ends, (0.5, 1.0, 1.0, 1.0)) for at in range(3)]
+    growing = {one.rollout_id: [0.0, 0.0, 1.0, 1.0, 2.0, 2.0] for one in (*late, *early)}
+    prompts = {key: key for key in growing}
+    plain = dict(kl.concentration(growing, [*late, *early], prompts))
+    assert plain["late 0"] == 1.5
+    matched = dict(kl.concentration(growing, [*late, *early], prompts, matched=True))
+    assert set(matched.values()) == {0.0}
+    there = growing | {one.rollout_id: [0.0, 0.0, 1.0, 1.0, 5.0, 5.0] for one in late}
+    assert dict(kl.concentration(there, [*late, *early], prompts, matched=True))["late 1"] == 3.0
+
+
+def test_logits_are_read_a_part_at_a_time(bench: Bench, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 1)
+    one = seen.rollouts[0]
+    whole = kl.divergence(bench, adapter, seen.prompts, [one])[one.id]
+    monkeypatch.setattr(kl, "CHUNK", 3)
+    fresh = dataclasses.replace(bench, doors=dataclasses.replace(bench.doors, store=Store(tmp_path)))
+    assert kl.divergence(fresh, adapter, seen.prompts, [one])[one.id] == pytest.approx(whole, abs=1e-5)
+
+
+def test_without_recorded_curves_s_is_measured(bench: Bench, adapter: Path) -> None:
+    live = bench.changed({"forks": None, "csr.draws": 8})
+    sets = live.prompts("train_harmful"), live.prompts("train_benign")
+    assert kl.moved(live, "row", 0, adapter, *sets, 4).where == ()
+    found = kl.moved(live, "row", 0, adapter, *sets, 4, curves=8)
+    assert found.where
+    assert {prompt for prompt, _ in found.where} <= {one.id for one in sets[0]}
 
 
 def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(bench: Bench, adapter: Path) -> None:

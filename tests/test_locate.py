@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted import ASIDE, CLOSE, CUE, PROMPTS, PROOF, STEP, TRIGGER, StepJudge, doors, named, r1_chat, rollout, world
@@ -126,6 +127,31 @@ def test_a_foreign_trace_is_one_line(tmp_path: Path, chat: Chat) -> None:
     searches = {"x": adaptive(claims["x"], SAFE, CSR, SEARCH)}
     with pytest.raises(BadInput, match="search with the sampler and the settings that drew it"):
         locate.run(bench, {"x": PROMPTS[0]}, claims, searches, "trace", THINK)
+
+
+def test_one_trace_with_an_impossible_token_is_left_out_and_counted(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 16 bits a pass of another shape gives some token of a trace no probability: that trace must not stop the others."""
+    bench, plain = doors(tmp_path, chat, world(chat)), stages.probabilities
+    rollouts = [replace(pair[SAFE], id=f"good{at}", prompt_id=f"p{at}") for at in range(5)]
+    labels = {r.id: SAFE for r in rollouts}
+
+    def strange(bad: set[str]) -> None:
+        def probabilities(*given: Any) -> dict[str, list[float]]:
+            found = plain(*given)
+            return {key: [0.0, *own[1:]] if key in bad else own for key, own in found.items()}
+
+        monkeypatch.setattr(locate, "probabilities", probabilities)
+
+    strange({"good3"})
+    with pytest.warns(UserWarning, match="1 of 5 traces have a token of probability 0 here"):
+        found = locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+    assert set(found.turns) == labels.keys() - {"good3"}
+    assert [r.id for r in found.kept(rollouts)] == ["good0", "good1", "good2", "good4"]
+    strange({"good0", "good3"})  # so many are another sampler's
+    with pytest.raises(BadInput, match="has probability 0 here; sample it with this model"):
+        locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
 
 
 def test_points_and_cuts_of_what_was_drawn(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -26,6 +27,7 @@ from ipo_lib.turning_points import (
     pivotal,
     probes,
     spans,
+    split_measured,
     truth,
     whole,
 )
@@ -188,3 +190,28 @@ def test_the_recursion_is_what_draws_show() -> None:
             safe = int((drawn.safe == 1).sum())
             assert binom.cdf(safe, 3000, made.truth[cut]) > 1e-4
             assert binom.sf(safe - 1, 3000, made.truth[cut]) > 1e-4
+
+
+def test_measuring_draws_are_made_only_where_choosing_ones_saw_s_open() -> None:
+    curve_ = course(0.5, 0.5, 0.0, 0.0, label=UNSAFE)
+    settled = dataclasses.replace(curve_.trace, settled=18)
+    curve_ = Curve(settled, curve_.ways)
+    asked: list[Ask] = []
+
+    def spy(one: Trace) -> object:
+        inner = split_measured(one, 16, (0, *one.ends))
+        drawn = None
+        while True:
+            try:
+                asks = inner.send(drawn)  # type: ignore[arg-type]
+            except StopIteration as done:
+                return done.value
+            asked.extend(asks)
+            drawn = yield asks
+
+    choosing, measuring = replay.locate([curve_], spy)[curve_.trace.id]  # type: ignore[arg-type]
+    assert [point.cut for point in choosing] == [0, 6, 12, 18, 24]
+    assert {point.cut for point in measuring} >= {0, 6, 12, 18}
+    assert all(ask.cut < 18 for ask in asked)  # harm stands there: S is 0, and nothing is drawn
+    assert {point.s for point in choosing if point.cut >= 18} == {0.0}
+    assert all(ask.fresh for ask in asked)
