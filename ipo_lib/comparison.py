@@ -13,7 +13,7 @@ from ipo_lib import locate, replay
 from ipo_lib.adaptive import FAIL, PASS, UNDECIDED, SearchSettings, Wald, adaptive
 from ipo_lib.correction import Calibration, set_right
 from ipo_lib.csr import END, SENTENCE, START_LOCKED, TOKEN, CsrSettings
-from ipo_lib.records import SAFE, TRACE, Prompts, TurningPoint, from_json, to_json
+from ipo_lib.records import SAFE, TRACE, Prompts, TurningPoint, by_id, from_json, to_json
 from ipo_lib.replay import Curve, Flips
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors
@@ -89,7 +89,7 @@ def against(rows: Iterable[Compared], csr: CsrSettings, mu: float) -> list[Compa
 def _truths(curves: Sequence[Curve], kind: str, csr: CsrSettings) -> tuple[list[Curve], dict[str, TurningPoint]]:
     exact = replace(csr, mu=min(csr.mu + PROTOCOL, 1.0), eta=max(csr.eta - PROTOCOL, 0.0))
     known = [curve for curve in curves if curve.trace.label is not None]
-    return known, {curve.trace.id: truth(curve.trace, kind, exact, curve.truth.tolist()) for curve in known}
+    return known, {key: truth(curve.trace, kind, exact, curve.truth.tolist()) for key, curve in by_id(known).items()}
 
 
 def live(doors: Doors, prompts: Prompts, curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSettings,

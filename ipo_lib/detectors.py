@@ -172,7 +172,7 @@ def asked(server: Mapping[str, Any], examples: Sequence[Mapping[str, Any]], *, b
           dollars_in: float = 0.0, dollars_out: float = 0.0) -> Asked:  # fmt: skip
     """A model behind a server as detector, from plain settings, as a profile names it; its budget is the server's."""
     own = from_json(Server, dict(server))
-    purse = shared_budget(own, dollars=budget, calls=calls, dollars_in=dollars_in, dollars_out=dollars_out)
+    purse = shared_budget(own, "detector", dollars=budget, calls=calls, dollars_in=dollars_in, dollars_out=dollars_out)
     return Asked(own, tuple((tuple(one["sentences"]), one["answer"]) for one in examples), purse)
 
 

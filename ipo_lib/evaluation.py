@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipo_lib.chat import split
-from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt, Rollout
+from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt, Rollout, by_id
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors, Start, by_prompt, judge, sample
 from ipo_lib.stats import Interval, paired_difference, pooled_rate
@@ -71,7 +71,7 @@ def evaluate(doors: Doors, sets: Mapping[str, list[Prompt]], settings: Evaluatio
     """Answer every set to the end and measure it. Sets not named in the settings are left alone."""
     found = []
     for name, measures in [(name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)]:
-        prompts = {prompt.id: prompt for prompt in sets[name]}
+        prompts = by_id(sets[name])
         rollouts = respond(doors, sets[name], sampling, settings.draws)
         cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
         for measure in measures:

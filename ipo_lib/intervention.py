@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ipo_lib.csr import START_LOCKED
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Sentence, TurningPoint, Verdict, digest, to_json
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Sentence, TurningPoint, Verdict, by_id, digest, to_json
 from ipo_lib.stats import wilson
 
 NO_CUE, JUDGED_SAFE = "no-cue", "judged-safe"
@@ -179,7 +179,7 @@ def mine(turns: Iterable[TurningPoint], texts: Mapping[str, Sequence[str]], kind
 def choose(pool: Sequence[Trigger], rescues: Mapping[str, tuple[int, int]], n: int = 6) -> list[Trigger]:
     """The triggers in use: of each of the ``n`` largest clusters with a tried member, the one of best one-shot rescue.
     ``rescues``: (k, n) by trigger id. Best: the highest Wilson lower bound (at equal n: k / n), ties by count."""
-    tried = [dataclasses.replace(t, rescue=rescues[t.id]) for t in pool if rescues.get(t.id, (0, 0))[1]]
+    tried = [dataclasses.replace(t, rescue=rescues[t.id]) for t in by_id(pool).values() if rescues.get(t.id, (0, 0))[1]]
     ranked = sorted(tried, key=lambda t: (-wilson(*rescues[t.id]).low, -t.count, t.id))
     best = {trigger.cluster: trigger for trigger in reversed(ranked)}
     return [trigger for trigger in ranked if best[trigger.cluster] is trigger and trigger.cluster in sorted(best)[:n]]

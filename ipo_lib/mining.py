@@ -6,7 +6,7 @@ from ipo_lib import locate
 from ipo_lib.adaptive import SearchSettings
 from ipo_lib.csr import CsrSettings
 from ipo_lib.intervention import CueDetector, LexiconCues, Trigger, choose, mine
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompts, Rollouts, Verdicts
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompts, Rollouts, Verdicts, by_id
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import FRESH, Case, Doors, Plan, cues, intervene, judge, mixed, some, trace_texts
 
@@ -26,6 +26,7 @@ def mine_pool(doors: Doors, prompts: Prompts, rollouts: Rollouts, verdicts: Verd
     """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split. Sentences at the
     safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster the best one-shot rescue
     of ``plan.traces`` unsafe traces. Raises BadInput when no safe trace turns."""
+    by_id(rollouts)
     labels = {rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)}
     chosen = set(mixed(rollouts, verdicts))
     safe = some([r for r in rollouts if labels[r.id] == SAFE and r.prompt_id in chosen], plan.traces, doors.seed)

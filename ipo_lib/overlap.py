@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ipo_lib.records import Prompt
+from ipo_lib.records import Prompt, by_id
 from ipo_lib.stats import Interval, wilson
 
 WIDTH = 8  # words of a shared run
@@ -82,4 +82,4 @@ def table(sets: Mapping[str, Sequence[Prompt]], train: Sequence[str], test: Sequ
 def apart(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> list[Prompt]:
     """``prompts`` without those that overlap with ``others``."""
     dropped = {one.id for one in shared(others, prompts)}
-    return [prompt for prompt in prompts if prompt.id not in dropped]
+    return [prompt for key, prompt in by_id(prompts).items() if key not in dropped]

@@ -26,7 +26,7 @@ import numpy as np
 
 from ipo_lib.chat import Chat
 from ipo_lib.judging import Exchange
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Ids, Prompt, Verdict, digest
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Ids, Prompt, Verdict, by_id, digest
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Doors
 from ipo_lib.store import Store
@@ -47,6 +47,11 @@ class Curve:
 
     trace: Trace
     ways: Sequence[Sequence[tuple[float, float, int]]]
+
+    @property
+    def id(self) -> str:
+        """That of its trace."""
+        return self.trace.id
 
     @cached_property
     def truth(self) -> np.ndarray[Any, Any]:
@@ -108,15 +113,15 @@ class Flips:
 def locate(curves: Sequence[Curve], estimator: Callable[[Trace], Generator[list[Ask], Draws, Result]], seed: int = 0,
            flips: Flips | None = None) -> dict[str, Result]:  # fmt: skip
     """What an estimator finds on recorded curves, by trace id; a trace's draws depend on the seed and its own id alone."""
-    by_id = {curve.trace.id: curve for curve in curves}
-    randoms = {key: np.random.default_rng([seed, zlib.crc32(key.encode())]) for key in by_id}
-    memories: dict[str, dict[int, float]] = {key: {} for key in by_id}
+    named = by_id(curves)
+    randoms = {key: np.random.default_rng([seed, zlib.crc32(key.encode())]) for key in named}
+    memories: dict[str, dict[int, float]] = {key: {} for key in named}
 
     def draw(asks: Mapping[str, list[Ask]]) -> dict[str, Draws]:
-        drawn = {key: by_id[key].draw(own, randoms[key]) for key, own in asks.items()}
+        drawn = {key: named[key].draw(own, randoms[key]) for key, own in asks.items()}
         return {key: flips(one, randoms[key], memories[key]) for key, one in drawn.items()} if flips else drawn
 
-    return together({key: estimator(curve.trace) for key, curve in by_id.items()}, draw)
+    return together({key: estimator(curve.trace) for key, curve in named.items()}, draw)
 
 
 class Tape:
@@ -126,7 +131,8 @@ class Tape:
     opened = True
 
     def __init__(self, curves: Sequence[Curve]) -> None:
-        self.curves, self.places = list(curves), {curve.trace.id: at for at, curve in enumerate(curves)}
+        self.curves = [*by_id(curves).values()]
+        self.places = {curve.id: at for at, curve in enumerate(self.curves)}
         self.prompts = {key: Prompt(key, key, "replay", True) for key in self.places}
 
     def doors(self, store: Store, seed: int = 0) -> Doors:

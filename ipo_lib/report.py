@@ -33,12 +33,19 @@ def _book(book: str, done: Mapping[str, Any], figures: Path) -> str:
     parts = [f"<h2>{html.escape(book)}</h2><p class=a>{spent}</p>"]
     for path in sorted(figures.glob(f"{book[:2]}-*.json")):
         sidecar = json.loads(path.read_text("utf-8"))
-        image = base64.b64encode(path.with_suffix(".png").read_bytes()).decode()
-        parts.append(f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{image}">')
+        parts.append(_image(path.with_suffix(".png")))
         parts.append(f"<p class=a>{html.escape(path.stem)}; asked for {sidecar['tokens']:,} tokens</p>")
         rows = "".join(_claim(claim) for claim in sidecar["claims"])
         parts.append(f"<table><tr><th>claim<th>origin<th>n<th>interval by<th>paper, second-hand</tr>{rows}</table>")
     return "".join(parts)
+
+
+def _image(path: Path) -> str:
+    """A figure's image inside the page; of a notebook that was not run again it may be gone."""
+    name = html.escape(path.stem)
+    if not path.is_file():
+        return f"<p>The image of {name} is missing; run its notebook again.</p>"
+    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
 def _claim(claim: Mapping[str, Any]) -> str:

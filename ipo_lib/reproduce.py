@@ -17,17 +17,20 @@ import typer
 from ipo_lib import capability as capability_
 from ipo_lib import cost as cost_
 from ipo_lib import doctor as doctor_
+from ipo_lib import launch, progress, ranks, report, results, study
 from ipo_lib import overlap as overlap_
-from ipo_lib import progress, report, results, study
 from ipo_lib import prompts as sets
-from ipo_lib.arguments import checked, declared, local, parse
-from ipo_lib.profiles import Profile, available, house, open_bench, read
+from ipo_lib.arguments import local, parse
+from ipo_lib.planning import Planned, billed, planned
+from ipo_lib.profiles import available, house, open_bench, read
 from ipo_lib.records import BadInput, canonical, digest, to_json
+from ipo_lib.remote import BUDGET_FILE
 from ipo_lib.store import MENDS, Store
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 KERNEL = {"GOMP_SPINCOUNT": "5000", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
 ANY = "plain"  # the profile of a model without one
+DONE = ".done.json"  # ends the name of the record of a notebook's last run
 DEFAULT = "sandbox"  # the profile of a command that names none
 
 
@@ -53,6 +56,8 @@ def reproduce(
     judge: Annotated[str, typer.Option(help="its judge: keyword, a guard's name, or URL#model")] = "",
 ) -> None:
     """Run every notebook of a profile, in order, and write its figures and a report; finished work is never done twice."""
+    if ranks.count() > 1:
+        raise BadInput(f"ipo reproduce in {ranks.count()} processes would run every notebook as often; launch ipo train")
     given = [*(parameter or []), *(["full=true"] if full else [])]
     if model or prompts or judge:
         profile = ANY if profile == DEFAULT else profile
@@ -62,7 +67,7 @@ def reproduce(
     started, plan = time.monotonic(), planned(profile, given, store, figures)
     for job in jobs(plan):
         run(job, plan, again)
-    marks = [(book.stem, last(book, plan.runs)) for book in plan.books]
+    marks = records(plan.runs)
     text, page = report.page(plan.settings.name, plan.settings.about, marks, plan.figures), plan.runs / "report.html"
     if not page.is_file() or page.read_text("utf-8") != text:
         page.write_text(text, encoding="utf-8")
@@ -92,7 +97,10 @@ def doctor(
 ) -> None:
     """Look at this machine, and at what a profile needs: packages, device, memory, models, data, keys, servers."""
     found = list(doctor_.checks(Store(store or None).root))
-    found += doctor_.needs(planned(profile, parameter or [], store, "").settings) if profile else []
+    if profile:
+        settings, own = billed(planned(profile, parameter or [], store, ""))
+        found += [*doctor_.needs(settings), *doctor_.speed(settings, cost_.paid(cost_.plan(settings, own)))]
+        found += doctor_.rehearsed(settings)
     for one in found:
         print(one)
     if troubles := sum(bool(one.mend) for one in found):
@@ -103,9 +111,28 @@ def rehearse(profile: str, given: list[str], store: str, figures: str) -> None:
     """What a run would do and cost, and all that it lacks."""
     plan = planned(profile, given, store, figures)
     cost(profile, given)
+    for one in doctor_.speed(plan.settings, cost_.paid(cost_.plan(*billed(plan)))):
+        print(one)
     found = [*doctor_.checks(plan.root), *doctor_.needs(plan.settings)]
     lacking = [one for one in found if one.mend]
     print(f"\n{len(lacking)} of {len(found)} checks need a hand" + (":" if lacking else ""), *lacking, sep="\n")
+
+
+@app.command()
+def train(
+    profile: NAME = DEFAULT,
+    parameter: GIVEN = None,
+    store: STORE = "",
+    harmful: Annotated[str, typer.Option(help="the prompt set that pairs are made from")] = "train_harmful",
+    benign: Annotated[str, typer.Option(help="the prompt set of stage 2's benign pairs")] = "train_benign",
+) -> None:
+    """Train both stages of a profile; on several GPUs: accelerate launch --num_processes N -m ipo_lib.reproduce train ..."""
+    found = launch.train(open_bench(profile, parse(parameter or []), store), harmful, benign)
+    if ranks.is_first():
+        reasons = ", ".join(f"{n} {reason}" for reason, n in found.counts.items() if n)
+        print(f"{profile}: {found.pairs} pairs ({reasons})")
+        print(f"stage 1: {len(found.rows)} steps, last loss {found.rows[-1]['loss']:.4f}, {found.stage1}")
+        print(f"{found.message}; {found.stage2}" if found.stage2 else found.message)
 
 
 @app.command()
@@ -123,14 +150,10 @@ def overlap(profile: NAME = "ds-8b", parameter: GIVEN = None) -> None:
 @app.command()
 def cost(profile: NAME = DEFAULT, parameter: GIVEN = None) -> None:
     """Say what a profile would generate and how long that takes, before anything runs."""
-    given, own = parse(parameter or []), dict[str, dict[str, Any]]()
-    first = read(profile, {name: value for name, value in given.items() if name == "notebooks"})
-    for book in first.notebooks:
-        known, values = declared(house() / "notebooks" / f"{book}.ipynb"), {**first.parameters, **given}
-        own[book] = {name: checked(name, values.get(name, value), kind) for name, (kind, value) in known.items()}
-    settings = read(profile, {name: value for name, value in given.items() if not any(name in one for one in own.values())})
+    given = parse(parameter or [])
+    settings, own = billed(planned(profile, parameter or [], "", ""))
     found = {} if given else cost_.measured(house() / "figures" / settings.name)
-    print(cost_.table(cost_.plan(settings, own), settings, found))
+    print(cost_.table(cost_.plan(settings, own), settings, found, cost_.at_most(settings, own)))
 
 
 @app.command()
@@ -154,6 +177,8 @@ def capability(
     for name in tasks:  # all of them read before the first is run
         out = root / f"{name}-{digest(known)}"
         asked[name] = out, capability_.command(settings, bench.folder, name, out, adapter=path, limit=limit, run_code=run_code)
+    for warning in filter(None, (capability_.too_short(settings, name) for name in tasks)):
+        print(warning, file=sys.stderr)
     for name, (out, call) in asked.items():
         one = capability_.measure(name, call, out, os.environ)
         print(f"{one.task:14} {100 * one.value:5.1f} % (standard error {100 * one.error:.1f}, n={one.n})", flush=True)
@@ -178,43 +203,11 @@ def profiles() -> None:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A command line, read: the profile's settings and notebooks, what each is given, and the folders of the run."""
-
-    settings: Profile
-    books: list[Path]
-    values: dict[Path, dict[str, Any]]
-    root: Path
-    figures: Path
-    runs: Path
-
-
-@dataclass(frozen=True)
 class Job:
     """One notebook to run; ``key`` names all that decides its figures."""
 
     book: Path
     key: str
-
-
-def planned(profile: str, parameter: list[str], store: str, figures: str) -> Planned:
-    """What the arguments mean; BadInput for a name that nothing knows or a value of another type."""
-    given, root = parse(parameter), Store(store or None).root
-    profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
-    chosen = read(profile, {name: value for name, value in given.items() if name == "notebooks"}).notebooks
-    books = [house() / "notebooks" / f"{name}.ipynb" for name in chosen]
-    known = {book: declared(book) for book in books}
-    overrides = {name: value for name, value in given.items() if not any(name in names for names in known.values())}
-    settings = read(profile, overrides)
-    every = {name for book in (house() / "notebooks").glob("*.ipynb") for name in declared(book)}
-    if strange := sorted(set(settings.parameters) - every):
-        raise BadInput(f"profile {settings.name!r}: no notebook has the parameter {strange[0]!r}; mend it under parameters")
-    given = {**settings.parameters, **given}
-    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
-    common = {"profile": profile, "overrides": overrides, "store": str(root), "figures": str(target)}
-    own = {book: {n: checked(n, v, known[book][n][0]) for n, v in given.items() if n in known[book]} for book in books}
-    runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
-    return Planned(settings, books, {book: {**common, **own[book]} for book in books}, root, target, runs)
 
 
 def jobs(plan: Planned) -> Iterator[Job]:
@@ -252,6 +245,8 @@ def run(job: Job, plan: Planned, again: bool) -> None:
     plan.runs.mkdir(parents=True, exist_ok=True)
     kernel = KERNEL | {"HF_HUB_OFFLINE": "0" if plan.settings.online else "1"}
     os.environ.update({name: os.environ.get(name, value) for name, value in kernel.items()})
+    ours = BUDGET_FILE not in os.environ  # else the user counts several runs together
+    os.environ.setdefault(BUDGET_FILE, str(plan.runs.absolute() / "budget.json"))
     held, began = sizes(plan.root), time.time()
     try:
         with progress.watched(plan.runs / "progress.json", book.stem):
@@ -263,6 +258,9 @@ def run(job: Job, plan: Planned, again: bool) -> None:
             raise BadInput(f"{book.stem}: {error.evalue}") from None
         print(f"{book.stem} failed in cell {error.exec_count}: {error.ename}: {error.evalue}\nsee {out}", file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        if ours:
+            del os.environ[BUDGET_FILE]
     for left in (path for path in plan.figures.glob(f"{book.stem[:2]}-*") if path.stat().st_mtime < began):
         left.unlink()  # a figure that this version of the notebook, or this run, no longer makes
     seconds = time.monotonic() - started
@@ -275,12 +273,18 @@ def run(job: Job, plan: Planned, again: bool) -> None:
 
 def mark(book: Path, runs: Path) -> Path:
     """Where the record of a notebook's last run lies."""
-    return runs / f"{book.stem}.done.json"
+    return runs / f"{book.stem}{DONE}"
 
 
 def last(book: Path, runs: Path) -> dict[str, Any]:
     """The record of a notebook's last run; empty when there is none."""
     return json.loads(path.read_bytes()) if (path := mark(book, runs)).is_file() else {}
+
+
+def records(runs: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every notebook that has run for these figures, by name, with the record of its last run: also those not asked for now."""
+    found = {path.name.removesuffix(DONE): json.loads(path.read_bytes()) for path in runs.glob(f"*{DONE}")}
+    return sorted(found.items())
 
 
 def current(job: Job, plan: Planned) -> bool:
@@ -329,3 +333,7 @@ def main(call: Callable[[], Any] = app) -> None:
         said = f"{error.filename}: {error.strerror}; {MENDS[error.errno]}"
     print(f"ipo: {said}", file=sys.stderr)
     raise SystemExit(2)
+
+
+if __name__ == "__main__":  # for accelerate launch -m
+    main()

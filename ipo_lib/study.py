@@ -27,7 +27,7 @@ from ipo_lib.layered import Yaml
 from ipo_lib.lora import Untrainable
 from ipo_lib.profiles import Bench, Expected, StudySettings, house, open_bench
 from ipo_lib.progress import FILE, say
-from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, digest, from_json, to_json
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Record, Rollout, by_id, digest, from_json, to_json
 from ipo_lib.stages import Doors, by_prompt, judge
 from ipo_lib.stats import pooled_rate
 from ipo_lib.store import Store
@@ -136,13 +136,13 @@ def _evaluated(bench: Bench, doors: Doors, made: recipes.Made,
     answers = sum(one.total for one in found if one.measure in (evaluation.TRACE_HARM, evaluation.REFUSED, evaluation.CORRECT))
     named, rollouts = dict[str, Prompt](), list[Rollout]()
     for name in p.evaluation.harmful:
-        own, asked = made.respond(doors, sets[name], p.sampling, p.evaluation.draws), {one.id: one for one in sets[name]}
+        own, asked = made.respond(doors, sets[name], p.sampling, p.evaluation.draws), by_id(sets[name])
         pairs = list(zip(*(judge(doors, asked, own, part) for part in (TRACE, ANSWER)), strict=True))
         for label in (SAFE, UNSAFE):
             kept = [at for at, (trace, _) in enumerate(pairs) if trace.label == label]
             counts = by_prompt([own[at] for at in kept], [pairs[at][1] for at in kept])
             measured[f"{name}: {UNSAFE_AFTER[label]}"] = tuple(counts.get(one.id, (0, 0)) for one in sets[name])
-        named |= asked
+        named = by_id([*named.values(), *sets[name]])
         rollouts += own
     finder = recipes.detector(bench, PROFILE, prompts)
     taught = learned.sentences(doors, named, rollouts, recipes.triggers(bench, prompts, finder), finder)

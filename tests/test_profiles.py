@@ -14,7 +14,7 @@ from ipo_lib.chat import Chat
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.mining import LexiconCues
 from ipo_lib.profiles import Profile, open_bench, read
-from ipo_lib.records import BadInput
+from ipo_lib.records import BadInput, to_json
 from ipo_lib.reproduce import parse
 
 SMALL: dict[str, Any] = {
@@ -195,6 +195,17 @@ def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="lexicon"):
         learnt.detector([], [])
     assert LexiconCues
+
+
+def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> None:
+    model = {"folder": str(folder(tmp_path / "model"))}
+    plain = open_bench(write(tmp_path, model=model))
+    assert plain.truth() is plain.wide_truth() is None
+    for name in ("sandbox", "tiny", "tiny-null"):
+        own = read(name)
+        parts = {"truth": to_json(own.truth), "wide_truth": to_json(own.wide_truth)}
+        narrow, wide = (getattr(open_bench(write(tmp_path, model=model, **parts)), truth)() for truth in parts)
+        assert (narrow.wide, wide.wide) == (False, True)
 
 
 @pytest.mark.parametrize(

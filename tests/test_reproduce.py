@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import nbformat
 import pytest
@@ -21,7 +21,7 @@ import yaml
 from models import tiny_tokenizer
 from papermill.engines import Engine, NBClientEngine, papermill_engines
 
-from ipo_lib import doctor, profiles, reproduce, stages
+from ipo_lib import doctor, profiles, remote, reproduce, stages
 from ipo_lib.records import BadInput
 from ipo_lib.store import Store
 
@@ -131,7 +131,7 @@ def test_cost_follows_settings_and_notebook_parameters(ipo: Ipo) -> None:
     def tokens(*arguments: str) -> int:
         code, said, _ = ipo("cost", *arguments)
         assert code == 0
-        return int(re.search(r"at most ([\d,]+) generated tokens", said)[1].replace(",", ""))  # type: ignore[index]
+        return int(re.search(r"about ([\d,]+) generated tokens", said)[1].replace(",", ""))  # type: ignore[index]
 
     plain = tokens("tiny")
     assert tokens("tiny", "-p", "draws=32") > plain > tokens("tiny", "-p", "notebooks=[00_quickstart]") > 0
@@ -430,6 +430,26 @@ def test_the_report_holds_every_figure_and_claim(tmp_path: Path, ipo: Ipo, small
     assert "http" not in page
 
 
+def test_the_report_keeps_the_notebooks_that_a_run_did_not_ask_for(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+    book = (tmp_path / "ab_small.ipynb").read_text("utf-8")
+    for name in ("aa_first", "ac_last"):
+        (tmp_path / f"{name}.ipynb").write_text(book.replace("ab-figure", f"{name[:2]}-figure"))
+
+    def sections(*names: str) -> tuple[list[str], str]:
+        asked = ", ".join(str(tmp_path / name) for name in names)
+        page = Path(re.search(r"report: (.*)", ipo(*small, "-p", f"notebooks=[{asked}]")[1])[1]).read_text()  # type: ignore[index]
+        return re.findall(r"<h2>(\w+)</h2>", page), page
+
+    assert sections("ac_last")[0] == ["ac_last"]
+    assert sections("ab_small", "aa_first")[0] == ["aa_first", "ab_small", "ac_last"]
+    names, page = sections("ab_small")
+    assert names == ["aa_first", "ab_small", "ac_last"]
+    assert [page.count(f'<img alt="{name}-figure"') for name in ("aa", "ab", "ac")] == [1, 1, 1]
+    assert page.count("draws 2 &lt;b&gt;") == 3
+    (tmp_path / "figures" / "ac-figure.png").unlink()
+    assert "The image of ac-figure is missing" in sections("ab_small")[1]
+
+
 def test_generated_counts_the_new_tokens_of_the_store(tmp_path: Path) -> None:
     before = reproduce.sizes(tmp_path / "store")
     path = drawn(tmp_path / "store")
@@ -468,3 +488,79 @@ def test_a_profile_parameter_that_no_notebook_has_is_one_line(tmp_path: Path, ip
     code, _, said = ipo("status", str(path))
     assert code == 2
     assert "no notebook has the parameter 'live_tracks'" in said
+
+
+PER_NOTEBOOK = {
+    "parameters: {draws: 4, 00_quickstart: {draws: 8}}": "",
+    "parameters: {00_quickstart: {drawz: 8}}": "00_quickstart has no parameter 'drawz'; mend it under parameters",
+    "parameters: {99_nothing: {draws: 8}}": "no notebook is called '99_nothing'; known: 00_quickstart",
+    "parameters: {00_quickstart: 8}": "00_quickstart holds 8; write its parameters as name: value",
+    "parameters: {00_quickstart: {draws: many}}": "parameter 'draws': expected int, found 'many'",
+}
+
+
+@pytest.mark.parametrize(("line", "fault"), PER_NOTEBOOK.items())
+def test_a_notebook_s_own_parameters_are_checked(tmp_path: Path, ipo: Ipo, line: str, fault: str) -> None:
+    text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
+    path = tmp_path / "own.yml"
+    path.write_text(re.sub(r"parameters: \{.*\}", line, text))
+    for command in ("status", "cost"):
+        if fault:
+            one_line(ipo(command, str(path)), fault)
+        else:
+            assert ipo(command, str(path))[0] == 0
+
+
+def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(tmp_path: Path) -> None:
+    text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
+    path = tmp_path / "own.yml"
+    own = "parameters: {draws: 3, 00_quickstart: {draws: 8}}"
+    path.write_text(re.sub(r"parameters: \{.*\}", own, text))
+
+    def draws(*given: str) -> dict[str, int]:
+        plan = reproduce.planned(str(path), list(given), str(tmp_path), "")
+        return {book.stem: values["draws"] for book, values in plan.values.items() if "draws" in values}
+
+    found = draws()
+    assert found.pop("00_quickstart") == 8
+    assert set(found.values()) == {3}
+    assert set(draws("draws=5").values()) == {5}
+    assert draws("parameters.00_quickstart.draws=6")["00_quickstart"] == 6
+    settings, every = reproduce.billed(reproduce.planned(str(path), [], str(tmp_path), ""))
+    assert every["00_quickstart"]["draws"] == 8
+    assert every["00_quickstart"]["candidates"] > 0  # what is not given has the notebook's own value
+    assert settings.name == "own"
+
+
+def test_the_paper_s_model_looks_for_turns_in_the_paper_s_prompts(tmp_path: Path) -> None:
+    plan = reproduce.planned("ds-8b", [], str(tmp_path), "")
+    sets = {book.stem: values.get("harmful_set") for book, values in plan.values.items()}
+    chosen = [name for name, one in sets.items() if one == "jbb"]
+    assert chosen == ["03_safety_triggers", "04_compliance_cues", "05_corrective_intervention"]
+
+
+class Spends(Engine):
+    """Notes which budget file a kernel is given."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
+        cls.seen.append(os.environ[remote.BUDGET_FILE])
+
+
+def test_all_kernels_of_a_run_count_in_one_budget_file(tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(remote.BUDGET_FILE, raising=False)
+    papermill_engines.register(None, Spends)
+    try:
+        books = ["-p", "notebooks=[00_quickstart, 01_reasoning_vs_response]"]
+        assert ipo("reproduce", "tiny", *books)[0] == 0
+        (folder,) = (tmp_path / "store" / "runs").iterdir()
+        assert Spends.seen == [str(folder / "budget.json")] * 2
+        assert remote.BUDGET_FILE not in os.environ
+        monkeypatch.setenv(remote.BUDGET_FILE, "of-mine.json")  # for several runs together
+        assert ipo("reproduce", "tiny", *books, "--again")[0] == 0
+        assert set(Spends.seen[2:]) == {"of-mine.json"}
+        assert os.environ[remote.BUDGET_FILE] == "of-mine.json"
+    finally:
+        papermill_engines.register(None, InProcess)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
 from models import tiny_model, tiny_tokenizer
@@ -195,6 +197,16 @@ def short_profile(folder: Path) -> Path:
     return short
 
 
+def images(path: Path, figures: Path) -> list[str]:
+    """The names of the figures that an executed notebook shows as images; none of its outputs is the bare text of one."""
+    outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+    texts = ["".join(output.get("data", {}).get("text/plain", "")) for output in outputs]
+    assert [text for text in texts if text.startswith(("<Figure", "<Axes"))] == []
+    names = {file.read_bytes(): file.stem for file in figures.glob("*.png")}
+    shown = [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+    return sorted(names[image] for image in shown)
+
+
 def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> None:
     folders = ["--store", str(tmp_path / "store"), "--figures", str(tmp_path / "figures")]
     less = {"draws": 4, "candidates": 8, "group": 4, "safe_traces": 2, "unsafe_traces": 3, "placements": 5, "rounds": 1,
@@ -222,6 +234,9 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
         for claim in sidecar["claims"]:
             assert {"claim", "value", "interval", "n", "origin"} <= set(claim)
             assert claim["claim"] in said
+    runs = list((tmp_path / "store" / "runs").rglob("*.ipynb"))
+    shown = {path.stem: images(path, tmp_path / "figures") for path in runs}
+    assert shown == {name: sorted(figure for figure in figures if figure[:2] == name[:2]) for name in shown}
     adapters = [path for path in (tmp_path / "store" / "adapters").iterdir() if (path / "done.json").is_file()]
     assert 1 <= len(adapters) <= 2
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
