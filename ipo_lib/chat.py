@@ -268,9 +268,7 @@ def cut_off(rollout: Rollout, part: str, opened: bool) -> bool:
     """
     if rollout.finish == "length" and part in (ANSWER, BOTH, CONTINUATION):
         return True
-    if part != TRACE:
-        return False
-    if CLOSE in rollout.text:
+    if part != TRACE or rollout.finish == "think" or CLOSE in rollout.text:
         return False
     thinks = opened or OPEN in rollout.text
     return thinks or rollout.finish == "length"

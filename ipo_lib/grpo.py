@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +31,7 @@ from ipo_lib.lora import (
     save,
 )
 from ipo_lib.progress import say
-from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Ids, Prompt, Rollout, by_id, canonical, digest
+from ipo_lib.records import ANSWER, SAFE, SPARSE, TRACE, BadInput, Ids, Prompt, Rollout, by_id, canonical, digest
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors
 
@@ -48,7 +48,8 @@ class GrpoSettings:
 
     reward: str = "I[z]-I[y]"  # a formula of REWARDS, I[.] being 1 where the judge says safe
     budget: int = 0  # generated tokens at which, to half a step, training ends
-    multiple: float = 1.0  # in a recipe, where budget is 0: of what Algorithm 1 generates for the same prompts
+    # in a recipe, where budget is 0: of what Algorithm 1 generates for the same prompts
+    multiple: float = field(default=1.0, metadata=SPARSE)
     group: int = 8  # responses of one prompt
     batch_size: int = 16  # responses per forward
     accumulation: int = 4  # forwards a step; times batch_size a multiple of group
@@ -67,10 +68,6 @@ class GrpoSettings:
         if min(numbers.values()) <= 0 or self.beta < 0 or self.budget < 0:
             said = ", ".join(f"{name} {value}" for name, value in numbers.items())
             raise BadInput(f"grpo: {said}, beta {self.beta}, budget {self.budget}: give numbers above 0")
-
-    def spec(self) -> dict[str, Any]:
-        """What names a training in the store: the settings, with ``multiple`` counted into ``budget``."""
-        return {name: value for name, value in vars(self).items() if name != "multiple"}
 
 
 def rewards(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ipo_lib import ranks
+from ipo_lib.chat import parsed
+from ipo_lib.decoding import ARCHITECTURES
 from ipo_lib.lora import Batches, Diverged, DpoSettings, Folder, arguments, base, config, fill, on_one_gpu
 from ipo_lib.records import BadInput, Pair
 
@@ -281,6 +284,10 @@ def trainer(pairs: Sequence[Pair], folder: Folder, settings: DpoSettings, out: F
 
     if ranks.count() > 1 and not settings.length_buckets:
         raise BadInput("dpo: length_buckets false in several processes; set it to true, or train in one")
+    family = str(parsed(Path(folder) / "config.json").get("model_type"))
+    if family not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise BadInput(f"dpo: engine shared knows the masks of {known}, not of {family!r}; set engine to trl")
     args = on_one_gpu(transformers.TrainingArguments(**arguments(settings, out)))
     transformers.set_seed(settings.seed)
     model = get_peft_model(base(folder, settings, args.device), config(folder, settings, adapter))

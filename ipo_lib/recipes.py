@@ -248,8 +248,8 @@ def _rewarded(bench: Bench, prompts: Sequence[Prompt], start: Path | None) -> tu
     if not settings.budget:
         other = replace(bench, profile=replace(p, recipe=Recipe()), doors=replace(doors, store=Store(doors.store.root)))
         gather(other, prompts)
-        settings = replace(settings, budget=round(settings.multiple * _spent(other.doors)))
-    asked = {"settings": settings.spec(), "lora": to_json(replace(p.stage1, seed=0)), "sampling": p.sampling.spec()}
+        settings = replace(settings, budget=round(settings.multiple * _spent(other.doors)), multiple=1.0)
+    asked = {"settings": to_json(settings), "lora": to_json(replace(p.stage1, seed=0)), "sampling": to_json(p.sampling)}
     spec: dict[str, Any] = {"model": doors.sampler.fingerprint(), "judge": doors.judge.fingerprint()}
     spec |= {"prompts": digest([to_json(one) for one in prompts]), **asked}
     spec |= {"start": start.parent.name} if start else {}

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, TypeVar
 
 Ids = tuple[int, ...]
@@ -18,6 +18,7 @@ Record = TypeVar("Record")
 
 TRACE, ANSWER, BOTH, CONTINUATION = "trace", "answer", "trace+answer", "continuation"
 SAFE, UNSAFE = "safe", "unsafe"
+SPARSE = {"sparse": True}  # metadata of a field that came later: at its default the stores of before keep their keys
 
 
 class BadInput(ValueError):
@@ -50,7 +51,7 @@ class Rollout:
     finish: str
     draw: int
     sampler: str
-    forced: int | None = None
+    forced: int | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,13 @@ def by_id(items: Iterable[Named]) -> dict[str, Named]:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """A record as plain JSON values; tuples become lists."""
-    values = ((field.name, getattr(record, field.name)) for field in fields(record))
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+    """A record as plain JSON values; tuples become lists. A field marked SPARSE is left out at its default."""
+    found = {}
+    for one in fields(record):
+        value = getattr(record, one.name)
+        if not (one.metadata.get("sparse") and value == one.default):
+            found[one.name] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
@@ -207,9 +212,9 @@ def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
         near = difflib.get_close_matches(name, hints, 1)
         mend = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(hints)}"
         raise BadInput(f"{kind.__name__}: {prefix + name!r} is unknown; {mend}")
-    for field in fields(kind):  # type: ignore[arg-type]
-        if field.name not in data and field.default is field.default_factory is MISSING:
-            raise BadInput(f"{kind.__name__}: {prefix + field.name!r} is missing")
+    for one in fields(kind):  # type: ignore[arg-type]
+        if one.name not in data and one.default is one.default_factory is MISSING:
+            raise BadInput(f"{kind.__name__}: {prefix + one.name!r} is missing")
     return kind(**{name: _typed(hints[name], value, prefix + name, kind.__name__) for name, value in data.items()})
 
 

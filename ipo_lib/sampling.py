@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from ipo_lib.chat import CLOSE, OPEN, Chat, parsed
 from ipo_lib.lora import NF4, quiet
 from ipo_lib.nucleus import nucleus_draw, nucleus_mass
 from ipo_lib.progress import Meter
-from ipo_lib.records import BadInput, Ids, canonical, digest
+from ipo_lib.records import SPARSE, BadInput, Ids, canonical, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,8 @@ class Sampling:
     top_p: float = 0.95
     max_tokens: int = 256  # sampled tokens of a draw
     until: str = "eos"
-    think_tokens: int = 0  # budget forcing: after so many tokens of an open trace </think> is put; 0: never
+    # budget forcing: after so many tokens of an open trace the closing tag is put; 0: never
+    think_tokens: int = field(default=0, metadata=SPARSE)
 
     def __post_init__(self) -> None:
         known = 0 <= self.temperature < math.inf and 0 < self.top_p <= 1 and self.until in ("think", "eos")
@@ -52,10 +53,6 @@ class Sampling:
             raise BadInput(f"{self}: needs temperature >= 0, 0 < top_p <= 1, max_tokens >= 1, until 'think' or 'eos'")
         if not (self.think_tokens == 0 or 0 < self.think_tokens < self.max_tokens):
             raise BadInput(f"{self}: think_tokens must lie below max_tokens, or be 0 (a trace may take as long as it likes)")
-
-    def spec(self) -> dict[str, Any]:
-        """What names a draw in the store: the settings, without those at values that change nothing."""
-        return {name: value for name, value in vars(self).items() if name != "think_tokens" or value}
 
 
 @dataclass(frozen=True)

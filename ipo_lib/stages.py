@@ -62,7 +62,8 @@ class Doors:
 @dataclass(frozen=True)
 class Plan:
     """How traces are gathered and corrected (Algorithm 1). ``draws`` traces a prompt; ``rounds`` is N; ``accept``: ``no-cue``
-    (the paper) or ``judged-safe``; ``traces`` bounds how many traces get a CSR curve; ``pool``: the triggers in use; ``share``:
+    (the paper) or ``judged-safe``. With a lexicon learnt from the judge's own verdicts ``no-cue`` is the word of the judge's
+    student, not of a second opinion; ``traces`` bounds how many traces get a CSR curve; ``pool``: the triggers in use; ``share``:
     all triggers are tried on one trace of a prompt (the paper: on a fresh one each), so that their pairs share a prefix."""
 
     draws: int = 8
@@ -96,7 +97,7 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
 def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str) -> list[Rollout]:
     """Single draws, each named by its start and its number; missing ones are drawn together and stored."""
     engine, chat = doors.sampler.fingerprint(), doors.chat.fingerprint()
-    spec = {"sampler": engine, "chat": chat, "sampling": sampling.spec(), "seed": doors.seed}
+    spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": doors.seed}
     ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
     named = {start: start.key for start in dict.fromkeys(start for start, _ in wanted)}
     by_id(start.prompt for start in named)  # else nobody could tell whose rollouts these are
@@ -110,7 +111,7 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
             ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
             text = doors.chat.decode(ids)
             rollout = Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name, done.forced)
-            yield done.key, _as_stored(rollout)
+            yield done.key, to_json(rollout)
 
     ledger.collect(finished(), WRITE_EVERY)
     found = [from_json(Rollout, ledger[f"{named[start]}/{at}"]) for start, at in wanted]
@@ -119,17 +120,12 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
     return found
 
 
-def _as_stored(rollout: Rollout) -> dict[str, object]:
-    """A rollout as JSON; that nothing was forced goes without saying."""
-    return {name: value for name, value in to_json(rollout).items() if name != "forced" or value is not None}
-
-
 def probabilities(doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: Sampling) -> dict[str, list[float]]:
     """For every rollout the probability that the sampler gives each of its own tokens, under ``sampling``.
 
     The tokens of a closing tag that was put (``Rollout.forced``) have the probability 1: nothing else could come.
     """
-    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": sampling.spec()}
+    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": to_json(sampling)}
     ledger = doors.store.ledger("probabilities", SAMPLE_VERSION, spec)
     named = by_id(rollouts)
     missing = [named[key] for key in ledger.missing(named)]

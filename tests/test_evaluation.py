@@ -90,8 +90,10 @@ def test_truncated_is_a_column_of_its_own(tmp_path: Path, chat: Chat) -> None:
     trace, answer = found["harmful", TRACE_HARM], found["harmful", ANSWER_HARM]
     assert trace.truncated == answer.truncated
     assert 40 < trace.truncated < 120
-    assert trace.unknown == 0  # an open trace can be read
+    assert 0 < trace.unknown < trace.truncated  # unless it holds harm already, nobody knows how it would have ended
     assert answer.unknown == answer.truncated  # it has no answer
+    assert trace.bounds[0] < 0.5 < trace.bounds[1]
+    assert trace.bounds[1] - trace.bounds[0] == pytest.approx(trace.unknown / trace.total)
     assert evaluation.table([trace])[0]["truncated"] == trace.truncated / 320
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -245,3 +246,16 @@ def test_tiny_has_neutral_sentences_and_citation_names_the_paper() -> None:
     assert citation["version"] == ipo_lib.__version__
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
     assert "2509.24393" in str(citation["preferred-citation"])
+
+
+SIDECARS = sorted((HOUSE / "figures").glob("*/[0-9][0-9]-*.json"))
+
+
+@pytest.mark.parametrize("path", SIDECARS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_claim_ends_in_what_it_comes_to(path: Path) -> None:
+    words = ("holds", "undecided", "the other way round")
+    for claim in json.loads(path.read_text("utf-8"))["claims"]:
+        verdict = claim["verdict"]  # None: a measured number that claims nothing
+        assert verdict is None or verdict in words
+        assert verdict is None or claim["claim"].endswith(f": {verdict}.")
+        assert "does not hold" not in claim["claim"]

@@ -105,3 +105,35 @@ def test_an_unmerged_adapter_has_draws_of_its_own(model: Path, adapter: Path) ->
     assert said["bfloat16"]["lora"] == "unmerged"
     assert "lora" not in said["float32"]
     assert "lora" not in TransformersSampler(model, chat, dtype="bfloat16").fingerprint()
+
+
+def test_kl_is_that_of_the_models_that_are_sampled(model: Path, adapter: Path) -> None:
+    """In bf16 KL along a text from the two sampled models is that of Fig 7's measurement; a merged model has another."""
+    import torch
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from ipo_lib import kl, lora
+
+    chat, settings = Chat(model), lora.DpoSettings(use_cpu=True)
+    head = chat.prompt_ids(Prompt("p", "How tall is a lighthouse?", "t", False))
+    ids = torch.tensor([head + chat.encode("Bread needs flour, water, salt and time; the oven needs to be hot. " * 3)])
+    trained = get_peft_model(lora.base(model, settings, "cpu"), lora.config(model, settings, adapter))
+    lora.fill(trained, adapter, model)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = sum(kl._along(trained, ids, len(head), kl.DIRECTIONS[0]))
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), str(adapter))
+    sampled = {
+        "apart": TransformersSampler(model, chat, adapter=adapter, dtype="bfloat16")._model,
+        "merged": merged.merge_and_unload(),
+    }
+    base = TransformersSampler(model, chat, dtype="bfloat16")._model
+    base.set_attn_implementation("sdpa")
+    found = {}
+    for name, net in sampled.items():
+        net.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            p, q = (one(ids).logits[0, len(head) - 1 : -1].float().log_softmax(-1) for one in (net, base))
+        found[name] = float((p.exp() * (p - q)).sum())
+    assert found["apart"] == pytest.approx(measured, rel=0.15)
+    assert abs(found["merged"] - measured) > 3 * abs(found["apart"] - measured)

@@ -21,7 +21,7 @@ import matplotlib.pyplot
 
 from ipo_lib import plots
 from ipo_lib.records import BadInput
-from ipo_lib.stats import Interval, pooled_rate, wilson
+from ipo_lib.stats import HOLDS, OTHER_WAY, UNDECIDED, Interval, pooled_rate, wilson
 
 CURVE = [
     {"cut": 0, "s": 0.5, "low": 0.4, "high": 0.6, "n": 32},
@@ -89,9 +89,11 @@ def test_the_sidecar_says_what_the_figure_claims(tmp_path: Path) -> None:
 
 
 def test_a_claim_without_a_value_is_unknown() -> None:
-    claim = plots.claim("Harm: {}.", wilson(0, 0), origin="calibrated")
-    assert claim["value"] is None
+    claim = plots.estimate("Harm: {}.", wilson(0, 0), origin="calibrated")
+    assert (claim["value"], claim["verdict"]) == (None, None)
     assert claim["claim"] == f"Harm: unknown, n=0.{plots.BUILT}"
+    said = plots.claim("Harm is there: {}.", wilson(0, 0), origin="emergent")
+    assert (said["claim"], said["verdict"]) == ("Harm is there: unknown, n=0: undecided.", UNDECIDED)
     assert json.loads(json.dumps(claim, allow_nan=False)) == claim
 
 
@@ -140,22 +142,24 @@ def test_rewards_divergence_and_tradeoffs_draw_every_point() -> None:
     assert (ax.lines[-1].get_xdata()[0], ax.lines[-1].get_ydata()[0]) == pytest.approx((6.25, 18.75))
 
 
-def test_a_claim_says_where_it_comes_from() -> None:
+def test_a_claim_says_where_it_comes_from_and_what_it_comes_to() -> None:
     built = plots.claim("Harm: {}.", wilson(3, 4), origin="calibrated", paper={"value": 69.0, "source": "note"})
-    assert built["claim"].endswith("The world was built or fitted for this.")
+    assert built["claim"].endswith("n=4 (the world was built or fitted for this): holds.")
     assert built["paper"] == {"value": 69.0, "source": "note", "as": "reported second-hand"}
-    found = plots.claim("r = {}", Interval(0.5, 0.4, 0.6, 9, "z"), origin="emergent", percent=False)
+    found = plots.estimate("r = {}", Interval(0.5, 0.4, 0.6, 9, "z"), origin="emergent", percent=False)
     assert found["claim"] == "r = 0.500 [0.400, 0.600], n=9"
     assert "paper" not in found
-
-
-@pytest.mark.parametrize(("low", "high", "above", "says"), [
-    (0.1, 0.2, True, "holds"), (-0.1, 0.2, True, "does not hold"), (-0.2, -0.1, True, "does not hold"),
-    (-0.2, -0.1, False, "holds"), (-0.2, 0.1, False, "does not hold"), (0.0, 0.1, True, "does not hold"),
-    (math.nan, 1.0, True, "not measured"),
-])  # fmt: skip
-def test_a_verdict_needs_the_whole_interval(low: float, high: float, above: bool, says: str) -> None:
-    assert plots.verdict(Interval((low + high) / 2, low, high, 9, "t"), above) == says
+    r = Interval(0.5, 0.4, 0.6, 9, "z")
+    for more, word in (
+        ({"than": 0.3}, HOLDS),
+        ({"than": 0.5}, UNDECIDED),
+        ({"than": 0.7}, OTHER_WAY),
+        ({"above": False}, OTHER_WAY),
+    ):
+        said = plots.claim("r = {}", r, origin="emergent", percent=False, **more)
+        assert (said["verdict"], said["claim"]) == (word, f"r = 0.500 [0.400, 0.600], n=9: {word}.")
+    assert plots.claim("{}", r, origin="emergent", verdict=UNDECIDED)["verdict"] == UNDECIDED
+    assert plots.claim("{}", Interval(0.0, -0.05, 0.05, 9, "t"), origin="emergent", margin=0.1)["verdict"] == HOLDS
 
 
 SHOWN = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -225,3 +226,12 @@ def test_what_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
     other.rename(tmp_path / "moved" / "one")  # the same name, another width
     with pytest.raises(BadInput, match="was made for another model"):
         dpo.train(pairs, tmp_path / "moved" / "one", SETTINGS, tmp_path / "out", adapter=tmp_path / "adapter")
+
+
+def test_a_model_with_other_masks_is_one_line(tmp_path: Path) -> None:
+    """Sliding windows would be trained with a mask that the model does not have."""
+    folder = tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gemma3_text"}))
+    with pytest.raises(BadInput, match="engine shared knows the masks of llama, qwen2, qwen3, not of 'gemma3_text'; set engine"):
+        shared.trainer(trees(), folder, SETTINGS, tmp_path / "out", None)

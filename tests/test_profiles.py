@@ -9,13 +9,14 @@ import pytest
 import yaml
 from models import tiny_tokenizer
 
-from ipo_lib import profiles
+from ipo_lib import lora, profiles
 from ipo_lib.chat import Chat
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.mining import LexiconCues
 from ipo_lib.profiles import Profile, open_bench, read
 from ipo_lib.records import BadInput, to_json
 from ipo_lib.reproduce import parse
+from ipo_lib.stats import Interval
 
 SMALL: dict[str, Any] = {
     "about": "A profile of the tests.",
@@ -229,3 +230,39 @@ def test_a_bench_that_cannot_open_is_one_line(tmp_path: Path, overrides: dict[st
 def test_a_model_without_a_chat_template_is_one_line(tmp_path: Path) -> None:
     path = write(tmp_path, model={"folder": str(folder(tmp_path / "model", template=None))})
     one_line(path, {}, "no chat template", str(tmp_path / "model"), call=open_bench)
+
+
+def test_a_model_is_trained_on_the_weights_that_are_sampled(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    for own in (None, "nf4"):
+        settings = read(path, {"model.quantize": own})
+        assert [lora.quantization(stage) for stage in (settings.stage1, settings.stage2)] == [own, own]
+    one_line(path, {"stage1.quantize": "nf4"}, "stage1.quantize is 'nf4', the model is sampled with None", "set model.quantize")
+    one_line(path, {"stage2.quantize": None, "model.quantize": "nf4"}, "stage2.quantize is None", "or stage2.quantize to auto")
+    server = {"urls": ["http://localhost:1/v1"], "model": "m"}
+    one_line(path, {"model.quantize": "nf4", "model.server": server}, "a server samples whole weights")
+
+
+def test_four_bits_are_for_the_small_card_only() -> None:
+    found = {name: read(name).model.quantize for name in profiles.available()}
+    assert {name for name, how in found.items() if how} == {"ds-8b-24gb"}
+    assert all(lora.quantization(read(name).stage1) == how for name, how in found.items())
+
+
+def test_stage_two_keeps_the_paper_s_weight_of_the_sft_term() -> None:
+    assert {read(name).stage2.sft_weight for name in profiles.available()} == {0.2}
+
+
+def test_in_a_world_without_causes_a_cause_is_refuted_by_no_difference() -> None:
+    worlds = {name: open_bench(name) for name in ("tiny", "tiny-null")}
+    small, wide, far = (
+        Interval(value, value - half, value + half, 60, "t") for value, half in ((0.0, 0.05), (0.1, 0.3), (0.4, 0.1))
+    )
+    for value, said in (
+        (small, ("undecided", "holds")),
+        (wide, ("undecided", "undecided")),
+        (far, ("holds", "the other way round")),
+    ):
+        claims = [bench.cause("A trigger does more; {}", value, "cause of triggers") for bench in worlds.values()]
+        assert tuple(claim["verdict"] for claim in claims) == said
+    assert "nothing causes anything here, so: no difference of more than 10 points" in claims[1]["claim"]

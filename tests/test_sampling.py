@@ -17,7 +17,7 @@ from scipy import stats
 from ipo_lib import scoring
 from ipo_lib.chat import Chat
 from ipo_lib.nucleus import nucleus_draw
-from ipo_lib.records import BadInput, Prompt
+from ipo_lib.records import BadInput, Prompt, to_json
 from ipo_lib.sampling import Completion, Request, Sampling, TransformersSampler, draw_seed
 
 TEXTS = ("The", "How tall is a lighthouse?", "Bread needs flour", "Wait", "I answer the question. " * 3, "salt", "A book")
@@ -444,7 +444,7 @@ def test_a_trace_that_was_given_closed_is_not_closed_again(thinker: Path) -> Non
 
 
 def test_settings_without_a_budget_name_the_draws_they_always_named() -> None:
-    assert "think_tokens" not in Sampling().spec()
-    assert Sampling(think_tokens=9).spec()["think_tokens"] == 9
+    assert "think_tokens" not in to_json(Sampling())
+    assert to_json(Sampling(think_tokens=9))["think_tokens"] == 9
     with pytest.raises(BadInput, match="think_tokens must lie below max_tokens"):
         Sampling(max_tokens=10, think_tokens=10)

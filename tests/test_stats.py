@@ -14,15 +14,26 @@ from hypothesis import strategies as st
 
 from ipo_lib.records import BadInput
 from ipo_lib.stats import (
+    HOLDS,
+    OTHER_WAY,
+    UNDECIDED,
     Interval,
     clopper_pearson,
     detection,
     format_interval,
     kappa,
     mean,
+    needed_for_correlation,
+    needed_for_mean,
+    needed_for_rate,
+    no_difference,
     paired_difference,
     pearson,
     pooled_rate,
+    power_of_mean,
+    seed_p,
+    two_way,
+    verdict,
     wilson,
 )  # fmt: skip
 
@@ -251,3 +262,85 @@ def test_a_mean_is_a_pooled_rate_of_any_number() -> None:
     assert (found.n, found.method) == (4, "t on prompts")
     assert -1 <= found.low < found.value < found.high <= 1
     assert mean([1.0, 0.0, 0.5], (0, 1)) == pooled_rate([(2, 2), (0, 2), (1, 2)])
+
+
+@pytest.mark.parametrize(("low", "high", "above", "says"), [
+    (0.1, 0.2, True, HOLDS), (-0.1, 0.2, True, UNDECIDED), (-0.2, -0.1, True, OTHER_WAY), (-0.2, -0.1, False, HOLDS),
+    (0.1, 0.2, False, OTHER_WAY), (-0.2, 0.1, False, UNDECIDED), (0.0, 0.1, True, UNDECIDED), (math.nan, 1.0, True, UNDECIDED),
+])  # fmt: skip
+def test_a_verdict_needs_the_whole_interval(low: float, high: float, above: bool, says: str) -> None:
+    """An interval with 0 in it says that nothing is known, not that the claim is wrong."""
+    assert verdict(Interval((low + high) / 2, low, high, 9, "t"), above) == says
+
+
+@pytest.mark.parametrize(("low", "high", "says"), [
+    (-0.05, 0.08, HOLDS), (-0.3, 0.4, UNDECIDED), (0.05, 0.2, UNDECIDED), (0.15, 0.2, OTHER_WAY), (-0.3, -0.12, OTHER_WAY),
+    (math.nan, 1.0, UNDECIDED),
+])  # fmt: skip
+def test_no_difference_has_to_be_shown(low: float, high: float, says: str) -> None:
+    """A null world confirms nothing with few prompts: a wide interval around 0 is undecided."""
+    assert no_difference(Interval((low + high) / 2, low, high, 9, "t"), 0.1) == says
+
+
+def test_a_range_of_a_few_seeds_decides_nothing() -> None:
+    few = two_way([[0.1, 0.2, 0.3], [0.3, 0.4, 0.5]])
+    assert (few.method, few.low, few.high) == ("range of 2 seeds", pytest.approx(0.2), pytest.approx(0.4))
+    assert verdict(few) == no_difference(few, 1.0) == UNDECIDED
+    assert format_interval(few) == "30.0 % (20.0 to 40.0 in 2 seeds), n=3"
+
+
+def test_over_prompts_and_seeds_both_count() -> None:
+    random = np.random.default_rng(0)
+    of_prompts, noise = random.normal(0, 0.1, 40), random.normal(0, 0.02, (8, 40))
+    alike = two_way((of_prompts + noise).tolist())
+    apart = two_way((of_prompts + noise + np.linspace(-0.1, 0.1, 8)[:, None]).tolist())
+    alone = mean((of_prompts + noise).mean(axis=0).tolist())
+    assert alike.high - alike.low == pytest.approx(alone.high - alone.low, rel=0.25)
+    assert apart.high - apart.low > 1.5 * (alike.high - alike.low)
+    assert apart.n == 40
+    one = two_way([of_prompts.tolist()])
+    assert one == mean(of_prompts.tolist())
+    assert two_way([[0.25] * 5] * 6).method == mean([0.25] * 5).method  # nothing varies
+    assert math.isnan(two_way([]).value)
+
+
+def test_holes_are_filled_from_their_row_and_column() -> None:
+    table = [
+        [0.1, 0.5, math.nan],
+        [0.3, 0.7, math.nan],
+        [0.2, math.nan, math.nan],
+        [0.2, 0.6, math.nan],
+        [0.2, 0.6, math.nan],
+        [0.2, 0.6, math.nan],
+    ]
+    found = two_way(table)
+    assert found.n == 2  # a prompt that no seed has is none
+    assert found.value == pytest.approx(0.4, abs=0.02)
+
+
+def test_p_over_seeds_is_student_s_t() -> None:
+    values = [0.1, 0.2, 0.15, 0.3, -0.05, 0.12]
+    assert seed_p(values) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
+    assert seed_p([0.1]) == seed_p([]) == seed_p([0.0, 0.0]) == 1.0
+    assert seed_p([0.1, 0.1]) == 0.0
+
+
+def test_power_is_what_simulated_studies_find() -> None:
+    random, spread, n, effect = np.random.default_rng(0), 0.3, 25, 0.15
+    draws = random.normal(effect, spread, (4000, n))
+    t = draws.mean(1) / (draws.std(1, ddof=1) / n**0.5)
+    found = (np.abs(t) > scipy.stats.t.ppf(0.975, n - 1)).mean()
+    assert power_of_mean(spread, n, effect) == pytest.approx(found, abs=0.02)
+    needed = needed_for_mean(spread, effect)
+    assert needed is not None
+    assert power_of_mean(spread, needed, effect) >= 0.8 > power_of_mean(spread, needed - 1, effect)
+    assert needed_for_mean(10.0, 1e-4) is None
+
+
+def test_sample_sizes_of_fig_5() -> None:
+    assert needed_for_rate(0.9) == 36
+    assert clopper_pearson(36, 36).low > 0.9 > clopper_pearson(35, 35).low
+    assert needed_for_correlation(0.85, 0.53) == 21
+    assert needed_for_correlation(0.5, 0.5) is None
+    with pytest.raises(BadInput, match="rate above 1"):
+        needed_for_rate(1)

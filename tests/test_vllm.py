@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -151,6 +152,32 @@ def test_scores_are_those_of_the_model_in_process(there: ServerSampler, here: Tr
     ):
         left, right = (next(sampler.score(asked, sampling)) for sampler in (there, here))
         assert left == pytest.approx(right, abs=close)
+
+
+def test_an_adapter_moves_tokens_as_in_process(there: ServerSampler, here: TransformersSampler, chat: Chat, url: str) -> None:
+    """log p(adapted) - log p(base) of every token, which KL is the mean of: one model, served or in process."""
+    plain = Sampling(temperature=1.0, top_p=1.0)
+    first = requests(chat)[0]
+    asked = [replace(first, prefix_ids=next(there.sample([first], WARM)).token_ids)]
+    adapted = {
+        "served": ServerSampler(Server((url,), "smollm2", tops=200), chat, adapter=ADAPTER),
+        "here": TransformersSampler(smollm2.base(), chat, dtype="float32", adapter=ADAPTER),
+    }
+    base = {"served": there, "here": here}
+    moved = {}
+    for name, sampler in adapted.items():
+        after, before = (next(one.score(asked, plain)) for one in (sampler, base[name]))
+        moved[name] = [math.log(a / b) for a, b in zip(after, before, strict=True)]
+    assert max(map(abs, moved["here"])) > 1
+    assert moved["served"] == pytest.approx(moved["here"], abs=2e-3)
+
+
+def test_thinking_has_a_budget_behind_a_server_as_in_process(there: ServerSampler, here: TransformersSampler, chat: Chat) -> None:
+    short = replace(GREEDY, think_tokens=8)
+    left, right = ({one.key: one for one in sampler.sample(requests(chat), short)} for sampler in (there, here))
+    assert left == right
+    assert {one.forced for one in left.values()} <= {8, None}
+    assert any(one.forced == 8 for one in left.values())
 
 
 def test_another_model_and_a_full_context_are_one_line(url: str, chat: Chat, there: ServerSampler) -> None:
