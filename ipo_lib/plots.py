@@ -6,13 +6,13 @@ import itertools
 import json
 import math
 import re
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ipo_lib import stats
+from ipo_lib.progress import in_kernel
 from ipo_lib.records import BadInput
 from ipo_lib.stats import Interval, format_interval
 
@@ -282,10 +282,3 @@ def save(fig: Figure, folder: Path, name: str, claims: Rows, *, profile: str, ab
         from IPython.display import Image, display
 
         display(Image(filename=str(folder / f"{name}.png")))  # type: ignore[no-untyped-call]
-
-
-def in_kernel() -> bool:
-    """Whether this code runs in a Jupyter kernel. Without one nothing is shown, and IPython is not loaded."""
-    if (module := sys.modules.get("IPython")) is None:
-        return False
-    return hasattr(module.get_ipython(), "kernel")

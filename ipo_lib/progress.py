@@ -36,8 +36,15 @@ def say(done: int, total: int, what: str) -> None:
         temporary = Path(path).with_suffix(f".{os.getpid()}")  # another worker may run the same notebooks
         temporary.write_text(json.dumps([what, done, total]))
         os.replace(temporary, path)
-    elif "ipykernel" in sys.modules:
+    elif in_kernel():
         print(f"\r{line(what, done, total)}", end="\r" if done >= total else "", flush=True)
+
+
+def in_kernel() -> bool:
+    """Whether this code runs in a Jupyter kernel. Without one nothing is shown, and IPython is not loaded."""
+    if (module := sys.modules.get("IPython")) is None:
+        return False
+    return hasattr(module.get_ipython(), "kernel")
 
 
 def line(what: str, done: int, total: int, started: float | None = None) -> str:
