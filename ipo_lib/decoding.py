@@ -110,12 +110,21 @@ class Decoder:
         self.cache.layers = [Columns() for _ in range(model.config.num_hidden_layers)]
 
     @torch.inference_mode()
-    def decode(self, prefixes: Sequence[Ids], draw: Draw, take: Take) -> None:
-        """Draw tokens after every prefix until ``take(request, token)`` says that its row has ended. ``draw`` turns
-        the logits [rows, vocabulary] of the requests it is given into one id each."""
+    def decode(self, prefixes: Sequence[Ids], draw: Draw, take: Take, patience: float = 0.0) -> None:
+        """Draw tokens after every prefix until ``take(request, token)`` says that its row has ended.
+
+        Args:
+            prefixes: where each request begins.
+            draw: turns the logits [rows, vocabulary] of the requests it is given into one id each.
+            take: a request and its drawn token; whether its row has ended.
+            patience: leave off when no request waits and at most this share of the places is still
+                going, unless that is all there was; 0: go on to the end.
+        """
         waiting, self.rows = deque(range(len(prefixes))), []
         while waiting or any(self.rows):
             live = sum(row is not None for row in self.rows)
+            if not waiting and 0 < live <= patience * self.size and live < len(prefixes):
+                return
             while waiting and live <= REFILL * self.size and live < self.size:
                 live += self._admit(waiting, prefixes, self.size - live)
             if live <= REFILL * len(self.rows):

@@ -31,7 +31,7 @@ from ipo_lib.records import (
 )
 from ipo_lib.replay import RARE, Curve
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import FRESH, Doors, Drawn, Start, draw, judge, probabilities, sample, trace_end, trace_sentences
+from ipo_lib.stages import FRESH, Doors, Drawn, Start, draw_some, judge, probabilities, sample, trace_end, trace_sentences
 from ipo_lib.turning_points import UNKNOWN, Ask, Draws, Result, Trace, together
 
 FOREIGN = 0.25  # share of traces with an impossible token, above which all of them are taken for another sampler's
@@ -138,23 +138,29 @@ def run(doors: Doors, prompts: Prompts, known: Mapping[str, Trace], searches: Ma
     """Run any searches on their traces, with the prompts by trace id: (their results, all that was drawn by trace)."""
     asked: Counter[tuple[str, int, bool]] = Counter()
     drawn: dict[str, Drawn] = {key: [] for key in searches}
+    open_: dict[str, list[tuple[Start, int]]] = {}  # draws of searches that wait for an answer
 
     def answer(asks: Mapping[str, list[Ask]]) -> dict[str, Draws]:
-        wanted, owners = list[tuple[Start, int]](), list[str]()
         for key, own in asks.items():
+            open_[key] = []
             for ask in own:
                 first = (CONFIRMED if ask.fresh else FRESH) + asked[key, ask.cut, ask.fresh]
                 asked[key, ask.cut, ask.fresh] += ask.n
                 start = Start(prompts[key], known[key].token_ids[: ask.cut])
-                wanted += [(start, at) for at in range(first, first + ask.n)]
-                owners += [key] * ask.n
-        rollouts = draw(doors, wanted, sampling, "continuations")
-        verdicts = judge(doors, by_id(prompts.values()), rollouts, part)
-        now: dict[str, Drawn] = {key: [] for key in asks}
-        for key, rollout, verdict in zip(owners, rollouts, verdicts, strict=True):
-            now[key].append((rollout, verdict))
-            drawn[key].append((rollout, verdict))
-        return {key: as_draws(known[key].token_ids, own) for key, own in now.items()}
+                open_[key] += [(start, at) for at in range(first, first + ask.n)]
+        wanted = [one for own in open_.values() for one in own]
+        found = iter(draw_some(doors, wanted, sampling, "continuations", all_of_them=not asks))
+        by_search = {key: [next(found) for _ in own] for key, own in open_.items()}
+        ready = {key: [r for r in own if r is not None] for key, own in by_search.items() if None not in own}
+        rollouts = [rollout for rows in ready.values() for rollout in rows]
+        verdicts = iter(judge(doors, by_id(prompts.values()), rollouts, part))
+        answers = {}
+        for key, drawn_now in ready.items():
+            now = [(rollout, next(verdicts)) for rollout in drawn_now]
+            drawn[key] += now
+            answers[key] = as_draws(known[key].token_ids, now)
+            del open_[key]
+        return answers
 
     return together(searches, answer), drawn
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
+PATIENCE = 0.25  # share of a batch's places; when fewer are still going, ``sample_some`` leaves them for the next call
 AHEAD = 4  # batches handed to the decoder at a time: places of ended rows are filled from them
 SCORED = 256  # positions whose logits are held at once
 SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
@@ -103,6 +104,18 @@ def fitting(requests: Sequence[Request], context: float) -> list[int]:
     return lengths
 
 
+@runtime_checkable
+class PausingSampler(Protocol):
+    """A sampler that can answer most requests and leave the last ones for later."""
+
+    @property
+    def pauses(self) -> bool:
+        """Whether it gains by that."""
+
+    def sample_some(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """As ``sample``, without those that still go on; they go on when they are asked for again."""
+
+
 class TransformersSampler:
     """A model in this process; of generation_config.json only EOS counts.
 
@@ -114,6 +127,7 @@ class TransformersSampler:
     def __init__(self, folder: Path | str, chat: Chat, *, adapter: Path | str | None = None, device: str = "auto",
                  dtype: str = "auto", quantize: str | None = None, batch_size: int = 64) -> None:  # fmt: skip
         self.chat, self.device, self.quantize, self.batch_size = chat, device, quantize, batch_size
+        self._left: dict[int, Row] = {}  # draws that wait to go on, by their seed
         self._model_files = _files(folder, "config.json", "model*.safetensors")
         self._adapter_files = _files(adapter, *ADAPTER) if adapter else []
         if batch_size < 1 or dtype not in DTYPES:
@@ -132,8 +146,24 @@ class TransformersSampler:
             rounded = {"lora": "unmerged", **rounded}
         return {"engine": "transformers", **hashes, "dtype": self.dtype, **rounded, "chat": self.chat.fingerprint()}
 
+    @property
+    def pauses(self) -> bool:
+        """Whether ``sample_some`` leaves stragglers for the next call: on a GPU, where few rows take as long as many."""
+        return self.device.startswith("cuda") or (self.device == "auto" and _sees_a_gpu())
+
+    def sample_some(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Most of the requests: the last few that still go on wait for a call that asks for them again.
+
+        They go on there from the token at which they were left, with the uniforms that are theirs, so that a
+        draw is the same whether it waited or not (in float32).
+        """
+        return self._sample(requests, sampling, PATIENCE)
+
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Longest prompt first in each WINDOW, whatever the batch size; BadInput if a prompt fills the context."""
+        return self._sample(requests, sampling, 0.0)
+
+    def _sample(self, requests: Sequence[Request], sampling: Sampling, patience: float) -> Iterator[Completion]:
         context = parsed(self._model_files[0]).get("max_position_embeddings", math.inf)
         lengths = fitting(requests, context)
         groups = [(place // WINDOW, one.prompt_ids) for place, one in enumerate(requests)]
@@ -146,14 +176,18 @@ class TransformersSampler:
         for first in range(0, len(order), AHEAD * self.batch_size):
             places = order[first : first + AHEAD * self.batch_size]
             limits = [int(min(sampling.max_tokens, context - lengths[place])) for place in places]
-            yield from self._decode([requests[place] for place in places], limits, sampling, meter)
+            yield from self._decode([requests[place] for place in places], limits, sampling, meter, patience)
 
-    def _decode(self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling,
-                meter: Meter) -> Iterator[Completion]:  # fmt: skip
+    def _decode(
+        self, requests: Sequence[Request], limits: Sequence[int], sampling: Sampling, meter: Meter, patience: float
+    ) -> Iterator[Completion]:
         from ipo_lib.decoding import ARCHITECTURES, Decoder, generate
 
-        rows = [Row(request, limit, sampling, self.chat) for request, limit in zip(requests, limits, strict=True)]
-        prefixes = [one.prompt_ids + one.prefix_ids for one in requests]
+        rows = []
+        for request, limit in zip(requests, limits, strict=True):
+            left = self._left.pop(request.seed, None)
+            rows.append(left or Row(request, limit, sampling, self.chat))
+        prefixes = [(*row.request.prompt_ids, *row.taken) for row in rows]
 
         def draw(live: Sequence[int], logits: Tensor) -> Tensor:
             drawn = draw_freely(live, logits)
@@ -178,12 +212,15 @@ class TransformersSampler:
             return ended
 
         if self._model.config.model_type in ARCHITECTURES:
-            Decoder(self._model, self.batch_size).decode(prefixes, draw, take)
+            Decoder(self._model, self.batch_size).decode(prefixes, draw, take, patience)
         else:
             for at in range(0, len(rows), self.batch_size):
                 generate(self._model, prefixes[at : at + self.batch_size], at, max(limits) + len(rows[0].tag), draw, take)
         for row in rows:
-            yield row.completion()
+            if row.finish or not patience:
+                yield row.completion()
+            else:
+                self._left[row.request.seed] = row
 
     def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
         """Teacher-forced; the logits of ``SCORED`` positions at a time. Requests of one prompt that come one after the other and
@@ -329,6 +366,12 @@ class Row:
 def adapter_hashes(folder: Path | str) -> list[str]:
     """The hashes of a LoRA adapter's settings and weights."""
     return [*map(_sha256, _files(folder, *ADAPTER))]
+
+
+def _sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _float64() -> Any:

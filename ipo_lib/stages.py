@@ -37,7 +37,7 @@ from ipo_lib.records import (
     from_json,
     to_json,
 )  # fmt: skip
-from ipo_lib.sampling import Request, Sampler, Sampling, draw_seed
+from ipo_lib.sampling import PausingSampler, Request, Sampler, Sampling, draw_seed
 from ipo_lib.segmentation import sentences
 from ipo_lib.stats import Interval, pooled_rate
 from ipo_lib.store import Store
@@ -96,6 +96,23 @@ def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int
 
 def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str) -> list[Rollout]:
     """Single draws, each named by its start and its number; missing ones are drawn together and stored."""
+    found = draw_some(doors, wanted, sampling, stage, all_of_them=True)
+    return [rollout for rollout in found if rollout is not None]
+
+
+def draw_some(
+    doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str, all_of_them: bool = False
+) -> list[Rollout | None]:
+    """Draws as ``draw`` makes them; None in place of those that still go on.
+
+    Args:
+        doors: store and sampler.
+        wanted: where each draw begins, and its number.
+        sampling: how to draw.
+        stage: the kind of draw in the store.
+        all_of_them: wait for the last one. Else a sampler that gains by it (``PausingSampler.pauses``) leaves
+            the last few for the next call that asks for them.
+    """
     engine, chat = doors.sampler.fingerprint(), doors.chat.fingerprint()
     spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": doors.seed}
     ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
@@ -104,9 +121,12 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
     keyed = {f"{named[start]}/{at}": (start, at) for start, at in wanted}
     missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
     requests = [Request(key, doors.chat.prompt_ids(s.prompt), s.prefix_ids, seed, s.ban) for key, s, seed in missing]
+    answer = doors.sampler.sample
+    if not all_of_them and isinstance(doors.sampler, PausingSampler) and doors.sampler.pauses:
+        answer = doors.sampler.sample_some
 
     def finished() -> Iterator[tuple[str, dict[str, object]]]:
-        for done in doors.sampler.sample(requests, sampling) if requests else ():
+        for done in answer(requests, sampling) if requests else ():
             start, at = keyed[done.key]
             ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
             text = doors.chat.decode(ids)
@@ -114,9 +134,13 @@ def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, 
             yield done.key, to_json(rollout)
 
     ledger.collect(finished(), WRITE_EVERY)
-    found = [from_json(Rollout, ledger[f"{named[start]}/{at}"]) for start, at in wanted]
-    doors.store.drawn |= {rollout.id: len(rollout.token_ids) - rollout.prefix_len for rollout in found}
-    doors.store.closed |= {one.id: split(one.text, doors.chat.opened).closed for one in found if not one.prefix_len}
+    names = [f"{named[start]}/{at}" for start, at in wanted]
+    found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in names]
+    for one in found:
+        if one is not None:
+            doors.store.drawn[one.id] = len(one.token_ids) - one.prefix_len
+            if not one.prefix_len:
+                doors.store.closed[one.id] = split(one.text, doors.chat.opened).closed
     return found
 
 

@@ -171,17 +171,24 @@ def split_measured(
 
 def together(searches: Mapping[str, Generator[list[Ask], Draws, Result]],
              draw: Callable[[Mapping[str, list[Ask]]], Mapping[str, Draws]]) -> dict[str, Result]:  # fmt: skip
-    """Run many searches in step: each round hands ``draw`` what all of them ask, by name."""
+    """Run many searches in step: each round hands ``draw`` what they ask, by name, and takes the answers that are there.
+
+    ``draw`` may answer some of the searches only; the others have their answer in a later round, without asking
+    again. Handed nothing to draw, it answers all that are left.
+    """
     found: dict[str, Result] = {}
     sent: Mapping[str, Draws | None] = dict.fromkeys(searches)
-    while sent:
+    waiting: set[str] = set()
+    while sent or waiting:
         asks = {}
         for name, drawn in sent.items():
             try:
                 asks[name] = searches[name].send(drawn)  # type: ignore[arg-type]  # None starts a generator
             except StopIteration as done:
                 found[name] = done.value
-        sent = draw(asks) if asks else {}
+        waiting |= asks.keys()
+        sent = draw(asks) if waiting else {}
+        waiting -= sent.keys()
     return {name: found[name] for name in searches}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from doubles import ScriptedSampler
 from scripted import ASIDE, CLOSE, CUE, PROMPTS, PROOF, STEP, TRIGGER, StepJudge, doors, named, r1_chat, rollout, world
 
 from ipo_lib import locate, replay, stages, training
@@ -16,7 +18,7 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.judging import NoisyJudge
 from ipo_lib.pairs import PairSettings
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Rollout
-from ipo_lib.sampling import Sampling
+from ipo_lib.sampling import Completion, Request, Sampling
 
 THINK = Sampling(max_tokens=400, until="think")
 CSR, SEARCH = CsrSettings(), SearchSettings(confirm=8)
@@ -214,3 +216,42 @@ def test_a_recorded_trace_replays_the_world_it_was_drawn_from(tmp_path: Path, ch
     assert one.truth[0] == pytest.approx(one.trace.p[turn])
     replay.save(tmp_path / "f.jsonl.gz", [one])
     assert replay.load(tmp_path / "f.jsonl.gz")[0].truth.tolist() == pytest.approx(one.truth.tolist(), abs=1e-5)
+
+
+class Leaving:
+    """A sampler that leaves every third request for later, unless it is asked for all."""
+
+    pauses = True
+
+    def __init__(self, inner: ScriptedSampler) -> None:
+        self.inner, self.calls = inner, list[tuple[str, int]]()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self.inner.fingerprint()
+
+    def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        self.calls.append(("all", len(requests)))
+        yield from self.inner.sample(requests, sampling)
+
+    def sample_some(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
+        self.calls.append(("some", len(requests)))
+        yield from self.inner.sample([one for at, one in enumerate(requests) if at % 3], sampling)
+
+    def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
+        yield from self.inner.score(requests, sampling)
+
+
+def test_rounds_do_not_wait_for_a_straggler_and_find_the_same(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+    rollouts = [replace(pair[SAFE], id=f"good{at}", prompt_id=f"p{at}") for at in range(5)]
+    labels = {r.id: SAFE for r in rollouts}
+    usual = locate.turns(doors(tmp_path / "a", chat, world(chat)), named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+    sampler = Leaving(world(chat))
+    bench = replace(doors(tmp_path / "b", chat, world(chat)), sampler=sampler)
+    found = locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+    assert found.turns == usual.turns
+    assert {key: sorted(r.id for r, _ in own) for key, own in found.drawn.items()} == {
+        key: sorted(r.id for r, _ in own) for key, own in usual.drawn.items()
+    }
+    kinds = [kind for kind, _ in sampler.calls]
+    assert kinds.count("some") > 2
+    assert "all" in kinds  # the last ones are waited for

@@ -448,3 +448,31 @@ def test_settings_without_a_budget_name_the_draws_they_always_named() -> None:
     assert to_json(Sampling(think_tokens=9))["think_tokens"] == 9
     with pytest.raises(BadInput, match="think_tokens must lie below max_tokens"):
         Sampling(max_tokens=10, think_tokens=10)
+
+
+# stragglers
+
+
+def test_the_last_draws_wait_for_the_next_call_and_come_out_the_same(tmp_path: Path) -> None:
+    """A token follows itself with 0.9, else the response ends: a few rows go on long after the others."""
+    folder = planted_model(tmp_path / "chain", {7: {7: 0.9, 1: 0.1}})
+    chat, sampling = Chat(folder), Sampling(temperature=1.0, top_p=1.0, max_tokens=150)
+    asked = [Request(str(at), (7,), (), draw_seed(0, at)) for at in range(24)]
+    whole = answers(TransformersSampler(folder, chat, batch_size=24), asked, sampling)
+    sampler = TransformersSampler(folder, chat, batch_size=24)
+    first = {one.key: one for one in sampler.sample_some(asked, sampling)}
+    assert 24 * 3 / 4 <= len(first) < 24
+    left = [one for one in asked if one.key not in first]
+    assert max(len(one.token_ids) for one in first.values()) < max(len(whole[one.key].token_ids) for one in left)
+    more = [Request(f"new {at}", (7,), (), draw_seed(1, at)) for at in range(24)]
+    second = {one.key: one for one in sampler.sample_some([*left, *more], sampling)}
+    last = [one for one in (*left, *more) if one.key not in second]
+    third = {one.key: one for one in sampler.sample(last, sampling)}
+    found = first | second | third
+    assert {key: found[key] for key in whole} == whole
+    assert {key: one for key, one in found.items() if key.startswith("new")} == answers(sampler, more, sampling)
+
+
+def test_on_a_cpu_nobody_waits(llama: Path) -> None:
+    assert not TransformersSampler(llama, Chat(llama), device="cpu").pauses
+    assert TransformersSampler(llama, Chat(llama), device="cuda").pauses

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ipo_lib import profiles, recipes, study, training
+from ipo_lib import profiles, recipes, results, study, training
 from ipo_lib.profiles import Bench
 from ipo_lib.records import BadInput, Pair
 from ipo_lib.training import Recipe
@@ -216,3 +216,32 @@ def test_a_killed_process_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(study, "_bring", _killed)
     with pytest.raises(BadInput, match=r"killed; if memory ran out, run again with -p studies\.table2\.workers=1"):
         study._ahead(bench, "table2", [("base", {}, 0)], 2)
+
+
+def test_grpo_gets_a_multiple_of_what_algorithm_1_generates(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of GRPO beside a whole training of IPO say little: the budget can be three or eight times as large."""
+    budgets: list[int] = []
+
+    def train(doors: Any, prompts: Any, model: Any, lora: Any, settings: Any, sampling: Any, out: Path, *, adapter: Any) -> None:
+        budgets.append(settings.budget)
+        (out / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": settings.budget}) + "\n")
+
+    monkeypatch.setattr(recipes.grpo, "train", train)
+    prompts = bench.prompts("train_harmful")
+    for times in (1.0, 3.0, 8.0):
+        own = recipes.seeded(bench.changed({"grpo.budget": 0, "grpo.multiple": times}), 5)
+        recipes._rewarded(own, prompts, None)
+    spent = recipes.seeded(bench, 5)
+    recipes.gather(spent, prompts)
+    asked = sum(spent.doors.store.drawn.values())
+    assert budgets == [asked, 3 * asked, 8 * asked]
+
+
+def test_the_token_curve_reads_the_budgets_that_were_run() -> None:
+    cells = [study.Cell(row, 0, 1, tokens, 1.0, 1.0, "", {}, {"direct: trace harm": ((1, 2), (2, 2))})
+             for row, tokens in (("GRPO, I[z], 8x", 800), ("GRPO, I[z], 1x", 100), ("DPO on Part", 100))]  # fmt: skip
+    points = results.against_tokens(cells, ["GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"], "trace harm")
+    assert [(x, rate.value) for x, rate in points] == [(100, 0.75), (800, 0.75)]
+    assert {"GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"} <= study.tables()["grpo_budget"].keys()
+    claims = study.written()["claims"]
+    assert not any("GRPO at the same generated tokens" in name and "first few steps" not in name for name in claims)
