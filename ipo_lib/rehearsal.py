@@ -21,7 +21,7 @@ from typing import Any
 
 from ipo_lib import dpo
 from ipo_lib.chat import OPEN, Chat, parsed
-from ipo_lib.lora import DpoSettings
+from ipo_lib.lora import DpoSettings, quiet
 from ipo_lib.profiles import Profile
 from ipo_lib.records import Pair, Prompt
 from ipo_lib.sampling import Request, Sampling, TransformersSampler, draw_seed
@@ -53,9 +53,12 @@ def small_model(folder: Path, family: str, dtype: str) -> Path:
         dtype: of the weights that are written.
     """
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    quiet()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pieces = [*ENDS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={piece: at for at, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
