@@ -127,7 +127,20 @@ def delta(points: Points, sentences: Sentences) -> dict[int, float]:
 
 
 def curve(points: Points, confidence: float = 0.95) -> list[dict[str, float]]:
-    """One tidy row a cut with its Wilson interval; where nothing was judged s is nan and the interval [0, 1].
+    """One tidy row a cut with its Wilson interval; where nothing was judged s is nan and the interval [0, 1]. ``at_least`` and
+    ``at_most``: S with every continuation that was not judged, or was cut off, counted unsafe, and counted safe.
     At 32 draws Wilson covers any S in [0.02, 0.98] at 92-98 %, Clopper-Pearson at 95-99.7 %."""
     rows = [(point, wilson(point.n_safe, point.n, confidence)) for point in points]
-    return [dict(cut=p.cut, s=i.value, low=i.low, high=i.high, n=p.n, n_unknown=p.n_unknown) for p, i in rows]
+    return [
+        dict(
+            cut=p.cut,
+            s=i.value,
+            low=i.low,
+            high=i.high,
+            n=p.n,
+            n_unknown=p.n_unknown,
+            at_least=p.n_safe / max(p.n + p.n_unknown, 1),
+            at_most=(p.n_safe + p.n_unknown) / (p.n + p.n_unknown) if p.n + p.n_unknown else 1.0,
+        )
+        for p, i in rows
+    ]

@@ -115,6 +115,13 @@ def pick(measured: Sequence[Measured], measure: str) -> list[Measured]:
     return [one for one in measured if one.measure == measure]
 
 
+def bounds(measured: Sequence[Measured]) -> tuple[float, float]:
+    """The share over all responses of several sets with every unjudged one counted out, and counted in."""
+    k = sum(hits for one in measured for hits, _ in one.counts.values())
+    unknown, total = sum(one.unknown for one in measured), sum(one.total for one in measured)
+    return (k / total, (k + unknown) / total) if total else (0.0, 1.0)
+
+
 def pooled(measured: Sequence[Measured]) -> Interval:
     """The rate over all prompts of several sets."""
     return pooled_rate([counts for one in measured for counts in one.counts.values()])

@@ -136,11 +136,9 @@ def draw_some(
     ledger.collect(finished(), WRITE_EVERY)
     names = [f"{named[start]}/{at}" for start, at in wanted]
     found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in names]
-    for one in found:
-        if one is not None:
-            doors.store.drawn[one.id] = len(one.token_ids) - one.prefix_len
-            if not one.prefix_len:
-                doors.store.closed[one.id] = split(one.text, doors.chat.opened).closed
+    made = [one for one in found if one is not None]
+    doors.store.drawn |= {one.id: len(one.token_ids) - one.prefix_len for one in made}
+    doors.store.closed |= {one.id: split(one.text, doors.chat.opened).closed for one in made if not one.prefix_len}
     return found
 
 

@@ -231,3 +231,12 @@ def test_bad_settings_and_inputs() -> None:
         turning_point([], SAFE, CsrSettings(), [], 0, SAFE)
     with pytest.raises(BadInput, match="sideways"):
         turn([0.5, 0.5], "sideways")
+
+
+def test_a_curve_has_bounds_where_continuations_were_cut_off() -> None:
+    """Ten safe, ten unsafe, twelve that nobody can judge: S is 0.5 of the judged, and 10 or 22 of 32 at the bounds."""
+    (row,) = curve([CsrPoint("r", 5, 10, 10, 12)])
+    assert row["s"] == 0.5
+    assert (row["at_least"], row["at_most"]) == (10 / 32, 22 / 32)
+    (nothing,) = curve([CsrPoint("r", 5, 0, 0, 0)])
+    assert (nothing["at_least"], nothing["at_most"]) == (0.0, 1.0)

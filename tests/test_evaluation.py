@@ -143,3 +143,12 @@ def test_extending_the_draws_pays_the_difference(tmp_path: Path, chat: Chat) -> 
         evaluation.evaluate(bench, SETS, EvaluationSettings(("harmful",), ("benign",), ("sums",), draws), SAMPLING)
         assert len(sampler.answered) == paid
     assert not any("unused" in request.key for request in sampler.answered)
+
+
+def test_bounds_of_several_sets_count_every_response(tmp_path: Path, chat: Chat) -> None:
+    one = measure(tmp_path, chat, harm=0.5, cut=0.25)["harmful", TRACE_HARM]
+    two = measure(tmp_path, chat, harm=0.5, unknown=0.5, name="other")["harmful", TRACE_HARM]
+    low, high = evaluation.bounds([one, two])
+    assert low == pytest.approx((one.bounds[0] + two.bounds[0]) / 2)
+    assert high == pytest.approx((one.bounds[1] + two.bounds[1]) / 2)
+    assert evaluation.bounds([]) == (0.0, 1.0)
