@@ -106,9 +106,8 @@ def draw_some(
     """Draws as ``draw`` makes them; None in place of those that still go on.
 
     Args:
-        doors: store and sampler.
+        doors, sampling: what draws, and how.
         wanted: where each draw begins, and its number.
-        sampling: how to draw.
         stage: the kind of draw in the store.
         all_of_them: wait for the last one. Else a sampler that gains by it (``PausingSampler.pauses``) leaves
             the last few for the next call that asks for them.
@@ -118,9 +117,13 @@ def draw_some(
     ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
     named = {start: start.key for start in dict.fromkeys(start for start, _ in wanted)}
     by_id(start.prompt for start in named)  # else nobody could tell whose rollouts these are
-    keyed = {f"{named[start]}/{at}": (start, at) for start, at in wanted}
-    missing = [(key, keyed[key][0], draw_seed(doors.seed, key, name)) for key in ledger.missing(keyed)]
-    requests = [Request(key, doors.chat.prompt_ids(s.prompt), s.prefix_ids, seed, s.ban) for key, s, seed in missing]
+    keys = [f"{named[start]}/{at}" for start, at in wanted]
+    keyed = dict(zip(keys, wanted, strict=True))
+    missing = [(key, keyed[key][0]) for key in ledger.missing(keyed)]
+    requests = [
+        Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, draw_seed(doors.seed, key, name), start.ban)
+        for key, start in missing
+    ]
     answer = doors.sampler.sample
     if not all_of_them and isinstance(doors.sampler, PausingSampler) and doors.sampler.pauses:
         answer = doors.sampler.sample_some
@@ -134,8 +137,7 @@ def draw_some(
             yield done.key, to_json(rollout)
 
     ledger.collect(finished(), WRITE_EVERY)
-    names = [f"{named[start]}/{at}" for start, at in wanted]
-    found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in names]
+    found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in keys]
     made = [one for one in found if one is not None]
     doors.store.drawn |= {one.id: len(one.token_ids) - one.prefix_len for one in made}
     doors.store.closed |= {one.id: split(one.text, doors.chat.opened).closed for one in made if not one.prefix_len}
