@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ipo_lib.records import Ids
@@ -57,3 +57,20 @@ def forgiven(found: Sequence[float], strays: Mapping[int, float]) -> list[float]
     they are few enough to be drift."""
     few = len(strays) <= max(1, STRAYS * len(found))
     return [strays.get(at, chance) if few else chance for at, chance in enumerate(found)]
+
+
+def certain_where_put(
+    chances: list[float], ids: Sequence[int], forced: int | None, closes: Callable[[Sequence[int]], bool]
+) -> list[float]:
+    """Probabilities with 1 at the tokens of a closing tag that was put: nothing else could come.
+
+    Args:
+        chances: of each token.
+        ids: the tokens.
+        forced: place of the first token that was put; None: none was.
+        closes: whether the last of some tokens completes the tag.
+    """
+    if forced is None:
+        return chances
+    last = next((at for at in range(forced, len(ids)) if closes(ids[forced : at + 1])), len(ids) - 1)
+    return [1.0 if forced <= at <= last else chance for at, chance in enumerate(chances)]

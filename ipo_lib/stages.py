@@ -38,6 +38,7 @@ from ipo_lib.records import (
     to_json,
 )  # fmt: skip
 from ipo_lib.sampling import PausingSampler, Request, Sampler, Sampling, draw_seed
+from ipo_lib.scoring import certain_where_put
 from ipo_lib.segmentation import sentences
 from ipo_lib.stats import Interval, pooled_rate
 from ipo_lib.store import Store
@@ -157,16 +158,7 @@ def probabilities(doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: 
     for rollout, found in zip(missing, doors.sampler.score(asked, sampling) if asked else (), strict=True):
         ledger.append({rollout.id: {"p": found}})
     ledger.finish()
-    return {rollout.id: _with_put(ledger[rollout.id]["p"], rollout, doors.chat) for rollout in rollouts}
-
-
-def _with_put(chances: list[float], rollout: Rollout, chat: Chat) -> list[float]:
-    """Probabilities with 1 at the tokens that were put, from ``rollout.forced`` through the end of the tag."""
-    if rollout.forced is None:
-        return chances
-    first, ids = rollout.forced, rollout.token_ids
-    last = next((at for at in range(first, len(ids)) if chat.closes(ids[first : at + 1])), len(ids) - 1)
-    return [1.0 if first <= at <= last else chance for at, chance in enumerate(chances)]
+    return {r.id: certain_where_put(ledger[r.id]["p"], r.token_ids, r.forced, doors.chat.closes) for r in rollouts}
 
 
 @dataclass(frozen=True)

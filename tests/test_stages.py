@@ -634,3 +634,16 @@ def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, ch
         assert [one.intervention.accepted for one in tried] == [None] * 3
         assert bench.store.unread == {one.result.id for one in tried}
     assert len(asked) == 6
+
+
+def test_a_tag_that_was_put_is_certain(tmp_path: Path, chat: Chat) -> None:
+    """Else the search would take a trace that ran out of its budget for another sampler's."""
+    put = chat.encode(f"\n{CLOSE}")
+    drawn = chat.encode(ASIDE)
+    one = dataclasses.replace(rollout(chat, "", finish="think"), token_ids=drawn + put, forced=len(drawn))
+    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
+    bench.sampler.score = lambda asked, _: iter([[0.5] * len(one.token_ids) for _ in asked])  # type: ignore[method-assign]
+    found = stages.probabilities(bench, named(), [one], THINK)[one.id]
+    assert found == [0.5] * len(drawn) + [1.0] * len(put)
+    free = dataclasses.replace(one, forced=None)
+    assert stages.probabilities(bench, named(), [free], THINK)[one.id] == [0.5] * len(one.token_ids)
