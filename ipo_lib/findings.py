@@ -30,6 +30,7 @@ from ipo_lib.records import (
     by_id,
 )
 from ipo_lib.replay import Curve
+from ipo_lib.replay import rollouts as recorded_rollouts
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
     Case,
@@ -217,11 +218,12 @@ def recorded_cues(
         settings: of the turning points.
         seed: of the random sentences.
     """
-    own = {curve.trace.id: curve for curve in curves if seen.labels.get(curve.trace.id) == UNSAFE}
-    rollouts = [r for r in seen.rollouts if r.id in own]
+    recorded = recorded_rollouts(doors, seen, [curve for curve in curves if curve.trace.label == UNSAFE])
+    rollouts = [rollout for rollout, _ in recorded]
     spans = {r.id: trace_sentences(doors, r) for r in rollouts}
     points, turns = {}, {}
-    for key, curve in own.items():
+    for rollout, curve in recorded:
+        key = rollout.id
         cuts = {span.token_start for span in spans[key]} | {span.token_end for span in spans[key]}
         last = len(curve.truth) - 1
         points[key] = ideal(curve.trace, {cut: float(curve.truth[cut]) for cut in sorted(cuts) if cut <= last})

@@ -14,8 +14,9 @@ import numpy as np
 from ipo_lib.csr import SENTENCE
 from ipo_lib.lora import base, config, fill
 from ipo_lib.profiles import Bench
-from ipo_lib.records import UNSAFE, Prompt, Prompts, Rollouts, by_id
+from ipo_lib.records import UNSAFE, Prompt, Prompts, Rollout, Rollouts, by_id
 from ipo_lib.replay import Curve
+from ipo_lib.replay import rollouts as recorded_rollouts
 from ipo_lib.stages import Judged as JudgedRollouts
 from ipo_lib.stages import Start, cues, measure_csr, sample, some, trace_end, trace_sentences, traces
 from ipo_lib.stats import mean
@@ -102,12 +103,12 @@ class Changes:
         return None if len(steps) < 2 or np.isnan(steps).any() else int(steps.argmax())
 
 
-def known_changes(curves: Sequence[Curve]) -> list[Changes]:
+def known_changes(recorded: Sequence[tuple[Rollout, Curve]]) -> list[Changes]:
     """The exact changes of recorded traces."""
     found = []
-    for curve in curves:
+    for rollout, curve in recorded:
         ends = (0, *curve.trace.ends)
-        found.append(Changes(curve.trace.id, ends, tuple(float(curve.truth[cut]) for cut in ends)))
+        found.append(Changes(rollout.id, ends, tuple(float(curve.truth[cut]) for cut in ends)))
     return found
 
 
@@ -202,13 +203,13 @@ def moved(
     starts = {one.id: trace_sentences(doors, one)[at].token_start for one in unsafe if (at := cue[one.id]) is not None}
     named = by_id(benign)
     plain = sample(doors, [Start(prompt) for prompt in benign][:count], bench.thinking, 1)
-    recorded = [curve for curve in bench.forks() if curve.trace.id in seen.labels]
+    recorded = recorded_rollouts(doors, seen, bench.forks())
     if recorded:
+        known = [rollout for rollout, _ in recorded]
         changes = known_changes(recorded)
     else:
-        changes = measured_changes(bench, seen, some(seen.rollouts, curves, bench.profile.seed)) if curves else []
-    wanted = {one.rollout_id for one in changes}
-    known = [one for one in seen.rollouts if one.id in wanted]
+        known = some(seen.rollouts, curves, bench.profile.seed) if curves else []
+        changes = measured_changes(bench, seen, known) if known else []
     owners = {one.id: one.prompt_id for one in known}
     along = divergence(bench, adapter, seen.prompts, known) if known else {}
     where, matched = (concentration(along, changes, owners, beside) for beside in (False, True))

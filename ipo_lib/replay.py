@@ -26,9 +26,9 @@ import numpy as np
 
 from ipo_lib.chat import Chat
 from ipo_lib.judging import Exchange
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Ids, Prompt, Verdict, by_id, digest
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Ids, Prompt, Rollout, Verdict, by_id, digest
 from ipo_lib.sampling import Completion, Request, Sampling
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Doors, Judged
 from ipo_lib.store import Store
 from ipo_lib.turning_points import UNKNOWN, Ask, Draws, Result, Trace, together
 
@@ -265,4 +265,28 @@ def _spread(values: list[Any], grid: list[int], length: int, where: str, name: s
     for at in range(length):
         last = by_place.get(at, last)
         found.append(last)
+    return found
+
+
+def rollouts(doors: Doors, seen: Judged, curves: Iterable[Curve]) -> list[tuple[Rollout, Curve]]:
+    """The recorded traces as rollouts of this run's prompts.
+
+    A draw of a 16-bit model may come out otherwise on another machine, under the same id. So the tokens are
+    those of the recording, and a rollout whose own are others gets an id of its own.
+
+    Args:
+        doors: for the chat.
+        seen: rollouts of this run; curves of traces that are not among them are left out, since nobody knows
+            their prompt.
+        curves: recorded curves.
+    """
+    own, found = by_id(seen.rollouts), []
+    for curve in curves:
+        if (rollout := own.get(curve.trace.id)) is None:
+            continue
+        ids = curve.trace.token_ids
+        if rollout.token_ids[: len(ids)] != ids or len(rollout.token_ids) != len(ids):
+            name = digest([rollout.id, list(ids)])
+            rollout = replace(rollout, id=name, token_ids=ids, text=doors.chat.decode(ids), finish="think")
+        found.append((rollout, curve))
     return found

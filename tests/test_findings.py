@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -229,6 +230,11 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     assert len(found) == 8
     assert {row.drop for row in found} == {0.5}
     assert findings.drops(found)["at the cue"].value == 0.5
+    other = [dataclasses.replace(r, token_ids=r.token_ids[:-3], text="another draw") for r in rollouts]
+    drifted = dataclasses.replace(seen, rollouts=other)  # as 16-bit draws of another machine, under the same ids
+    again = findings.recorded_cues(bench, drifted, curves, {"phrase": Phrase()}, CsrSettings())["phrase"]
+    assert [(row.prompt_id, row.cue, row.drop) for row in again] == [(row.prompt_id, row.cue, row.drop) for row in found]
+    assert {row.rollout_id for row in again}.isdisjoint({row.rollout_id for row in found})
     assert findings.recorded_cues(bench, Judged(named(), [], []), curves, {"phrase": Phrase()}, CsrSettings()) == {"phrase": []}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ipo_lib import kl, lora, profiles, recipes, training
 from ipo_lib.profiles import Bench
-from ipo_lib.records import SAFE
+from ipo_lib.records import SAFE, Rollout
 from ipo_lib.replay import Curve
 from ipo_lib.stages import traces
 from ipo_lib.store import Store
@@ -72,6 +72,10 @@ def test_an_adapter_on_another_base_is_refused(bench: Bench, adapter: Path, tmp_
         lora.config(other, bench.profile.stage1, adapter)
 
 
+def recorded(key: str) -> Rollout:
+    return Rollout(key, "p", 0, (), "", "think", 0, "by hand")
+
+
 def test_aligned_means_by_offset() -> None:
     found = {"a": [0.0, 1.0, 2.0], "b": [4.0, 5.0], "c": [6.0]}
     points = kl.aligned(found, {"a": 1, "b": 1, "c": 0}, range(-1, 3))
@@ -84,11 +88,11 @@ def test_concentration_compares_the_sentence_of_the_largest_change_with_the_rest
     p = tuple(0.5 if at == 4 else 1.0 for at in range(9))  # S: 0.5 up to token 4, 1 after it
     curve = Curve(Trace("t", tuple(range(9)), (3, 6, 9), p, SAFE), ways)
     assert [curve.truth[cut] for cut in (0, 3, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
-    changes = kl.known_changes([curve])
+    changes = kl.known_changes([(recorded("t"), curve)])
     assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, changes, {"t": "p"}) == (("p", 3.0),)
     assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, changes, {"t": "p"}) == (("p", -3.0),)
     whole = Curve(Trace("u", (1, 2), (2,), (1.0, 1.0), SAFE), [[], []])
-    assert kl.concentration({"u": [1.0, 2.0]}, kl.known_changes([whole]), {"u": "p"}) == ()
+    assert kl.concentration({"u": [1.0, 2.0]}, kl.known_changes([(recorded("u"), whole)]), {"u": "p"}) == ()
 
 
 def test_position_is_matched_against_sentences_at_the_same_place() -> None:
