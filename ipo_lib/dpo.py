@@ -9,7 +9,7 @@ import json
 import math
 import random
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,15 @@ def _on_the_way(lora: Any, out: Path, base: str, keep: int) -> Any:
 
 
 def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pair]]:
-    """Stage 2's [harmful, benign] pairs: all of them, or the larger side thinned at random until ``ratio`` holds; order is
-    kept."""
+    """Stage 2's [harmful, benign] pairs at ``ratio`` harmful to benign, in their order.
+
+    With ``keep_all`` every pair is kept, and weights of mean 1 make the ratio; else the larger side is
+    thinned at random.
+    """
     if settings.keep_all:
-        return [list(harmful), list(benign)]
+        weighed = (len(harmful) + len(benign)) / (1 + settings.ratio)
+        weights = settings.ratio * weighed / max(len(harmful), 1), weighed / max(len(benign), 1)
+        return [[replace(pair, weight=w) for pair in side] for side, w in zip((harmful, benign), weights, strict=True)]
     n = min(len(harmful), round(settings.ratio * len(benign)))
     sides = ((harmful, n), (benign, len(benign) if n < len(harmful) else min(len(benign), round(n / settings.ratio))))
     draw = random.Random(settings.seed)

@@ -94,8 +94,8 @@ class DpoSettings:
 class Stage2Settings(DpoSettings):
     """Stage 2: harmful pairs of stage 1 beside benign ones, so that refusals of harmless prompts go back."""
 
-    ratio: float = 0.5  # harmful pairs for each benign one, where not all are kept (the paper: 0.3, 0.5 or 0.7)
-    keep_all: bool = False  # every harmful and every benign pair, whatever their ratio
+    ratio: float = 0.5  # harmful to benign pairs (the paper: 0.3, 0.5 or 0.7)
+    keep_all: bool = False  # every pair is kept, and weights make the ratio; else the larger side is thinned
     min_refusals: int = 8  # benign pairs below which stage 2 is left out
     benign_draws: int = 4  # responses of the stage-1 model to a benign prompt, until one refuses
     refusing_prefix: bool = True  # where none refuses: one drawn behind a safety trigger at the trace's start

@@ -288,6 +288,9 @@ def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Pa
     settings = Stage2Settings(**{**vars(PLAIN), "batch_size": 6, "ratio": 0.5, "min_refusals": 4})
     every = dpo.mix(make_pairs(9), make_pairs(4, seed=2), replace(settings, keep_all=True))
     assert [len(side) for side in every] == [9, 4]
+    sums = [sum(pair.weight for pair in side) for side in every]
+    assert sums[0] / sums[1] == pytest.approx(0.5)  # the paper's ratio, with no harmful pair left out
+    assert sum(sums) == pytest.approx(13)
     doors: Any = SimpleNamespace(store=Store(tmp_path), sampler=SimpleNamespace(fingerprint=lambda: "organism"))
     path, rows, message = training.second_stage(doors, harmful, benign, model, adapter, settings)
     mixed = [pair for side in dpo.mix(harmful, benign, settings) for pair in side]
