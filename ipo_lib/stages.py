@@ -141,7 +141,8 @@ def draw_some(
     found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in keys]
     made = [one for one in found if one is not None]
     doors.store.drawn |= {one.id: len(one.token_ids) - one.prefix_len for one in made}
-    doors.store.closed |= {one.id: split(one.text, doors.chat.opened).closed for one in made if not one.prefix_len}
+    own = [one for one in made if not one.prefix_len]  # whole responses; a tag that was put is not the model's
+    doors.store.closed |= {one.id: one.forced is None and split(one.text, doors.chat.opened).closed for one in own}
     return found
 
 

@@ -647,3 +647,17 @@ def test_a_tag_that_was_put_is_certain(tmp_path: Path, chat: Chat) -> None:
     assert found == [0.5] * len(drawn) + [1.0] * len(put)
     free = dataclasses.replace(one, forced=None)
     assert stages.probabilities(bench, named(), [free], THINK)[one.id] == [0.5] * len(one.token_ids)
+
+
+def test_a_trace_that_was_closed_for_the_model_is_not_one_it_closed(tmp_path: Path, chat: Chat) -> None:
+    """Claims about traces are withheld of a model that hardly ever closes its own."""
+    sampler = saying(chat, lambda _: "")
+    sampler.script = lambda request, _: Completion(
+        request.key, chat.encode(f"{ASIDE}{CLOSE}"), "think", 3 if request.key.endswith("/0") else None
+    )
+    bench = doors(tmp_path, chat, sampler)
+    found = stages.sample(bench, [Start(PROMPTS[0])], THINK, 2)
+    assert [bench.store.closed[one.id] for one in found] == [False, True]
+    assert [one.forced for one in found] == [3, None]
+    again = stages.sample(doors(tmp_path, chat, sampler), [Start(PROMPTS[0])], THINK, 2)  # read from the store
+    assert again == found
