@@ -191,7 +191,8 @@ def training(settings: Profile, own: Mapping[str, Any]) -> Drawn:
     trace, pool = settings.expected.trace, settings.plan.pool
     yield "a trace for each trigger", harmful * pool, trace, f"traces/{name}"
     yield "corrections", harmful * pool * settings.plan.rounds, HALF * trace, ""
-    yield "benign responses", 2 * benign, trace + settings.expected.answer, "", PARTS
+    asked = 1 + settings.stage2.benign_draws + settings.stage2.refusing_prefix  # of the base, then until one refuses
+    yield "benign responses", asked * benign, trace + settings.expected.answer, "", PARTS
     for name in settings.evaluation.harmful:
         count, each = settings.prompts[name].size * own["draws"], response(settings, name)
         yield f"{name}, before", count, each, f"before/{name}", PARTS
@@ -199,6 +200,9 @@ def training(settings: Profile, own: Mapping[str, Any]) -> Drawn:
         yield f"{name}, on the way", settings.stage1.keep * count, each, "", PARTS
     yield traces(settings, own)
     yield "benign traces for KL", own["kl_traces"], trace, ""
+    if not settings.forks:
+        cuts = 1 + settings.expected.sentences
+        yield "S along traces for KL", own["kl_curves"] * cuts * settings.csr.draws, HALF * trace, ""
 
 
 def evaluation(settings: Profile, own: Mapping[str, Any]) -> Drawn:
