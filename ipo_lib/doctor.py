@@ -134,13 +134,15 @@ def _large(settings: Profile) -> bool:
 
 
 def _at_hand(settings: Profile) -> Path | None:
-    """The model's folder, where it is on this machine already."""
+    """The model's folder, where it is on this machine already. A model that a run would build is not built here."""
     find = settings.model.find
-    if find and find.use == "ipo_lib.hub:folder":
-        held = hub.held(str(find.arguments["name"]), str(find.arguments["revision"]))
-        return Path(made(find)) if held else None
-    folder = Path(made(find)) if find else Path(settings.model.folder).expanduser()
-    return folder if (folder / "config.json").is_file() else None
+    if not find:
+        folder = Path(settings.model.folder).expanduser()
+        return folder if (folder / "config.json").is_file() else None
+    if find.use != "ipo_lib.hub:folder":
+        return None
+    held = hub.held(str(find.arguments["name"]), str(find.arguments["revision"]))
+    return Path(made(find)) if held else None
 
 
 def _model(settings: Profile) -> Iterator[Check]:

@@ -47,6 +47,14 @@ def test_the_doctor_tells_what_would_crash(monkeypatch: pytest.MonkeyPatch) -> N
     assert "gradient_checkpointing_enable" in found.found
 
 
+def test_the_doctor_builds_no_model_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sandbox's model is downloaded and merged by a run; a rehearsal trains a random one instead."""
+    monkeypatch.setattr(doctor, "made", lambda part: pytest.fail(f"{part.use} was called"))
+    found = list(doctor.rehearsed(read("sandbox", SHORT)))
+    assert found
+    assert not [one.mend for one in found if one.mend]
+
+
 def test_ipo_doctor_rehearses_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     reproduce.doctor("tiny", [], str(tmp_path))
     said = capsys.readouterr().out
