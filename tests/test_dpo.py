@@ -250,9 +250,7 @@ def test_checkpoints_are_made_in_the_layers_of_the_model(family: str, tmp_path: 
 
 def test_a_training_that_does_nothing_says_so_loudly(model: Path, tmp_path: Path) -> None:
     settings = replace(PLAIN, epochs=2, batch_size=4)
-    with pytest.warns(
-        UserWarning, match=r"DID NOTHING: the margin of the last 1 of 4 steps is 0\.00\d; raise learning_rate"
-    ):
+    with pytest.warns(UserWarning, match=r"DID NOTHING: the margin of the last 1 of 4 steps is 0\.00\d; raise learning_rate"):
         rows = dpo.train(make_pairs(8), model, replace(settings, learning_rate=1e-6), tmp_path / "nothing")
     summary = json.loads((tmp_path / "nothing" / "training.json").read_text())
     assert summary["warning"] == lora.untrained(rows) != ""
