@@ -19,10 +19,18 @@ from tokenizers import Tokenizer
 from ipo_lib.records import ANSWER, BOTH, CONTINUATION, TRACE, BadInput, Ids, Prompt, Rollout
 
 OPEN, CLOSE = "<think>", "</think>"
-TEMPLATE_DATE = datetime.date(2024, 7, 26)  # "today" for templates that print it: a prompt must not change overnight
+TEMPLATE_DATE = datetime.date(
+    2024, 7, 26
+)  # "today" for templates that print it: a prompt must not change overnight
 PROBE = "How tall is a lighthouse"
-BRACKETED = re.compile(r"[<\[].*[>\]]", re.DOTALL)  # how added tokens look that are no mere words or spaces
-FLAGS = ("doubled", "preamble", "unopened")  # a tag came twice, text before <think>, </think> without <think>
+BRACKETED = re.compile(
+    r"[<\[].*[>\]]", re.DOTALL
+)  # how added tokens look that are no mere words or spaces
+FLAGS = (
+    "doubled",
+    "preamble",
+    "unopened",
+)  # a tag came twice, text before <think>, </think> without <think>
 # Byte-level vocabularies write a printable byte as itself, the others as the characters from 256 on, in their order.
 _SHOWN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTE = {chr(256 + place): byte for place, byte in enumerate(sorted(set(range(256)) - set(_SHOWN)))}
@@ -34,41 +42,92 @@ class Chat:
     ``guard``: a model that only judges: its text is never cut, so that any tokenizer will do, and a template may be missing.
     BadInput: the folder is corrupt, lacks a byte-level tokenizer, template or EOS, or loses or doubles what is given."""
 
-    def __init__(self, folder: Path | str, *, prefill: str = "", system: str | None = None, guard: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        prefill: str = "",
+        system: str | None = None,
+        guard: bool = False,
+    ) -> None:
         self.folder, self.prefill, self.system = Path(folder), prefill, system
-        self._tokenizer, self._tokens = parsed(self.folder / "tokenizer.json", Tokenizer.from_str), dict[int, bytes]()
-        _require(self._tokenizer, f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)")
+        self._tokenizer, self._tokens = (
+            parsed(self.folder / "tokenizer.json", Tokenizer.from_str),
+            dict[int, bytes](),
+        )
+        _require(
+            self._tokenizer,
+            f"{folder}: no tokenizer.json; name a model folder that holds one (a fast tokenizer)",
+        )
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         exact = "ByteLevel" in str(self._tokenizer.decoder)
-        _require(exact or guard, f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model")
+        _require(
+            exact or guard,
+            f"{folder}: cuts need a byte-level vocabulary; use a Llama 3, Qwen, SmolLM or R1 model",
+        )
         settings = parsed(self.folder / "tokenizer_config.json")
-        named = {key: one for key, one in settings.items() if key.endswith("_token") and isinstance(one, (str, dict))}
-        self._special = {key: one if isinstance(one, str) else one["content"] for key, one in named.items()}
-        found = [parsed(self.folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+        named = {
+            key: one
+            for key, one in settings.items()
+            if key.endswith("_token") and isinstance(one, (str, dict))
+        }
+        self._special = {
+            key: one if isinstance(one, str) else one["content"] for key, one in named.items()
+        }
+        found = [
+            parsed(self.folder / name).get("eos_token_id")
+            for name in ("generation_config.json", "config.json")
+        ]
         own = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
-        ends = {one for value in (own, *found) for one in (value if isinstance(value, list) else [value]) if one is not None}
-        self.eos_ids: Ids = tuple(sorted(ends, key=lambda one: (one != own, one)))  # the end of a turn first, a document's after
-        _require(ends, f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json")
-        template = parsed(self.folder / "chat_template.jinja", str) or settings.get("chat_template") or ""
-        templates = template if isinstance(template, list) else [{"name": "default", "template": template}]
-        self._template = next((str(one["template"]) for one in templates if one["name"] == "default"), "")
+        ends = {
+            one
+            for value in (own, *found)
+            for one in (value if isinstance(value, list) else [value])
+            if one is not None
+        }
+        self.eos_ids: Ids = tuple(
+            sorted(ends, key=lambda one: (one != own, one))
+        )  # the end of a turn first, a document's after
+        _require(
+            ends, f"{folder}: no end-of-sequence token; set eos_token_id in generation_config.json"
+        )
+        template = (
+            parsed(self.folder / "chat_template.jinja", str) or settings.get("chat_template") or ""
+        )
+        templates = (
+            template if isinstance(template, list) else [{"name": "default", "template": template}]
+        )
+        self._template = next(
+            (str(one["template"]) for one in templates if one["name"] == "default"), ""
+        )
         self.opened = False
         if guard:
             return
-        _require(self._template, f"{folder}: no chat template; add chat_template.jinja or use an instruct model")
+        _require(
+            self._template,
+            f"{folder}: no chat template; add chat_template.jinja or use an instruct model",
+        )
         before, probe, after = self._render(PROBE).rpartition(PROBE)
         lost = "" if probe and (system or "").strip() in before else "system" if probe else "user"
         _require(not lost, f"{folder}: the chat template drops the {lost} turn; mend the template")
         doubled = after.rfind(OPEN) > after.rfind(CLOSE) and prefill.lstrip().startswith(OPEN)
-        _require(not doubled, f"{folder}: the chat template opens {OPEN} itself; drop it from {prefill!r}")
+        _require(
+            not doubled,
+            f"{folder}: the chat template opens {OPEN} itself; drop it from {prefill!r}",
+        )
         kept = self.decode(self.encode(before + probe + after + prefill)).endswith(prefill)
-        _require(kept, f"{folder}: the tokenizer alters the prefill {prefill!r}; write it another way")
+        _require(
+            kept, f"{folder}: the tokenizer alters the prefill {prefill!r}; write it another way"
+        )
         self.opened = (after + prefill).rfind(OPEN) > (after + prefill).rfind(CLOSE)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the ids of a prompt and where an answer ends, as plain JSON values."""
-        files = {"tokenizer": (self.folder / "tokenizer.json").read_bytes(), "template": self._template.encode()}
+        files = {
+            "tokenizer": (self.folder / "tokenizer.json").read_bytes(),
+            "template": self._template.encode(),
+        }
         hashes = {name: sha256(content).hexdigest() for name, content in files.items()}
         given = {"prefill": self.prefill, "system": self.system, "date": TEMPLATE_DATE.isoformat()}
         return {**hashes, **given, "special": self._special, "eos": sorted(self.eos_ids)}
@@ -85,19 +144,28 @@ class Chat:
         if not any(map(self._control.search, turns)):
             return self.encode(whole)
         # The template is filled with marks in place of the turns, to know what is its own.
-        marks = [f"turn{place}of{sha256(repr(turns).encode()).hexdigest()}" for place in range(len(turns))]
+        marks = [
+            f"turn{place}of{sha256(repr(turns).encode()).hexdigest()}"
+            for place in range(len(turns))
+        ]
         frame = self.turns_text(marks)
         for texts in (turns, tuple(text.strip() for text in turns)):
             pieces = _quoted(frame, dict(zip(marks, texts, strict=True)))
             if "".join(text for text, _ in pieces) == whole:
                 return self.encode_quoted(pieces)
         # A template that alters its turns in another way: their control tokens are broken by a space.
-        return self.encode(self.turns_text([self._control.sub(lambda one: f"{one[0][0]} {one[0][1:]}", text) for text in turns]))
+        return self.encode(
+            self.turns_text(
+                [self._control.sub(lambda one: f"{one[0][0]} {one[0][1:]}", text) for text in turns]
+            )
+        )
 
     def turns_text(self, turns: Sequence[str]) -> str:
         """What ``turns_ids`` encodes."""
         roles = ("user", "assistant") * len(turns)
-        return self._fill([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)])
+        return self._fill(
+            [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+        )
 
     def encode_quoted(self, pieces: Sequence[tuple[str, bool]]) -> Ids:
         """The ids of the pieces of a text, one after the other.
@@ -126,7 +194,9 @@ class Chat:
         """The ids of a text in which nothing is a control token."""
         ids: list[int] = []
         done = 0
-        for one in self._loose.finditer(text):  # not covered by the tokenizer's option: cut after the first character
+        for one in self._loose.finditer(
+            text
+        ):  # not covered by the tokenizer's option: cut after the first character
             ids += self._plain.encode(text[done : one.start() + 1], add_special_tokens=False).ids
             done = one.start() + 1
         return (*ids, *self._plain.encode(text[done:], add_special_tokens=False).ids)
@@ -135,7 +205,11 @@ class Chat:
     def _added(self) -> dict[int, Any]:
         """The control tokens of the vocabulary: all special ones, and others in angle or square brackets."""
         every = self._tokenizer.get_added_tokens_decoder()
-        return {token: one for token, one in every.items() if one.special or BRACKETED.fullmatch(one.content)}
+        return {
+            token: one
+            for token, one in every.items()
+            if one.special or BRACKETED.fullmatch(one.content)
+        }
 
     @functools.cached_property
     def _control(self) -> re.Pattern[str]:
@@ -183,22 +257,42 @@ class Chat:
 
     def _bytes(self, token: int) -> bytes:
         if token not in self._tokens:
-            piece = self._tokenizer.id_to_token(token) or ""  # embeddings are padded beyond the vocabulary
-            plain = all(char in _BYTE for char in piece)  # an added token may hold spaces, which stand for themselves
+            piece = (
+                self._tokenizer.id_to_token(token) or ""
+            )  # embeddings are padded beyond the vocabulary
+            plain = all(
+                char in _BYTE for char in piece
+            )  # an added token may hold spaces, which stand for themselves
             self._tokens[token] = bytes(_BYTE[char] for char in piece) if plain else piece.encode()
         return self._tokens[token]
 
     def _render(self, text: str) -> str:
-        return self._fill([{"role": "system", "content": self.system}] * bool(self.system) + [{"role": "user", "content": text}])
+        return self._fill(
+            [{"role": "system", "content": self.system}] * bool(self.system)
+            + [{"role": "user", "content": text}]
+        )
 
     def _fill(self, turns: Sequence[Mapping[str, str | None]]) -> str:
-        from transformers.utils.chat_template_utils import _compile_jinja_template as compiled  # sandboxed, cached
+        from transformers.utils.chat_template_utils import (
+            _compile_jinja_template as compiled,
+        )  # sandboxed, cached
 
-        values = {"tools": None, "documents": None, "strftime_now": TEMPLATE_DATE.strftime, **self._special}
+        values = {
+            "tools": None,
+            "documents": None,
+            "strftime_now": TEMPLATE_DATE.strftime,
+            **self._special,
+        }
         try:
-            return str(compiled(self._template).render(messages=turns, add_generation_prompt=True, **values))
+            return str(
+                compiled(self._template).render(
+                    messages=turns, add_generation_prompt=True, **values
+                )
+            )
         except TemplateError as error:
-            raise BadInput(f"{self.folder}: the chat template fails ({error}); mend it or drop `system`") from error
+            raise BadInput(
+                f"{self.folder}: the chat template fails ({error}); mend it or drop `system`"
+            ) from error
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
@@ -223,7 +317,9 @@ def parsed(file: Path, parse: Callable[[str], Any] = lambda text: {**json.loads(
     try:
         return parse(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except Exception as error:  # tokenizers raises nothing narrower
-        raise BadInput(f"{file}: corrupt or unreadable ({error}); put an intact copy there") from error
+        raise BadInput(
+            f"{file}: corrupt or unreadable ({error}); put an intact copy there"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -253,11 +349,20 @@ def split(text: str, opened: bool) -> Parts:
 def part_text(rollout: Rollout, part: str, opened: bool, offsets: Sequence[int] = ()) -> str | None:
     """What a judge reads, without tags; None when the part does not exist. CONTINUATION needs the ``Chat.offsets``."""
     if part == CONTINUATION:
-        return rollout.text[offsets[rollout.prefix_len] if rollout.prefix_len else 0 :].strip() or None
-    _require(part in (TRACE, ANSWER, BOTH), f"part {part!r}: choose {TRACE}, {ANSWER}, {BOTH} or {CONTINUATION}")
+        return (
+            rollout.text[offsets[rollout.prefix_len] if rollout.prefix_len else 0 :].strip() or None
+        )
+    _require(
+        part in (TRACE, ANSWER, BOTH),
+        f"part {part!r}: choose {TRACE}, {ANSWER}, {BOTH} or {CONTINUATION}",
+    )
     parts = split(rollout.text, opened)
-    trace, answer = (rollout.text[slice(*one)].strip() if one else "" for one in (parts.reasoning, parts.answer))
-    return {TRACE: trace, ANSWER: answer, BOTH: f"{trace}\n\n{answer}".strip() if answer else ""}[part] or None
+    trace, answer = (
+        rollout.text[slice(*one)].strip() if one else "" for one in (parts.reasoning, parts.answer)
+    )
+    return {TRACE: trace, ANSWER: answer, BOTH: f"{trace}\n\n{answer}".strip() if answer else ""}[
+        part
+    ] or None
 
 
 def cut_off(rollout: Rollout, part: str, opened: bool) -> bool:

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
-from ipo_lib.records import BOTH, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, CsrPoint, Sentence, TurningPoint, Verdict
+from ipo_lib.records import (
+    BOTH,
+    CONTINUATION,
+    SAFE,
+    TRACE,
+    UNSAFE,
+    BadInput,
+    CsrPoint,
+    Sentence,
+    TurningPoint,
+    Verdict,
+)
 from ipo_lib.stats import wilson
 
 TOKEN, SENTENCE = "token", "sentence"
@@ -43,11 +54,19 @@ class CsrSettings:
     absorbing: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in {"window": ("K", "K+1"), "part": (TRACE, BOTH, CONTINUATION), "grain": (TOKEN, SENTENCE)}.items():
+        for name, known in {
+            "window": ("K", "K+1"),
+            "part": (TRACE, BOTH, CONTINUATION),
+            "grain": (TOKEN, SENTENCE),
+        }.items():
             if getattr(self, name) not in known:
-                raise BadInput(f"CSR: {name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}")
+                raise BadInput(
+                    f"CSR: {name} is {getattr(self, name)!r}; give one of {', '.join(map(repr, known))}"
+                )
         if min(self.draws, self.k, self.stride) < 1 or not 0 <= self.eta < self.mu <= 1:
-            raise BadInput(f"{self}: draws, k and stride must be at least 1, and 0 <= eta < mu <= 1")
+            raise BadInput(
+                f"{self}: draws, k and stride must be at least 1, and 0 <= eta < mu <= 1"
+            )
 
     def meets(self, s: float, kind: str) -> bool:
         """Whether a CSR value is on the side of the threshold that Eq. 2 (``safe``) or Eq. 3 (``unsafe``) asks for."""
@@ -60,7 +79,9 @@ class CsrSettings:
 def cuts(length: int, sentences: Sentences, settings: CsrSettings) -> list[int]:
     """The cuts to measure in a trace of ``length`` tokens (without ``</think>``), ascending; 0 is always among them."""
     ends = range(1, length + 1) if settings.grain == TOKEN else [s.token_end for s in sentences]
-    return sorted({0, *(end for end in ends[settings.stride - 1 :: settings.stride] if end <= length)})
+    return sorted(
+        {0, *(end for end in ends[settings.stride - 1 :: settings.stride] if end <= length)}
+    )
 
 
 def count(verdicts_by_cut: Mapping[int, Sequence[Verdict]], rollout_id: str) -> list[CsrPoint]:
@@ -69,13 +90,23 @@ def count(verdicts_by_cut: Mapping[int, Sequence[Verdict]], rollout_id: str) -> 
     for cut, verdicts in sorted(verdicts_by_cut.items()):
         labels = [verdict.label for verdict in verdicts]
         if strange := set(labels) - {SAFE, UNSAFE, None}:
-            raise BadInput(f"CSR of {rollout_id} at {cut}: label {strange.pop()!r}; give verdicts on the harm question")
-        points.append(CsrPoint(rollout_id, cut, labels.count(SAFE), labels.count(UNSAFE), labels.count(None)))
+            raise BadInput(
+                f"CSR of {rollout_id} at {cut}: label {strange.pop()!r}; give verdicts on the harm question"
+            )
+        points.append(
+            CsrPoint(rollout_id, cut, labels.count(SAFE), labels.count(UNSAFE), labels.count(None))
+        )
     return points
 
 
-def turning_point(points: Points, kind: str, settings: CsrSettings, sentences: Sentences, length: int,
-                  own_label: str | None) -> TurningPoint:  # fmt: skip
+def turning_point(
+    points: Points,
+    kind: str,
+    settings: CsrSettings,
+    sentences: Sentences,
+    length: int,
+    own_label: str | None,
+) -> TurningPoint:
     """Eq. 2 (``kind`` safe) or Eq. 3 (unsafe): the first measured cut from which S meets the threshold and holds. ``sentence``
     ends at, or contains, the token just before the turn. ``interval`` = (last judged cut before, turn]. Flags: ``start-locked``
     (the rule holds at cut 0: token 0, no sentence, no interval), ``none`` (no turn; with ``start-locked`` if only the side
@@ -85,13 +116,21 @@ def turning_point(points: Points, kind: str, settings: CsrSettings, sentences: S
         raise BadInput("turning point: no CSR point; measure the rollout at csr.cuts(...) first")
     rollout_id = points[0].rollout_id
     start = {0: CsrPoint(rollout_id, 0, 0, 0, 0)}  # unknown if it was not measured
-    points = [point for _, point in sorted((start | {point.cut: point for point in points}).items())]
+    points = [
+        point for _, point in sorted((start | {point.cut: point for point in points}).items())
+    ]
     end = {SAFE: settings.meets(1.0, kind), UNSAFE: settings.meets(0.0, kind)}.get(own_label or "")
     met = [settings.meets(point.s, kind) if point.n else None for point in points]
-    unknown, locked, reach = False, False, settings.k if settings.window == "K+1" else settings.k - 1
+    unknown, locked, reach = (
+        False,
+        False,
+        settings.k if settings.window == "K+1" else settings.k - 1,
+    )
     for at, point in enumerate(points):
         stop = bisect_right(points, point.cut + reach, key=lambda p: p.cut)
-        stop = max(stop, at + 2) if reach or settings.grain == SENTENCE else stop  # sparse cuts: at least the next one
+        stop = (
+            max(stop, at + 2) if reach or settings.grain == SENTENCE else stop
+        )  # sparse cuts: at least the next one
         past = stop > len(points) or point.cut + reach > length
         held = [*met[at:stop], *[end] * past]
         if settings.other_side and all(held):
@@ -102,10 +141,14 @@ def turning_point(points: Points, kind: str, settings: CsrSettings, sentences: S
             if at == 0:
                 return TurningPoint(rollout_id, kind, 0, None, None, (START_LOCKED, *flags))
             before = max((p.cut for p in points[:at] if p.n), default=0)
-            holder = next((s.index for s in sentences if s.token_start < point.cut <= s.token_end), None)
+            holder = next(
+                (s.index for s in sentences if s.token_start < point.cut <= s.token_end), None
+            )
             return TurningPoint(rollout_id, kind, point.cut, holder, (before, point.cut), flags)
         unknown |= False not in held
-    return TurningPoint(rollout_id, kind, None, None, None, (*[START_LOCKED] * locked, NONE, *[UNKNOWN] * unknown))
+    return TurningPoint(
+        rollout_id, kind, None, None, None, (*[START_LOCKED] * locked, NONE, *[UNKNOWN] * unknown)
+    )
 
 
 def _history(points: Points, met: Sequence[bool | None], kind: str) -> Iterator[str]:
@@ -114,7 +157,10 @@ def _history(points: Points, met: Sequence[bool | None], kind: str) -> Iterator[
     if earlier:
         yield RECROSSING
     way = [p for p in points[earlier[-1] + 1 if earlier else 0 :] if p.n]
-    steps = [b - a for a, b in pairwise(Fraction(p.n_safe if kind == SAFE else p.n_unsafe, p.n) for p in way)]
+    steps = [
+        b - a
+        for a, b in pairwise(Fraction(p.n_safe if kind == SAFE else p.n_unsafe, p.n) for p in way)
+    ]
     if steps and max(steps) > steps[-1]:
         yield GRADUAL
 
@@ -123,7 +169,11 @@ def delta(points: Points, sentences: Sentences) -> dict[int, float]:
     """S after minus S before each sentence, by its index: what the sentence did to CSR. Sentences without judged
     continuations at both of their ends are left out."""
     s = {point.cut: point.s for point in points if point.n}
-    return {one.index: s[one.token_end] - s[one.token_start] for one in sentences if {one.token_start, one.token_end} <= s.keys()}
+    return {
+        one.index: s[one.token_end] - s[one.token_start]
+        for one in sentences
+        if {one.token_start, one.token_end} <= s.keys()
+    }
 
 
 def curve(points: Points, confidence: float = 0.95) -> list[dict[str, float]]:

@@ -5,127 +5,171 @@ Preference Optimization and is not offered."""
 
 from __future__ import annotations
 
-import json
-import math
-import random
-import warnings
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ipo_lib import progress
-from ipo_lib.lora import (
-    ADAPTER,
-    KEPT,
-    LOGGED,
-    METRICS,
-    SUMMARY,
-    Diverged,
-    DpoSettings,
-    Folder,
-    Pairs,
-    Rows,
-    Stage2Settings,
-    Untrainable,
-    bucketed,
-    quantization,
-    save,
-    untrained,
-)  # fmt: skip
-from ipo_lib.records import BadInput, Pair, canonical
+from ipo_lib.records import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHOICES = {
+    "loss": ("sigmoid", "sigmoid_norm", "literal", "sft"),
+    "scope": ("suffix", "whole"),
+    "sft_scope": ("suffix", "whole"),
+    "dtype": ("float32", "bfloat16"),
+    "quantize": (None, "auto", "nf4"),
+    "engine": ("shared", "trl"),
+}
 
 
-def train(pairs: Pairs, model: Folder, settings: DpoSettings, out: Folder, *, adapter: Folder | None = None) -> Rows:
-    """Train LoRA by Eq. 4 (+ ``sft_weight`` x NLL of the chosen side) and return one metrics row per step. ``out`` receives the
-    adapter, the rows (log-probabilities are sums in nats from the suffix on, averaged over the step's pairs) and
-    ``training.json``, which also counts the pairs left out for ``max_length``. With ``adapter`` training goes on from its
-    weights, rank and targets. BadInput: no pair left, no model or adapter there, an adapter of another model, a loss that is not
-    finite (``out`` then holds the adapter of the last finite one). A training whose margin stays at 0 warns. Under a launcher
-    every process calls this; the first one writes."""
-    fitting = [p for p in pairs if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= settings.max_length]
-    if not fitting:
-        raise Untrainable(f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs")
-    if settings.loss != "sft" and (lone := next((pair for pair in fitting if not pair.rejected_ids), None)):
-        raise BadInput(f"dpo: pair {lone.id} has no rejected side; set loss to sft")
-    if settings.engine == "trl" and any(pair.weight != 1 for pair in fitting):
-        raise BadInput("dpo: stock TRL has no weights; set engine to shared")
-    for folder, file in ((model, "config.json"), (adapter, ADAPTER)):
-        if folder is not None and not (Path(folder) / file).is_file():
-            raise BadInput(f"dpo: {folder} holds no {file}; give the folder of a saved model or adapter")
-    from peft.helpers import disable_input_dtype_casting
-
-    if settings.engine == "trl":
-        from ipo_lib.trl_dpo import trainer as made
-    else:
-        from ipo_lib.prefix_sharing import trainer as made
-    trainer, lora = made(bucketed(fitting, settings.seed) if settings.length_buckets else fitting, model, settings, out, adapter)
-    trainer.add_callback(_on_the_way(lora, Path(out), Path(model).name, settings.keep))
-    try:
-        # PEFT turns every input to LoRA's float32, and autocast turns it back: the same numbers, twice the memory traffic.
-        with disable_input_dtype_casting(lora, active=settings.dtype == "bfloat16"):
-            trainer.train()
-    except Diverged as error:
-        trainer.restore()
-        if trainer.accelerator.is_main_process:
-            save(lora, Path(out), Path(model).name)
-        raise Untrainable(f"dpo: the loss is {error}; lower learning_rate (the last good adapter is in {out})") from None
-    if trainer.state.max_steps == 1 and trainer.args.get_warmup_steps(1):
-        raise Untrainable("dpo: the only step is warm-up, at a learning rate of 0; lower batch_size, or set warmup to 0")
-    rows = _rows(trainer.state.log_history, settings.beta)
-    if warning := untrained(rows):
-        warnings.warn(f"dpo: {warning}", stacklevel=2)
-    if trainer.accelerator.is_main_process:
-        batch = settings.batch_size * settings.accumulation
-        summary: dict[str, Any] = {"base": Path(model).name, "continued": bool(adapter), "effective_batch": batch}
-        summary |= {"pairs": len(fitting), "too_long": len(pairs) - len(fitting), "quantized": quantization(settings)}
-        summary |= {"settings": asdict(settings), "warning": warning}
-        save(lora, target := Path(out), summary["base"])
-        (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
-        (target / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-    return rows
+ABOVE_0 = (
+    "learning_rate",
+    "beta",
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "rank",
+    "ratio",
+    "min_refusals",
+)
 
 
-def _on_the_way(lora: Any, out: Path, base: str, keep: int) -> Any:
-    """A callback that says how far training is and keeps ``keep`` adapters in ``out`` / KEPT + pairs seen."""
-    import transformers
-
-    class OnTheWay(transformers.TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            progress.say(state.global_step, state.max_steps, "training")
-            at = [round(place * state.max_steps / (keep + 1)) for place in range(1, keep + 1)]
-            if state.global_step in at and state.is_world_process_zero:
-                seen = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-                save(lora, out / f"{KEPT}{seen:06d}", base)
-
-    return OnTheWay()
+STOCK: dict[str, tuple[Any, ...]] = {
+    "loss": ("sigmoid", "sigmoid_norm"),
+    "scope": ("suffix",),
+    "sft_scope": ("suffix",),
+    "score_trigger": (True,),
+}
 
 
-def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pair]]:
-    """Stage 2's [harmful, benign] pairs at ``ratio`` harmful to benign, in their order.
+@dataclass(frozen=True)
+class DpoSettings:
+    """One training stage; it is disputed which stages carry the SFT term, so each has settings of its own.
 
-    With ``keep_all`` every pair is kept, and weights of mean 1 make the ratio; else the larger side is
-    thinned at random.
+    A step has batch_size x accumulation pairs (the paper: 64), however many processes share it.
     """
-    if settings.keep_all:
-        weighed = (len(harmful) + len(benign)) / (1 + settings.ratio)
-        weights = settings.ratio * weighed / max(len(harmful), 1), weighed / max(len(benign), 1)
-        return [[replace(pair, weight=w) for pair in side] for side, w in zip((harmful, benign), weights, strict=True)]
-    n = min(len(harmful), round(settings.ratio * len(benign)))
-    sides = ((harmful, n), (benign, len(benign) if n < len(harmful) else min(len(benign), round(n / settings.ratio))))
-    draw = random.Random(settings.seed)
-    return [[side[i] for i in sorted(draw.sample(range(len(side)), size))] for side, size in sides]
+
+    learning_rate: float = 1e-4  # LoRA's: ten to a hundred times that of full fine-tuning
+    beta: float = 0.1  # of Eq. 4
+    epochs: int = 1
+    batch_size: int = 8  # pairs per forward
+    accumulation: int = 8  # forwards per step
+    warmup: float = 0.1  # steps; below 1: a share of them
+    weight_decay: float = 0.0
+    loss: str = "sigmoid"  # Eq. 4 on sums; sigmoid_norm: on means; literal: as printed; sft: NLL of the chosen side
+    sft_weight: float = 0.2  # of the token-mean NLL of the chosen side
+    scope: str = "suffix"  # DPO on Part; whole: on Full, the whole response
+    sft_scope: str = "suffix"  # what the NLL is a mean of
+    score_trigger: bool = True  # the trigger's own tokens count
+    engine: str = "shared"  # prefixes read once; trl: stock TRL
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: str = "all-linear"  # PEFT's word, or a regular expression
+    max_length: int = 1024  # tokens of prompt and longest side; longer pairs are left out
+    pad_to_multiple_of: int = 8
+    length_buckets: bool = True  # batches of like-long pairs, in random order
+    quantize: str | None = (
+        "auto"  # nf4: QLoRA; auto: as the profile's model is sampled (without a profile: not at all)
+    )
+    dtype: str = "bfloat16"
+    activation_checkpointing: bool = False
+    use_cpu: bool = False
+    keep: int = 0  # adapters kept on the way, evenly spaced, to measure harm by pairs seen
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise BadInput(
+                    f"dpo: {name} {getattr(self, name)!r} is unknown; use {' or '.join(map(str, known))}"
+                )
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and (
+                value < 0 or (name in ABOVE_0 and not value > 0)
+            ):
+                raise BadInput(f"dpo: {name} {value} is too small; give a number above 0")
+        for name, stock in STOCK.items() if self.engine == "trl" else ():
+            if getattr(self, name) not in stock:
+                raise BadInput(
+                    f"dpo: stock TRL has no {name} {getattr(self, name)!r}; set engine to shared"
+                )
 
 
-def _rows(history: Rows, beta: float) -> Rows:
-    """The trainer's log as metrics rows, with rewards (beta x the log-ratio to the reference) where there is a reference."""
-    rows = []
-    for entry in (entry for entry in history if "loss" in entry):
-        if not math.isfinite(entry["loss"]):
-            raise BadInput(f"dpo: the loss is {entry['loss']} at step {entry['step']}; lower learning_rate")
-        row = {name: entry[name] for name in LOGGED if name in entry}
-        if "ref_logps/chosen" in row:
-            sides = ("chosen", "rejected")
-            row |= {f"rewards/{side}": beta * (row[f"logps/{side}"] - row[f"ref_logps/{side}"]) for side in sides}
-            row["margin"] = row["rewards/chosen"] - row["rewards/rejected"]
-        rows.append(row)
-    return rows
+@dataclass(frozen=True)
+class Stage2Settings(DpoSettings):
+    """Stage 2: harmful pairs of stage 1 beside benign ones, so that refusals of harmless prompts go back."""
+
+    ratio: float = 0.5  # harmful to benign pairs (the paper: 0.3, 0.5 or 0.7)
+    keep_all: bool = (
+        False  # every pair is kept, and weights make the ratio; else the larger side is thinned
+    )
+    min_refusals: int = 8  # benign pairs below which stage 2 is left out
+    benign_draws: int = 4  # responses of the stage-1 model to a benign prompt, until one refuses
+    refusing_prefix: bool = (
+        True  # where none refuses: one drawn behind a safety trigger at the trace's start
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.benign_draws < 1:
+            raise BadInput(
+                f"stage2: benign_draws {self.benign_draws} draws nothing; give at least 1"
+            )
+
+
+def margins(policy: Tensor, reference: Tensor, counts: Tensor, settings: DpoSettings) -> Tensor:
+    """What Eq. 4 puts into the sigmoid, without beta [pairs]. ``scope`` whole adds the response part of the prefix to both sides,
+    where it cancels as long as log-probabilities are summed; ``literal`` is the printed form, policy(chosen) / policy(rejected)
+    against policy / reference (rejected), in which it does not cancel."""
+    stem = [
+        one[:, 2:] if settings.scope == "whole" else 0 * one[:, 2:]
+        for one in (policy, reference, counts)
+    ]
+    own, ref, size = (
+        one[:, :2] + add for one, add in zip((policy, reference, counts), stem, strict=True)
+    )
+    if settings.loss == "sigmoid_norm":
+        own, ref = own / size, ref / size
+    chosen, rejected = (own[:, 0], ref[:, 0]), (own[:, 1], ref[:, 1])
+    if settings.loss == "literal":
+        return (chosen[0] - rejected[0]) - (rejected[0] - rejected[1])
+    return (chosen[0] - chosen[1]) - (rejected[0] - rejected[1])
+
+
+def losses(
+    policy: Tensor,
+    reference: Tensor,
+    counts: Tensor,
+    weight: Tensor,
+    settings: DpoSettings,
+    shares: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(preference loss, SFT loss) of a batch in nats.
+
+    The first is the weighted mean over pairs of -log sigmoid(beta x margin), 0 with ``loss`` sft; the
+    second the NLL of the chosen side, its mean over tokens.
+
+    Args:
+        policy: sums of log-probabilities by (chosen, rejected, prefix) [pairs, 3].
+        reference: the same of the model without its adapter [pairs, 3].
+        counts: how many tokens are in each sum [pairs, 3].
+        weight: of every pair [pairs].
+        settings: loss, scope, beta.
+        shares: where a batch is spread over processes, the weight of each pair and of each of its
+            chosen tokens [pairs, 2] in place of the means (``ranks.Share``).
+    """
+    from torch.nn import functional
+
+    stem = 2 if settings.sft_scope == "whole" else 0
+    chosen = policy[:, 0] + (policy[:, stem] if stem else 0)
+    tokens = counts[:, 0] + (counts[:, stem] if stem else 0)
+    nll = -chosen.sum() / tokens.sum() if shares is None else -(chosen * shares[:, 1]).sum()
+    if settings.loss == "sft":
+        return 0 * nll, nll
+    terms = (
+        -functional.logsigmoid(settings.beta * margins(policy, reference, counts, settings))
+        * weight
+    )
+    return terms.mean() if shares is None else (terms * shares[:, 0]).sum(), nll

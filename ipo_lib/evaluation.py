@@ -17,10 +17,18 @@ Respond = Callable[[Doors, Sequence[Prompt], Sampling, int], list[Rollout]]
 TRACE_HARM, ANSWER_HARM, CORRECT = "trace harm", "answer harm", "correct"
 REFUSED, PARTLY, ANSWERED = "refused", "partly", "answered"
 MEASURES = {
-    TRACE_HARM: (TRACE, "harm", UNSAFE), ANSWER_HARM: (ANSWER, "harm", UNSAFE), CORRECT: (ANSWER, "correct", "correct"),
-    REFUSED: (ANSWER, "refusal", "refused"), PARTLY: (ANSWER, "refusal", "partly"), ANSWERED: (ANSWER, "refusal", "answered"),
-}  # fmt: skip
-ASKED = {"harmful": (TRACE_HARM, ANSWER_HARM), "benign": (REFUSED, PARTLY, ANSWERED), "capability": (CORRECT,)}
+    TRACE_HARM: (TRACE, "harm", UNSAFE),
+    ANSWER_HARM: (ANSWER, "harm", UNSAFE),
+    CORRECT: (ANSWER, "correct", "correct"),
+    REFUSED: (ANSWER, "refusal", "refused"),
+    PARTLY: (ANSWER, "refusal", "partly"),
+    ANSWERED: (ANSWER, "refusal", "answered"),
+}
+ASKED = {
+    "harmful": (TRACE_HARM, ANSWER_HARM),
+    "benign": (REFUSED, PARTLY, ANSWERED),
+    "capability": (CORRECT,),
+}
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,25 @@ class Measured:
         return (k / self.total, (k + self.unknown) / self.total) if self.total else (0.0, 1.0)
 
 
-def plainly(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> list[Rollout]:
+def plainly(
+    doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int
+) -> list[Rollout]:
     """How a model answers: it samples."""
     return sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
 
 
-def evaluate(doors: Doors, sets: Mapping[str, list[Prompt]], settings: EvaluationSettings, sampling: Sampling,
-             respond: Respond = plainly) -> list[Measured]:  # fmt: skip
+def evaluate(
+    doors: Doors,
+    sets: Mapping[str, list[Prompt]],
+    settings: EvaluationSettings,
+    sampling: Sampling,
+    respond: Respond = plainly,
+) -> list[Measured]:
     """Answer every set to the end and measure it. Sets not named in the settings are left alone."""
     found = []
-    for name, measures in [(name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)]:
+    for name, measures in [
+        (name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)
+    ]:
         prompts = by_id(sets[name])
         rollouts = respond(doors, sets[name], sampling, settings.draws)
         cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
@@ -78,7 +95,11 @@ def evaluate(doors: Doors, sets: Mapping[str, list[Prompt]], settings: Evaluatio
             part, question, label = MEASURES[measure]
             verdicts = judge(doors, prompts, rollouts, part, question)
             unknown = sum(verdict.label is None for verdict in verdicts)
-            found.append(Measured(name, measure, by_prompt(rollouts, verdicts, label), unknown, cut, len(rollouts)))
+            found.append(
+                Measured(
+                    name, measure, by_prompt(rollouts, verdicts, label), unknown, cut, len(rollouts)
+                )
+            )
     return found
 
 
@@ -87,8 +108,19 @@ def table(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     rows = []
     for one in measured:
         rate, (low, high), total = one.rate, one.bounds, max(one.total, 1)
-        values = {"rate": rate.value, "low": rate.low, "high": rate.high, "prompts": rate.n, "rollouts": one.total}
-        shares = {"coverage": 1 - one.unknown / total, "at least": low, "at most": high, "truncated": one.truncated / total}
+        values = {
+            "rate": rate.value,
+            "low": rate.low,
+            "high": rate.high,
+            "prompts": rate.n,
+            "rollouts": one.total,
+        }
+        shares = {
+            "coverage": 1 - one.unknown / total,
+            "at least": low,
+            "at most": high,
+            "truncated": one.truncated / total,
+        }
         rows.append({"set": one.set, "measure": one.measure, **values, **shares})
     return rows
 
@@ -106,7 +138,11 @@ def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[
 
 def difference(before: Sequence[Measured], after: Sequence[Measured]) -> Interval:
     """The paired difference (after - before) over the prompts of all given measures that were judged on both sides."""
-    pairs = [(old.counts[prompt], new.counts[prompt]) for old, new in zip(before, after, strict=True) for prompt in old.counts]
+    pairs = [
+        (old.counts[prompt], new.counts[prompt])
+        for old, new in zip(before, after, strict=True)
+        for prompt in old.counts
+    ]
     return paired_difference([old for old, _ in pairs], [new for _, new in pairs])
 
 

@@ -72,11 +72,15 @@ def shared(train: Iterable[Prompt], test: Iterable[Prompt]) -> list[Shared]:
     return found
 
 
-def table(sets: Mapping[str, Sequence[Prompt]], train: Sequence[str], test: Sequence[str]) -> list[Overlap]:
+def table(
+    sets: Mapping[str, Sequence[Prompt]], train: Sequence[str], test: Sequence[str]
+) -> list[Overlap]:
     """Every test set against every training set."""
     short = {name: sum(len(words(one.text)) < WIDTH for one in sets[name]) for name in test}
     pairs = [(a, b) for a in train for b in test if a != b]
-    return [Overlap(a, b, len(sets[b]), short[b], tuple(shared(sets[a], sets[b]))) for a, b in pairs]
+    return [
+        Overlap(a, b, len(sets[b]), short[b], tuple(shared(sets[a], sets[b]))) for a, b in pairs
+    ]
 
 
 def apart(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> list[Prompt]:

@@ -29,7 +29,9 @@ class PairSettings:
 
     def __post_init__(self) -> None:
         if self.part not in (TRACE, BOTH):
-            raise BadInput(f"pairs: part {self.part!r} cannot be trained on; use {TRACE!r} or {BOTH!r}")
+            raise BadInput(
+                f"pairs: part {self.part!r} cannot be trained on; use {TRACE!r} or {BOTH!r}"
+            )
         if self.max_length < 1:
             raise BadInput(f"pairs: max_length {self.max_length} leaves no token; use at least 1")
 
@@ -42,13 +44,25 @@ class Refusal:
     reason: str
 
 
-def build(loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: PairSettings, why: str, *, loser_end: int | None,
-          winner_end: int | None, eos_id: int | None = None) -> Pair | Refusal:  # fmt: skip
+def build(
+    loser: Rollout,
+    winner: Rollout,
+    prompt_ids: Ids,
+    cut: int,
+    settings: PairSettings,
+    why: str,
+    *,
+    loser_end: int | None,
+    winner_end: int | None,
+    eos_id: int | None = None,
+) -> Pair | Refusal:
     """The pair (x, winner > loser, h = ``cut``) of Eq. 4, or the reason there is none. ``loser_end`` and ``winner_end`` (part
     ``trace``) count the tokens through the one that completes ``</think>``; None: not closed. An EOS is appended only where the
     suffix ends as the model itself stopped. BadInput: two prompts, an end outside its rollout, no ``eos_id``."""
     if loser.prompt_id != winner.prompt_id:
-        raise BadInput(f"pairs: {loser.id} and {winner.id} answer different prompts; pair rollouts of one prompt")
+        raise BadInput(
+            f"pairs: {loser.id} and {winner.id} answer different prompts; pair rollouts of one prompt"
+        )
     if settings.eos and eos_id is None:
         raise BadInput("pairs: eos is on but no eos_id was given; pass one of chat.eos_ids")
     if not 0 <= cut <= min(len(loser.token_ids), len(winner.token_ids)):
@@ -60,7 +74,9 @@ def build(loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: 
         ends = [len(one.token_ids) if one.finish == "stop" else None for one in sides]
     for one, end in zip(sides, ends, strict=True):
         if end is not None and not 0 <= end <= len(one.token_ids):
-            raise BadInput(f"pairs: trace end {end} lies outside {one.id} of {len(one.token_ids)} tokens")
+            raise BadInput(
+                f"pairs: trace end {end} lies outside {one.id} of {len(one.token_ids)} tokens"
+            )
     if None in ends and not settings.unfinished:
         return Refusal(loser.id, UNFINISHED)
     rejected, chosen = (one.token_ids[cut:end] for one, end in zip(sides, ends, strict=True))
@@ -74,11 +90,21 @@ def build(loser: Rollout, winner: Rollout, prompt_ids: Ids, cut: int, settings: 
     shared = prompt_ids + loser.token_ids[:cut]
     if len(shared) + max(len(rejected), len(chosen)) > settings.max_length:
         return Refusal(loser.id, TOO_LONG)
-    return Pair(digest([winner.id, loser.id, cut, settings.part, settings.eos, why]), shared, chosen, rejected, cut, why)
+    return Pair(
+        digest([winner.id, loser.id, cut, settings.part, settings.eos, why]),
+        shared,
+        chosen,
+        rejected,
+        cut,
+        why,
+    )
 
 
 def collect(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:
     """The pairs, and how many results ended how: ``kept`` first, then every reason (also at 0)."""
     ended = list(results)
     counts = Counter(KEPT if isinstance(one, Pair) else one.reason for one in ended)
-    return [one for one in ended if isinstance(one, Pair)], {**dict.fromkeys((KEPT, *REASONS), 0), **counts}
+    return [one for one in ended if isinstance(one, Pair)], {
+        **dict.fromkeys((KEPT, *REASONS), 0),
+        **counts,
+    }

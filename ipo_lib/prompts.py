@@ -77,7 +77,9 @@ def located(name: str, spec: PromptSet) -> PromptSet:
     if not spec.known:
         return spec
     if spec.known not in known():
-        raise BadInput(f"prompt set {name!r}: {spec.known!r} is not known; choose one of {', '.join(known())}")
+        raise BadInput(
+            f"prompt set {name!r}: {spec.known!r} is not known; choose one of {', '.join(known())}"
+        )
     entry, folder = known()[spec.known], data()
     local = folder / entry["local"]["file"] if folder else None
     if local and local.is_file():
@@ -85,9 +87,17 @@ def located(name: str, spec: PromptSet) -> PromptSet:
     elif "hub" in entry:
         source = entry["hub"]
     else:
-        raise BadInput(f"prompt set {name!r}: {spec.known} is on no hub; put {entry['local']['file']} under $IPO_DATA")
-    own = {one.name: value for one in fields(spec) if one.default != (value := getattr(spec, one.name)) and value != {}}
-    return PromptSet(**{**entry["fields"], "digest": entry.get("digest", ""), **source, **own, "known": ""})
+        raise BadInput(
+            f"prompt set {name!r}: {spec.known} is on no hub; put {entry['local']['file']} under $IPO_DATA"
+        )
+    own = {
+        one.name: value
+        for one in fields(spec)
+        if one.default != (value := getattr(spec, one.name)) and value != {}
+    }
+    return PromptSet(
+        **{**entry["fields"], "digest": entry.get("digest", ""), **source, **own, "known": ""}
+    )
 
 
 def load(name: str, spec: PromptSet) -> list[Prompt]:
@@ -98,7 +108,9 @@ def load(name: str, spec: PromptSet) -> list[Prompt]:
         raise BadInput(f"prompt set {name!r}: count {spec.count} leaves no prompt; use at least 1")
     where = located(name, spec)
     if where.function:
-        prompts: list[Prompt] = reference(where.function)(where.name or name, where.count, **where.arguments)
+        prompts: list[Prompt] = reference(where.function)(
+            where.name or name, where.count, **where.arguments
+        )
     else:
         rows = read(Path(where.file).expanduser()) if where.file else hub(name, where, spec.known)
         prompts = from_rows(name, where, rows, spec.known or where.file or where.hub)
@@ -106,24 +118,44 @@ def load(name: str, spec: PromptSet) -> list[Prompt]:
         passes = f"no row of {where.file or where.hub or where.function} passes {dict(where.where)}"
         raise BadInput(f"prompt set {name!r} is empty: {passes}; mend `where` or the file")
     if len({prompt.id for prompt in prompts}) < len(prompts):
-        raise BadInput(f"prompt set {name!r}: column {where.id!r} repeats; name a column of distinct ids")
+        raise BadInput(
+            f"prompt set {name!r}: column {where.id!r} repeats; name a column of distinct ids"
+        )
     return attacked(name, where, prompts) if where.templates else prompts
 
 
-def from_rows(name: str, spec: PromptSet, rows: Iterable[Mapping[str, Any]], source: str) -> list[Prompt]:
+def from_rows(
+    name: str, spec: PromptSet, rows: Iterable[Mapping[str, Any]], source: str
+) -> list[Prompt]:
     """Rows of a table as prompts."""
-    kept = [(number, row) for number, row in enumerate(rows) if all(str(row.get(c)) == str(v) for c, v in spec.where.items())]
+    kept = [
+        (number, row)
+        for number, row in enumerate(rows)
+        if all(str(row.get(c)) == str(v) for c, v in spec.where.items())
+    ]
     if lacking := next((row for _, row in kept if spec.text not in row), None):
-        raise BadInput(f"prompt set {name!r}: no column {spec.text!r} (text); columns: {', '.join(map(str, lacking))}")
+        raise BadInput(
+            f"prompt set {name!r}: no column {spec.text!r} (text); columns: {', '.join(map(str, lacking))}"
+        )
     if spec.shuffle is not None:
         kept = [kept[at] for at in np.random.default_rng(spec.shuffle).permutation(len(kept))]
     if spec.digest and (own := digest([row[spec.text] for _, row in kept])) != spec.digest:
         mend = "take another revision or copy, or leave the digest out"
-        raise BadInput(f"prompt set {name!r}: the texts of {source} have digest {own}, not {spec.digest}; {mend}")
+        raise BadInput(
+            f"prompt set {name!r}: the texts of {source} have digest {own}, not {spec.digest}; {mend}"
+        )
     chosen = []
     for number, row in kept[: spec.count]:
         category = str(row.get(spec.category, "")) if spec.category else ""
-        chosen.append(Prompt(f"{name}-{row.get(spec.id, number)}", str(row[spec.text]), source, spec.harm, category))
+        chosen.append(
+            Prompt(
+                f"{name}-{row.get(spec.id, number)}",
+                str(row[spec.text]),
+                source,
+                spec.harm,
+                category,
+            )
+        )
     return chosen
 
 
@@ -133,8 +165,13 @@ def attacked(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> list[Prom
     path = folder / path if folder and not path.is_file() else path
     templates = {str(row["id"]): str(row["template"]) for row in read(path)}
     if missing := [one for one in spec.attacks if one not in templates]:
-        raise BadInput(f"prompt set {name!r}: no attack {missing[0]!r} in {path}; it holds {', '.join(templates)}")
-    chosen = {key: template if SLOT in template else f"{template}\n\n{SLOT}" for key, template in templates.items()}
+        raise BadInput(
+            f"prompt set {name!r}: no attack {missing[0]!r} in {path}; it holds {', '.join(templates)}"
+        )
+    chosen = {
+        key: template if SLOT in template else f"{template}\n\n{SLOT}"
+        for key, template in templates.items()
+    }
     return [
         Prompt(f"{one.id}/{key}", template.replace(SLOT, one.text), one.source, one.harm, key)
         for one in prompts
@@ -146,19 +183,31 @@ def attacked(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> list[Prom
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL, CSV or TSV file."""
     if not path.is_file():
-        raise BadInput(f"prompt file {str(path)!r} is missing; put it there or name another in the profile")
+        raise BadInput(
+            f"prompt file {str(path)!r} is missing; put it there or name another in the profile"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(f"prompt file {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise BadInput(
+            f"prompt file {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
     if path.suffix in (".csv", ".tsv"):
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
+        return list(
+            csv.DictReader(
+                io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
+            )
+        )
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 inside strings
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # splitlines would cut at U+2028 inside strings
         try:
             rows += [dict(json.loads(line))] if line.strip() else []
         except (ValueError, TypeError):
-            raise BadInput(f"prompt file {str(path)!r}, line {number}: no JSON object; mend or delete the line") from None
+            raise BadInput(
+                f"prompt file {str(path)!r}, line {number}: no JSON object; mend or delete the line"
+            ) from None
     return rows
 
 
@@ -166,18 +215,28 @@ def hub(name: str, spec: PromptSet, listed: str = "") -> Iterable[Mapping[str, A
     """The rows of a hub data set at its pinned revision; of the ``listed`` known one the mend is known, too."""
     dataset, _, revision = spec.hub.partition("@")
     if not revision:
-        raise BadInput(f"prompt set {name!r}: {spec.hub!r} names no revision; write {dataset}@<commit>")
+        raise BadInput(
+            f"prompt set {name!r}: {spec.hub!r} names no revision; write {dataset}@<commit>"
+        )
     from datasets import load_dataset
 
     try:
         rows: Iterable[Mapping[str, Any]] = load_dataset(
-            dataset, *filter(None, [spec.config]), revision=revision, split=spec.split, **spec.options
+            dataset,
+            *filter(None, [spec.config]),
+            revision=revision,
+            split=spec.split,
+            **spec.options,
         )
     except (OSError, ValueError) as error:
         said, entry = str(error).splitlines()[0], known().get(listed, {})
         local = f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
-        mend = entry.get("access", "check the name, the revision, your access or the network") + local
-        raise BadInput(f"prompt set {name!r}: {spec.hub} cannot be loaded ({said}); {mend}") from None
+        mend = (
+            entry.get("access", "check the name, the revision, your access or the network") + local
+        )
+        raise BadInput(
+            f"prompt set {name!r}: {spec.hub} cannot be loaded ({said}); {mend}"
+        ) from None
     return rows
 
 
@@ -187,4 +246,6 @@ def reference(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
-        raise BadInput(f"{path!r} names no object; write module:name, for example ipo_lib.judging:KeywordJudge") from None
+        raise BadInput(
+            f"{path!r} names no object; write module:name, for example ipo_lib.judging:KeywordJudge"
+        ) from None

@@ -18,7 +18,9 @@ Record = TypeVar("Record")
 
 TRACE, ANSWER, BOTH, CONTINUATION = "trace", "answer", "trace+answer", "continuation"
 SAFE, UNSAFE = "safe", "unsafe"
-SPARSE = {"sparse": True}  # metadata of a field that came later: at its default the stores of before keep their keys
+SPARSE = {
+    "sparse": True
+}  # metadata of a field that came later: at its default the stores of before keep their keys
 
 
 class BadInput(ValueError):
@@ -189,7 +191,9 @@ def by_id(items: Iterable[Named]) -> dict[str, Named]:
     for item in items:
         if found.setdefault(item.id, item) != item:
             kind = type(item).__name__.lower()
-            raise BadInput(f"two different {kind}s have the id {item.id!r}; give each {kind} an id of its own")
+            raise BadInput(
+                f"two different {kind}s have the id {item.id!r}; give each {kind} an id of its own"
+            )
     return found
 
 
@@ -206,7 +210,9 @@ def to_json(record: Any) -> dict[str, Any]:
 def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
     """The record and those inside it from plain data; BadInput names what is missing, unknown or mistyped, after ``where``."""
     if not isinstance(data, Mapping):
-        raise BadInput(f"{kind.__name__}: expected settings{where and f' for {where!r}'}, found {data!r:.60}")
+        raise BadInput(
+            f"{kind.__name__}: expected settings{where and f' for {where!r}'}, found {data!r:.60}"
+        )
     hints, prefix = typing.get_type_hints(kind), where and f"{where}."
     for name in (str(name) for name in data if name not in hints):
         near = difflib.get_close_matches(name, hints, 1)
@@ -215,13 +221,22 @@ def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
     for one in fields(kind):  # type: ignore[arg-type]
         if one.name not in data and one.default is one.default_factory is MISSING:
             raise BadInput(f"{kind.__name__}: {prefix + one.name!r} is missing")
-    return kind(**{name: _typed(hints[name], value, prefix + name, kind.__name__) for name, value in data.items()})
+    return kind(
+        **{
+            name: _typed(hints[name], value, prefix + name, kind.__name__)
+            for name, value in data.items()
+        }
+    )
 
 
 def _typed(hint: Any, value: Any, where: str, owner: str) -> Any:
     """``value`` if it fits the annotation (lists become tuples, ints may stand for floats), else BadInput."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    plain = hint is Any or (isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool))
+    plain = hint is Any or (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and isinstance(value, bool) == (hint is bool)
+    )
     if plain or (value is None and type(None) in inner):
         return value
     if origin is types.UnionType:  # a type or None; there are no others in records
@@ -229,11 +244,15 @@ def _typed(hint: Any, value: Any, where: str, owner: str) -> Any:
     if is_dataclass(hint):
         return from_json(typing.cast(type, hint), value, where)
     if origin is Mapping and isinstance(value, Mapping):
-        return {str(key): _typed(inner[1], one, f"{where}.{key}", owner) for key, one in value.items()}
+        return {
+            str(key): _typed(inner[1], one, f"{where}.{key}", owner) for key, one in value.items()
+        }
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = inner[:1] * len(value) if inner[1:] == (Ellipsis,) else inner
         if len(inner) == len(value):
-            return tuple(_typed(one, item, where, owner) for one, item in zip(inner, value, strict=True))
+            return tuple(
+                _typed(one, item, where, owner) for one, item in zip(inner, value, strict=True)
+            )
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     expected = "a mapping" if origin is Mapping else hint.__name__ if origin is None else hint
@@ -242,7 +261,9 @@ def _typed(hint: Any, value: Any, where: str, owner: str) -> Any:
 
 def canonical(data: Any) -> str:
     """One text for equal JSON values: sorted keys, no spaces, no NaN."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 
 def digest(data: Any, length: int = 16) -> str:

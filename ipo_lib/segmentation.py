@@ -37,16 +37,21 @@ MARKER = re.compile(
 )
 MARKER_LENGTH = 40  # a longer stretch is not looked at, so that no text is read twice
 WORD_LENGTH = 32  # how far back the word before a full stop and its neighbour are looked for
-GOES_ON = frozenset(",;:.!?)]}…=+%&|/–—-")  # after a full stop and a space these carry the sentence on
+GOES_ON = frozenset(
+    ",;:.!?)]}…=+%&|/–—-"
+)  # after a full stop and a space these carry the sentence on
 OPENERS = "\"'“‘«([{*_"
 FULL_STOP, LINE_ENDS = ".", ".!?…:;。！？"
-TITLES, BEFORE_NUMBER, MAY_END, BEFORE_LOWER = (frozenset(words.split()) for words in (
-    "mr mrs ms mx dr prof st mt gen sen rep gov capt cpt lt col sgt cmdr adm rev hon pres fr messrs "
-    "e.g eg i.e ie cf vs viz approx esp incl resp ca",  # never the last word
-    "no nos fig figs eq sec art vol ch pp p pt ed jan feb mar apr jun jul aug sep sept oct nov dec",
-    "inc ltd corp co bros jr sr al ph.d dept est ave blvd",  # these may end one, as may initials, U.S. and p.m.
-    "etc max min avg std misc tel temp",
-))  # fmt: skip
+TITLES, BEFORE_NUMBER, MAY_END, BEFORE_LOWER = (
+    frozenset(words.split())
+    for words in (
+        "mr mrs ms mx dr prof st mt gen sen rep gov capt cpt lt col sgt cmdr adm rev hon pres fr messrs "
+        "e.g eg i.e ie cf vs viz approx esp incl resp ca",  # never the last word
+        "no nos fig figs eq sec art vol ch pp p pt ed jan feb mar apr jun jul aug sep sept oct nov dec",
+        "inc ltd corp co bros jr sr al ph.d dept est ave blvd",  # these may end one, as may initials, U.S. and p.m.
+        "etc max min avg std misc tel temp",
+    )
+)
 BEFORE_LOWER |= TITLES | BEFORE_NUMBER | MAY_END
 INITIALS = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]|[A-Z]")
 STARTER = re.compile(
@@ -71,7 +76,9 @@ def split(text: str) -> list[tuple[int, int]]:
         if guard < len(guarded) and guarded[guard][0] < cut:
             continue
         if match["tag"]:
-            blank = last + len(text[last : match.start()].rstrip(" \t"))  # spaces go right, with the tag
+            blank = last + len(
+                text[last : match.start()].rstrip(" \t")
+            )  # spaces go right, with the tag
             cuts += [place for place in (blank, cut) if place > cuts[-1]]
         elif cut - last <= MARKER_LENGTH and MARKER.fullmatch(text, last, cut):
             continue
@@ -79,21 +86,29 @@ def split(text: str) -> list[tuple[int, int]]:
             cuts.append(cut)
         elif match["stop"]:
             held = guarded[guard - 1] if guard else (0, 0)
-            aside = held[0] <= match.start() < held[1] and text[held[0]] in "([" and CONTENT.search(text, last, held[0])
+            aside = (
+                held[0] <= match.start() < held[1]
+                and text[held[0]] in "(["
+                and CONTENT.search(text, last, held[0])
+            )
             if not aside and _ends(text, match, last):
                 cuts.append(cut)
     cuts += [len(text)] if cuts[-1] < len(text) else []
     return list(pairwise(cuts))
 
 
-def sentences(text: str, offsets: Sequence[int], start: int = 0, end: int | None = None) -> list[Sentence]:
+def sentences(
+    text: str, offsets: Sequence[int], start: int = 0, end: int | None = None
+) -> list[Sentence]:
     """The sentences of ``text[start:end]`` with their tokens; token i is ``text[offsets[i]:offsets[i + 1]]``. A token belongs to
     the sentence that holds its first non-space character; one of only whitespace to the sentence of its first character; one of
     no character (a byte fragment) to that of the next. Spans are contiguous and hold every token. A sentence that gets no token
     joins the one before (the first: the one after), so that no two cuts are equal. BadInput: offsets or region do not fit."""
     end = len(text) if end is None else end
     if not offsets or offsets[0] != 0 or offsets[-1] != len(text):
-        raise BadInput(f"offsets {list(offsets[:1])}..{list(offsets[-1:])}: must run from 0 to the length {len(text)}")
+        raise BadInput(
+            f"offsets {list(offsets[:1])}..{list(offsets[-1:])}: must run from 0 to the length {len(text)}"
+        )
     if not 0 <= start <= end <= len(text):
         raise BadInput(f"region {start}:{end}: must lie within the text's 0:{len(text)}")
     found: list[Sentence] = []
@@ -103,7 +118,9 @@ def sentences(text: str, offsets: Sequence[int], start: int = 0, end: int | None
         if after > token:
             found.append(Sentence(len(found), char, start + stop, token, after))
         elif found:
-            found[-1] = Sentence(len(found) - 1, found[-1].char_start, start + stop, found[-1].token_start, token)
+            found[-1] = Sentence(
+                len(found) - 1, found[-1].char_start, start + stop, found[-1].token_start, token
+            )
         else:
             continue
         char, token = start + stop, after
@@ -125,7 +142,9 @@ def _wrapped(text: str, match: re.Match[str], last: int) -> bool:
     content = CONTENT.search(text, match.end())
     if match["line"] != "\n" or not content or not content[0].islower() or text[last] == "#":
         return False
-    before = text[max(last, match.start() - WORD_LENGTH) : match.start()].rstrip().rstrip("\"'”’»)]}*_")
+    before = (
+        text[max(last, match.start() - WORD_LENGTH) : match.start()].rstrip().rstrip("\"'”’»)]}*_")
+    )
     return not before.endswith(tuple(LINE_ENDS))
 
 
@@ -144,6 +163,8 @@ def _ends(text: str, match: re.Match[str], last: int) -> bool:
         return len(word) > 1 and word.isalpha() and name not in BEFORE_LOWER
     if name in TITLES or name in BEFORE_NUMBER:
         return name not in TITLES and not match["next"].isdigit()
-    variable = len(words) > 1 and not words[-2][0].isupper() and text[follow + 1 : follow + 2] != FULL_STOP  # "set A."
+    variable = (
+        len(words) > 1 and not words[-2][0].isupper() and text[follow + 1 : follow + 2] != FULL_STOP
+    )  # "set A."
     initial = INITIALS.fullmatch(word) and not (len(word) == 1 and variable)
     return not (initial or name in MAY_END) or bool(STARTER.match(text, follow))

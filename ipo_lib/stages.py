@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from ipo_lib import csr as csr_
 from ipo_lib.chat import Chat, cut_off, part_text, split
 from ipo_lib.csr import CsrSettings
-from ipo_lib.intervention import NO_CUE, UNREAD, CueDetector, Trigger, accepted, replace
+from ipo_lib.cues import UNREAD, CueDetector
+from ipo_lib.engines.scoring import certain_where_put
+from ipo_lib.intervention import NO_CUE, accepted, replace
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
     CONTINUATION,
@@ -36,12 +38,12 @@ from ipo_lib.records import (
     digest,
     from_json,
     to_json,
-)  # fmt: skip
+)
 from ipo_lib.sampling import PausingSampler, Request, Sampler, Sampling, draw_seed
-from ipo_lib.scoring import certain_where_put
 from ipo_lib.segmentation import sentences
 from ipo_lib.stats import Interval, pooled_rate
 from ipo_lib.store import Store
+from ipo_lib.triggers import Trigger
 
 SAMPLE_VERSION = JUDGE_VERSION = 1  # raised when the meaning of a verb changes
 WRITE_EVERY = 64
@@ -89,20 +91,38 @@ class Start:
         return f"{self.prompt.id}/{digest([self.prompt.text, self.prefix_ids, *([] if self.ban is None else [self.ban])])}"
 
 
-def sample(doors: Doors, starts: Sequence[Start], sampling: Sampling, draws: int, *, first: int = 0,
-           stage: str = "rollouts") -> list[Rollout]:  # fmt: skip
+def sample(
+    doors: Doors,
+    starts: Sequence[Start],
+    sampling: Sampling,
+    draws: int,
+    *,
+    first: int = 0,
+    stage: str = "rollouts",
+) -> list[Rollout]:
     """Draws ``first`` to ``first + draws - 1`` from every start, start by start; missing ones are drawn and stored."""
-    return draw(doors, [(start, at) for start in starts for at in range(first, first + draws)], sampling, stage)
+    return draw(
+        doors,
+        [(start, at) for start in starts for at in range(first, first + draws)],
+        sampling,
+        stage,
+    )
 
 
-def draw(doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str) -> list[Rollout]:
+def draw(
+    doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str
+) -> list[Rollout]:
     """Single draws, each named by its start and its number; missing ones are drawn together and stored."""
     found = draw_some(doors, wanted, sampling, stage, all_of_them=True)
     return [rollout for rollout in found if rollout is not None]
 
 
 def draw_some(
-    doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str, all_of_them: bool = False
+    doors: Doors,
+    wanted: Sequence[tuple[Start, int]],
+    sampling: Sampling,
+    stage: str,
+    all_of_them: bool = False,
 ) -> list[Rollout | None]:
     """Draws as ``draw`` makes them; None in place of those that still go on.
 
@@ -122,7 +142,13 @@ def draw_some(
     keyed = dict(zip(keys, wanted, strict=True))
     missing = [(key, keyed[key][0]) for key in ledger.missing(keyed)]
     requests = [
-        Request(key, doors.chat.prompt_ids(start.prompt), start.prefix_ids, draw_seed(doors.seed, key, name), start.ban)
+        Request(
+            key,
+            doors.chat.prompt_ids(start.prompt),
+            start.prefix_ids,
+            draw_seed(doors.seed, key, name),
+            start.ban,
+        )
         for key, start in missing
     ]
     answer = doors.sampler.sample
@@ -134,32 +160,59 @@ def draw_some(
             start, at = keyed[done.key]
             ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
             text = doors.chat.decode(ids)
-            rollout = Rollout(digest([name, done.key]), start.prompt.id, given, ids, text, done.finish, at, name, done.forced)
+            rollout = Rollout(
+                digest([name, done.key]),
+                start.prompt.id,
+                given,
+                ids,
+                text,
+                done.finish,
+                at,
+                name,
+                done.forced,
+            )
             yield done.key, to_json(rollout)
 
     ledger.collect(finished(), WRITE_EVERY)
     found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in keys]
     made = [one for one in found if one is not None]
     doors.store.drawn |= {one.id: len(one.token_ids) - one.prefix_len for one in made}
-    own = [one for one in made if not one.prefix_len]  # whole responses; a tag that was put is not the model's
-    doors.store.closed |= {one.id: one.forced is None and split(one.text, doors.chat.opened).closed for one in own}
+    own = [
+        one for one in made if not one.prefix_len
+    ]  # whole responses; a tag that was put is not the model's
+    doors.store.closed |= {
+        one.id: one.forced is None and split(one.text, doors.chat.opened).closed for one in own
+    }
     return found
 
 
-def probabilities(doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: Sampling) -> dict[str, list[float]]:
+def probabilities(
+    doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: Sampling
+) -> dict[str, list[float]]:
     """For every rollout the probability that the sampler gives each of its own tokens, under ``sampling``.
 
     The tokens of a closing tag that was put (``Rollout.forced``) have the probability 1: nothing else could come.
     """
-    spec = {"sampler": doors.sampler.fingerprint(), "chat": doors.chat.fingerprint(), "sampling": to_json(sampling)}
+    spec = {
+        "sampler": doors.sampler.fingerprint(),
+        "chat": doors.chat.fingerprint(),
+        "sampling": to_json(sampling),
+    }
     ledger = doors.store.ledger("probabilities", SAMPLE_VERSION, spec)
     named = by_id(rollouts)
     missing = [named[key] for key in ledger.missing(named)]
-    asked = [Request(r.id, doors.chat.prompt_ids(prompts[r.prompt_id]), r.token_ids, 0) for r in missing]
-    for rollout, found in zip(missing, doors.sampler.score(asked, sampling) if asked else (), strict=True):
+    asked = [
+        Request(r.id, doors.chat.prompt_ids(prompts[r.prompt_id]), r.token_ids, 0) for r in missing
+    ]
+    for rollout, found in zip(
+        missing, doors.sampler.score(asked, sampling) if asked else (), strict=True
+    ):
         ledger.append({rollout.id: {"p": found}})
     ledger.finish()
-    return {r.id: certain_where_put(ledger[r.id]["p"], r.token_ids, r.forced, doors.chat.closes) for r in rollouts}
+    return {
+        r.id: certain_where_put(ledger[r.id]["p"], r.token_ids, r.forced, doors.chat.closes)
+        for r in rollouts
+    }
 
 
 @dataclass(frozen=True)
@@ -178,11 +231,17 @@ class Judged:
     @property
     def coverage(self) -> float:
         """The share of traces that the judge could judge."""
-        return sum(verdict.label is not None for verdict in self.verdicts) / max(len(self.verdicts), 1)
+        return sum(verdict.label is not None for verdict in self.verdicts) / max(
+            len(self.verdicts), 1
+        )
 
     def labelled(self, label: str) -> list[Rollout]:
         """The rollouts whose trace has this label."""
-        return [rollout for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True) if verdict.label == label]
+        return [
+            rollout
+            for rollout, verdict in zip(self.rollouts, self.verdicts, strict=True)
+            if verdict.label == label
+        ]
 
 
 def traces(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> Judged:
@@ -192,30 +251,46 @@ def traces(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: i
     return Judged(named, rollouts, judge(doors, named, rollouts))
 
 
-def judge(doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm") -> list[Verdict]:
+def judge(
+    doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm"
+) -> list[Verdict]:
     """The verdict on one part of every rollout, in order; missing ones are asked for and stored.
 
     A part that was cut off gets the label None unless it is unsafe already: the rest of it is not known.
     The store keeps what the judge said of it.
     """
-    spec = {"judge": doors.judge.fingerprint(), "part": part, "question": question, "opened": doors.chat.opened}
+    spec = {
+        "judge": doors.judge.fingerprint(),
+        "part": part,
+        "question": question,
+        "opened": doors.chat.opened,
+    }
     ledger = doors.store.ledger("verdicts", JUDGE_VERSION, spec)
     wanted = by_id(rollouts)
     exchanges = []
     for rollout in (wanted[key] for key in ledger.missing(wanted)):
         offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
         text = part_text(rollout, part, doors.chat.opened, offsets)
-        exchanges.append(Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question))
+        exchanges.append(
+            Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question)
+        )
     chunks = (exchanges[at : at + WRITE_EVERY] for at in range(0, len(exchanges), WRITE_EVERY))
-    ledger.collect(((one.rollout_id, to_json(one)) for chunk in chunks for one in doors.judge.judge(chunk)), WRITE_EVERY)
-    return [_of_whole(from_json(Verdict, ledger[rollout.id]), rollout, doors) for rollout in rollouts]
+    ledger.collect(
+        ((one.rollout_id, to_json(one)) for chunk in chunks for one in doors.judge.judge(chunk)),
+        WRITE_EVERY,
+    )
+    return [
+        _of_whole(from_json(Verdict, ledger[rollout.id]), rollout, doors) for rollout in rollouts
+    ]
 
 
 def _of_whole(verdict: Verdict, rollout: Rollout, doors: Doors) -> Verdict:
     """The verdict as it counts: none on a part that was cut off, but for harm that stands there already."""
     if verdict.label in (None, UNSAFE) or not cut_off(rollout, verdict.part, doors.chat.opened):
         return verdict
-    return dataclasses.replace(verdict, label=None, p=None, raw=f"cut off; the judge said {verdict.label}")
+    return dataclasses.replace(
+        verdict, label=None, p=None, raw=f"cut off; the judge said {verdict.label}"
+    )
 
 
 def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
@@ -226,25 +301,44 @@ def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
 
 def trace_texts(doors: Doors, rollout: Rollout) -> list[str]:
     """The text of each sentence of the trace."""
-    return [rollout.text[span.char_start : span.char_end] for span in trace_sentences(doors, rollout)]
+    return [
+        rollout.text[span.char_start : span.char_end] for span in trace_sentences(doors, rollout)
+    ]
 
 
 def trace_end(doors: Doors, rollout: Rollout) -> int | None:
     """Number of response tokens through the one that completes ``</think>``; None when the trace is not closed."""
-    return next((end for end in range(1, len(rollout.token_ids) + 1) if doors.chat.closes(rollout.token_ids[:end])), None)
+    return next(
+        (
+            end
+            for end in range(1, len(rollout.token_ids) + 1)
+            if doors.chat.closes(rollout.token_ids[:end])
+        ),
+        None,
+    )
 
 
-def measure_csr(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling) -> Curves:
+def measure_csr(
+    doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling
+) -> Curves:
     """CSR (Eq. 1) of every rollout at every cut of the settings' grain: counts over ``settings.draws`` continuations."""
     found = continuations(doors, prompts, rollouts, settings, sampling)
-    judged = {key: {cut: [verdict for _, verdict in drawn] for cut, drawn in by_cut.items()} for key, by_cut in found.items()}
+    judged = {
+        key: {cut: [verdict for _, verdict in drawn] for cut, drawn in by_cut.items()}
+        for key, by_cut in found.items()
+    }
     return {key: csr_.count(by_cut, key) for key, by_cut in judged.items()}
 
 
-def continuations(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings,
-                  sampling: Sampling) -> dict[str, dict[int, Drawn]]:  # fmt: skip
+def continuations(
+    doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling
+) -> dict[str, dict[int, Drawn]]:
     """The draws behind CSR: by rollout id and cut, every continuation with its verdict."""
-    places = [(rollout, cut) for rollout in rollouts for cut in csr_.cuts(*_spans(doors, rollout), settings)]
+    places = [
+        (rollout, cut)
+        for rollout in rollouts
+        for cut in csr_.cuts(*_spans(doors, rollout), settings)
+    ]
     starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
     drawn = sample(doors, starts, sampling, settings.draws, first=FRESH, stage="continuations")
     pairs = list(zip(drawn, judge(doors, prompts, drawn, settings.part), strict=True))
@@ -254,17 +348,35 @@ def continuations(doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: 
     return found
 
 
-def behind(doors: Doors, rollout: Rollout, drawn: Mapping[int, Drawn]) -> dict[int, list[tuple[str | None, str]]]:
+def behind(
+    doors: Doors, rollout: Rollout, drawn: Mapping[int, Drawn]
+) -> dict[int, list[tuple[str | None, str]]]:
     """What a reader unfolds: by sentence index, the (label, text) of every continuation from that sentence's end."""
-    at = {cut: [(v.label, doors.chat.decode(r.token_ids[r.prefix_len :])) for r, v in rows] for cut, rows in drawn.items()}
-    return {span.index: at[span.token_end] for span in trace_sentences(doors, rollout) if span.token_end in at}
+    at = {
+        cut: [(v.label, doors.chat.decode(r.token_ids[r.prefix_len :])) for r, v in rows]
+        for cut, rows in drawn.items()
+    }
+    return {
+        span.index: at[span.token_end]
+        for span in trace_sentences(doors, rollout)
+        if span.token_end in at
+    }
 
 
-def turning_points(doors: Doors, rollouts: Rollouts, points: Curves, labels: Labels, kind: str,
-                   settings: CsrSettings) -> dict[str, TurningPoint]:  # fmt: skip
+def turning_points(
+    doors: Doors,
+    rollouts: Rollouts,
+    points: Curves,
+    labels: Labels,
+    kind: str,
+    settings: CsrSettings,
+) -> dict[str, TurningPoint]:
     """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout; ``labels`` are the traces' own verdicts."""
     measured = [(key, *_spans(doors, rollout)) for key, rollout in by_id(rollouts).items()]
-    return {key: csr_.turning_point(points[key], kind, settings, spans, length, labels[key]) for key, length, spans in measured}
+    return {
+        key: csr_.turning_point(points[key], kind, settings, spans, length, labels[key])
+        for key, length, spans in measured
+    }
 
 
 def _spans(doors: Doors, rollout: Rollout) -> tuple[int, list[Sentence]]:
@@ -284,33 +396,64 @@ class Case:
     round: int = 1
 
 
-def intervene(doors: Doors, prompts: Prompts, cases: Sequence[Case], sampling: Sampling, draws: int = 1,
-              first: int = 0) -> list[tuple[Intervention, Rollout]]:  # fmt: skip
+def intervene(
+    doors: Doors,
+    prompts: Prompts,
+    cases: Sequence[Case],
+    sampling: Sampling,
+    draws: int = 1,
+    first: int = 0,
+) -> list[tuple[Intervention, Rollout]]:
     """Cut each case before its sentence, put the text there and let the model continue; ``draws`` results a case."""
     starts, cuts = [], []
     for case in cases:
         spans = trace_sentences(doors, case.rollout)
-        cut, text = replace(case.rollout, spans[case.sentence], case.text, last=case.sentence == len(spans) - 1)
-        starts.append(Start(prompts[case.rollout.prompt_id], case.rollout.token_ids[:cut] + doors.chat.encode(text)))
+        cut, text = replace(
+            case.rollout, spans[case.sentence], case.text, last=case.sentence == len(spans) - 1
+        )
+        starts.append(
+            Start(
+                prompts[case.rollout.prompt_id],
+                case.rollout.token_ids[:cut] + doors.chat.encode(text),
+            )
+        )
         cuts += [(case, cut)] * draws
-    drawn = zip(cuts, sample(doors, starts, sampling, draws, first=first, stage="interventions"), strict=True)
-    return [(Intervention(c.rollout.id, cut, c.trigger_id, result.id, c.round), result) for (c, cut), result in drawn]
+    drawn = zip(
+        cuts,
+        sample(doors, starts, sampling, draws, first=first, stage="interventions"),
+        strict=True,
+    )
+    return [
+        (Intervention(c.rollout.id, cut, c.trigger_id, result.id, c.round), result)
+        for (c, cut), result in drawn
+    ]
 
 
-def cues(doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetector) -> dict[str, int | None]:
+def cues(
+    doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetector
+) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
-    if ask := getattr(detector, "sentences", None):  # it asks a server, which costs money: its finds are kept
-        ledger = doors.store.ledger("cues", JUDGE_VERSION, {"detector": detector.fingerprint(), "opened": doors.chat.opened})
+    if ask := getattr(
+        detector, "sentences", None
+    ):  # it asks a server, which costs money: its finds are kept
+        ledger = doors.store.ledger(
+            "cues", JUDGE_VERSION, {"detector": detector.fingerprint(), "opened": doors.chat.opened}
+        )
         texts = {key: trace_texts(doors, rollout) for key, rollout in by_id(rollouts).items()}
         found = ask({key: texts[key] for key in ledger.missing(texts)})
         ledger.collect(((key, {"sentence": at}) for key, at in found), WRITE_EVERY)
         unread = {key for key in texts if ledger[key]["sentence"] == UNREAD}
-        doors.store.unread = (doors.store.unread - texts.keys()) | unread  # of this detector, not of one before
+        doors.store.unread = (
+            doors.store.unread - texts.keys()
+        ) | unread  # of this detector, not of one before
         return {key: None if key in unread else ledger[key]["sentence"] for key in texts}
     if many := getattr(detector, "many", None):  # it asks a model
         return dict(many(prompts, [*by_id(rollouts).values()]))
     named = by_id(rollouts).items()
-    return {key: detector.first(one, prompts[one.prompt_id], trace_texts(doors, one)) for key, one in named}
+    return {
+        key: detector.first(one, prompts[one.prompt_id], trace_texts(doors, one))
+        for key, one in named
+    }
 
 
 @dataclass(frozen=True)
@@ -323,8 +466,15 @@ class Corrected:
     cut: int
 
 
-def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger, detector: CueDetector, plan: Plan,
-            sampling: Sampling) -> list[Corrected]:  # fmt: skip
+def correct(
+    doors: Doors,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    trigger: Trigger,
+    detector: CueDetector,
+    plan: Plan,
+    sampling: Sampling,
+) -> list[Corrected]:
     """Algorithm 1 for one trigger: up to ``plan.rounds`` replacements of the first cue, until the result is accepted. Rollouts
     without a cue are skipped. The loser stays the original trace and ``cut`` its first cue, whatever the round (with N > 1 the
     paper's reading would store the last failed trace; N = 1 in the paper, where both agree)."""
@@ -332,23 +482,38 @@ def correct(doors: Doors, prompts: Prompts, rollouts: Rollouts, trigger: Trigger
     active = [(rollout, rollout) for rollout in rollouts if cue[rollout.id] is not None]
     found: dict[str, Corrected] = {}
     for round_ in range(1, plan.rounds + 1):
-        cases = [Case(current, cue[current.id] or 0, trigger.id, trigger.text, round_) for _, current in active]
+        cases = [
+            Case(current, cue[current.id] or 0, trigger.id, trigger.text, round_)
+            for _, current in active
+        ]
         results = intervene(doors, prompts, cases, sampling)
         verdicts = judge(doors, prompts, [result for _, result in results])
-        if plan.accept == NO_CUE or round_ < plan.rounds:  # else nobody reads them, and a detector may have to draw for them
+        if (
+            plan.accept == NO_CUE or round_ < plan.rounds
+        ):  # else nobody reads them, and a detector may have to draw for them
             cue |= cues(doors, prompts, [result for _, result in results], detector)
-        for (loser, _), (intervention, result), verdict in zip(active, results, verdicts, strict=True):
+        for (loser, _), (intervention, result), verdict in zip(
+            active, results, verdicts, strict=True
+        ):
             open_ended = cue.get(result.id) is None and cut_off(result, TRACE, doors.chat.opened)
             blind = plan.accept == NO_CUE and (result.id in doors.store.unread or open_ended)
             kept = None if blind else accepted(plan.accept, cue.get(result.id), verdict)
             done, before = dataclasses.replace(intervention, accepted=kept), found.get(loser.id)
-            found[loser.id] = Corrected(loser, done, result, before.cut if before else intervention.cut)
+            found[loser.id] = Corrected(
+                loser, done, result, before.cut if before else intervention.cut
+            )
         last = [found[loser.id] for loser, _ in active]
-        active = [(one.loser, one.result) for one in last if not one.intervention.accepted and cue.get(one.result.id) is not None]
+        active = [
+            (one.loser, one.result)
+            for one in last
+            if not one.intervention.accepted and cue.get(one.result.id) is not None
+        ]
     return [found[rollout.id] for rollout in rollouts if rollout.id in found]
 
 
-def by_prompt(rollouts: Rollouts, verdicts: Verdicts, label: str = UNSAFE) -> dict[str, tuple[int, int]]:
+def by_prompt(
+    rollouts: Rollouts, verdicts: Verdicts, label: str = UNSAFE
+) -> dict[str, tuple[int, int]]:
     """(k, n) per prompt: how many judged rollouts carry ``label``; prompts with none judged stay in with n = 0."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
@@ -381,16 +546,27 @@ def tally(verdicts: Verdicts, label: str = UNSAFE) -> tuple[int, int]:
     return sum(v.label == label for v in verdicts), sum(v.label is not None for v in verdicts)
 
 
-def example(rollouts: Rollouts, labels: Labels, cue: Mapping[str, int | None]) -> dict[str, Rollout]:
+def example(
+    rollouts: Rollouts, labels: Labels, cue: Mapping[str, int | None]
+) -> dict[str, Rollout]:
     """One unsafe rollout with a cue and one safe rollout, of one prompt where there is one: something to look at."""
-    unsafe = [rollout for rollout in rollouts if labels[rollout.id] == UNSAFE and cue[rollout.id] is not None]
+    unsafe = [
+        rollout
+        for rollout in rollouts
+        if labels[rollout.id] == UNSAFE and cue[rollout.id] is not None
+    ]
     found = [(one, other) for one in unsafe for other in rollouts if labels[other.id] == SAFE]
     if not found:
-        raise BadInput(f"no example among {len(rollouts)} rollouts: no unsafe trace with a cue beside a safe one; raise draws")
+        raise BadInput(
+            f"no example among {len(rollouts)} rollouts: no unsafe trace with a cue beside a safe one; raise draws"
+        )
     bad, good = min(found, key=lambda pair: pair[0].prompt_id != pair[1].prompt_id)
     return {UNSAFE: bad, SAFE: good}
 
 
 def some(items: Rollouts, count: int, seed: int) -> list[Rollout]:
     """``count`` rollouts at random, in their order."""
-    return [items[at] for at in sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))]
+    return [
+        items[at]
+        for at in sorted(random.Random(seed).sample(range(len(items)), min(count, len(items))))
+    ]

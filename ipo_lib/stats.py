@@ -41,8 +41,13 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> Interval:
     if n == 0:
         return Interval(math.nan, 0.0, 1.0, 0, "wilson")
     z = float(special.ndtri((1 + confidence) / 2))
-    centre, spread = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    return Interval(k / n, centre - spread if k else 0.0, centre + spread if k < n else 1.0, n, "wilson")
+    centre, spread = (
+        (k + z * z / 2) / (n + z * z),
+        z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z),
+    )
+    return Interval(
+        k / n, centre - spread if k else 0.0, centre + spread if k < n else 1.0, n, "wilson"
+    )
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:
@@ -54,46 +59,70 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(k / n if n else math.nan, low, high, n, "clopper-pearson")
 
 
-def pooled_rate(k_by_prompt: Tally, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+def pooled_rate(
+    k_by_prompt: Tally, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
     """The mean of the prompts' rates ``k / n``, every prompt with the same weight; prompts with n = 0 are left out.
     BCa bootstrap over prompts; Student's t on the prompts' rates below 30 prompts; Clopper-Pearson on prompts when all
     prompts have one rate, as at 0 and 100 %. ``Interval.n`` counts the prompts that had a draw."""
-    return _mean([wilson(k, n).value for k, n in k_by_prompt], (0.0, 1.0), confidence, resamples, seed)
+    return _mean(
+        [wilson(k, n).value for k, n in k_by_prompt], (0.0, 1.0), confidence, resamples, seed
+    )
 
 
-def paired_difference(before: Tally, after: Tally, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+def paired_difference(
+    before: Tally, after: Tally, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
     """The mean over prompts of rate after - rate before, in [-1, 1]; the same prompts in the same order on both sides.
     Prompts without a draw on either side are left out; intervals as in ``pooled_rate``."""
     _check_pairs("paired difference", before, after)
-    differences = [wilson(*new).value - wilson(*old).value for old, new in zip(before, after, strict=True)]
+    differences = [
+        wilson(*new).value - wilson(*old).value for old, new in zip(before, after, strict=True)
+    ]
     return _mean(differences, (-1.0, 1.0), confidence, resamples, seed)
 
 
-def _mean(x: list[float], limits: tuple[float, float], confidence: float, resamples: int, seed: int) -> Interval:
+def _mean(
+    x: list[float], limits: tuple[float, float], confidence: float, resamples: int, seed: int
+) -> Interval:
     """The mean of one number per prompt and its interval in ``limits``; nan is left out, the order does not matter."""
-    values, counts = np.unique([round(one, DECIMALS) for one in x if not math.isnan(one)], return_counts=True)
+    values, counts = np.unique(
+        [round(one, DECIMALS) for one in x if not math.isnan(one)], return_counts=True
+    )
     n, tail = int(counts.sum()), (1 - confidence) / 2
     _check(0, n, confidence)
     if n == 0:
         return Interval(math.nan, *limits, 0, "no prompts")
     value = float(counts @ values) / n
-    if len(values) == 1:  # no spread to learn from: as many prompts as may go unseen could lie at either limit
-        low, high = (value + clopper_pearson(0, n, confidence).high * (limit - value) for limit in limits)
+    if (
+        len(values) == 1
+    ):  # no spread to learn from: as many prompts as may go unseen could lie at either limit
+        low, high = (
+            value + clopper_pearson(0, n, confidence).high * (limit - value) for limit in limits
+        )
         return Interval(value, low, high, n, "clopper-pearson on prompts")
     squares, cubes = (float(counts @ (values - value) ** power) for power in (2, 3))
     if n < FEW_PROMPTS:
         spread = float(special.stdtrit(n - 1, 1 - tail)) * math.sqrt(squares / (n - 1) / n)
-        return Interval(value, max(value - spread, limits[0]), min(value + spread, limits[1]), n, "t on prompts")
+        return Interval(
+            value, max(value - spread, limits[0]), min(value + spread, limits[1]), n, "t on prompts"
+        )
     # BCa (Efron 1987); drawing how often each distinct value comes is drawing prompts with replacement.
     means = np.random.default_rng(seed).multinomial(n, counts / n, resamples) @ values / n
     below = (1 - np.sign((means - value).round(DECIMALS)).mean()) / 2
     bias = special.ndtri(np.clip(below, 1 / resamples, 1 - 1 / resamples))
     shifted = bias + special.ndtri([tail, 1 - tail])
-    low, high = np.quantile(means, special.ndtr(bias + shifted / (1 - shifted * cubes / (6 * squares**1.5))))
+    low, high = np.quantile(
+        means, special.ndtr(bias + shifted / (1 - shifted * cubes / (6 * squares**1.5)))
+    )
     return Interval(value, float(low), float(high), n, "bootstrap over prompts")
 
 
-def two_way(values: Sequence[Sequence[float]], limits: tuple[float, float] = (-1.0, 1.0), confidence: float = 0.95) -> Interval:
+def two_way(
+    values: Sequence[Sequence[float]],
+    limits: tuple[float, float] = (-1.0, 1.0),
+    confidence: float = 0.95,
+) -> Interval:
     """The mean of one number a prompt and training seed, and its interval over both.
 
     Args:
@@ -114,7 +143,9 @@ def two_way(values: Sequence[Sequence[float]], limits: tuple[float, float] = (-1
     by_seed = table.mean(axis=1)
     value = float(by_seed.mean())
     if seeds < SEEDS:
-        return Interval(value, float(by_seed.min()), float(by_seed.max()), prompts, f"{RANGE}{seeds} seeds")
+        return Interval(
+            value, float(by_seed.min()), float(by_seed.max()), prompts, f"{RANGE}{seeds} seeds"
+        )
     by_prompt = table.mean(axis=0)
     if prompts == 1:
         rest, of_prompts = 0.0, 0.0
@@ -129,7 +160,9 @@ def two_way(values: Sequence[Sequence[float]], limits: tuple[float, float] = (-1
     variance = own_prompts + own_seeds + rest
     freedom = own_seeds * of_seeds / (seeds - 1)
     if prompts > 1:
-        freedom += own_prompts * of_prompts / (prompts - 1) + rest**2 / ((seeds - 1) * (prompts - 1))
+        freedom += own_prompts * of_prompts / (prompts - 1) + rest**2 / (
+            (seeds - 1) * (prompts - 1)
+        )
     degrees = max(variance**2 / freedom, seeds - 1) if freedom else float(seeds - 1)
     spread = float(special.stdtrit(degrees, (1 + confidence) / 2)) * math.sqrt(variance)
     low, high = max(value - spread, limits[0]), min(value + spread, limits[1])
@@ -215,21 +248,36 @@ def needed_for_mean(spread: float, effect: float, power: float = 0.8) -> int | N
 def needed_for_rate(threshold: float, confidence: float = 0.95) -> int:
     """How many trials, all of them successes, show that a rate is above ``threshold`` in [0, 1)."""
     if not 0 <= threshold < 1:
-        raise BadInput(f"rate above {threshold}: no number of trials can show it; give a threshold in [0, 1)")
-    return next(n for n in range(1, LARGEST_N**2) if clopper_pearson(n, n, confidence).low > threshold)
+        raise BadInput(
+            f"rate above {threshold}: no number of trials can show it; give a threshold in [0, 1)"
+        )
+    return next(
+        n for n in range(1, LARGEST_N**2) if clopper_pearson(n, n, confidence).low > threshold
+    )
 
 
-def needed_for_correlation(r: float, other: float, power: float = 0.8, confidence: float = 0.95) -> int | None:
+def needed_for_correlation(
+    r: float, other: float, power: float = 0.8, confidence: float = 0.95
+) -> int | None:
     """How many pairs tell a correlation of ``r`` from a known one of ``other``, by Fisher's z; None where they are equal."""
-    gap = abs(math.atanh(np.clip(r, -NEARLY_ONE, NEARLY_ONE)) - math.atanh(np.clip(other, -NEARLY_ONE, NEARLY_ONE)))
+    gap = abs(
+        math.atanh(np.clip(r, -NEARLY_ONE, NEARLY_ONE))
+        - math.atanh(np.clip(other, -NEARLY_ONE, NEARLY_ONE))
+    )
     if not gap or math.isnan(gap):
         return None
     wanted = float(special.ndtri((1 + confidence) / 2) + special.ndtri(power))
     return max(4, math.ceil(3 + (wanted / gap) ** 2))
 
 
-def mean(values: Sequence[float], limits: tuple[float, float] = (-1.0, 1.0), *, confidence: float = 0.95, resamples: int = 2000,
-         seed: int = 0) -> Interval:  # fmt: skip
+def mean(
+    values: Sequence[float],
+    limits: tuple[float, float] = (-1.0, 1.0),
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
     """The mean of one number a prompt, each within ``limits``; nan is left out, intervals as in ``pooled_rate``."""
     return _mean(list(values), limits, confidence, resamples, seed)
 
@@ -240,7 +288,9 @@ def detection(found: Sequence[int | None], truth: Sequence[int | None]) -> dict[
     _check_pairs("detection", found, truth)
     hits = sum(a is not None and a == b for a, b in zip(found, truth, strict=True))
     sides = {"precision": found, "recall": truth}
-    return {name: wilson(hits, sum(one is not None for one in side)) for name, side in sides.items()}
+    return {
+        name: wilson(hits, sum(one is not None for one in side)) for name, side in sides.items()
+    }
 
 
 def kappa(a: Sequence[str], b: Sequence[str]) -> float:
@@ -257,8 +307,14 @@ def pearson(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) ->
     if len(set(x)) < 2 or len(set(y)) < 2:
         return Interval(math.nan, -1.0, 1.0, len(x), "fisher z")
     r = float(np.clip(np.corrcoef(x, y)[0, 1], -NEARLY_ONE, NEARLY_ONE))
-    spread = float(special.ndtri((1 + confidence) / 2)) / math.sqrt(len(x) - 3) if len(x) > 3 else math.inf
-    return Interval(r, math.tanh(math.atanh(r) - spread), math.tanh(math.atanh(r) + spread), len(x), "fisher z")
+    spread = (
+        float(special.ndtri((1 + confidence) / 2)) / math.sqrt(len(x) - 3)
+        if len(x) > 3
+        else math.inf
+    )
+    return Interval(
+        r, math.tanh(math.atanh(r) - spread), math.tanh(math.atanh(r) + spread), len(x), "fisher z"
+    )
 
 
 def format_interval(i: Interval, percent: bool = True) -> str:
@@ -267,7 +323,9 @@ def format_interval(i: Interval, percent: bool = True) -> str:
     if math.isnan(i.value):
         return f"unknown, n={i.n}"
     scale, digits, unit = (100, 1, " %") if percent else (1, 3, "")
-    value, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in (i.value, i.low, i.high))  # no "-0.0"
+    value, low, high = (
+        f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in (i.value, i.low, i.high)
+    )  # no "-0.0"
     if i.method.startswith(RANGE):
         return f"{value}{unit} ({low} to {high} in {i.method.removeprefix(RANGE)}), n={i.n}"
     return f"{value}{unit} [{low}, {high}], n={i.n}"
@@ -275,9 +333,13 @@ def format_interval(i: Interval, percent: bool = True) -> str:
 
 def _check(k: int, n: int, confidence: float) -> None:
     if not (0 <= k <= n and 0 < confidence < 1):
-        raise BadInput(f"stats: {k} of {n} at confidence {confidence}; give 0 <= k <= n and 0 < confidence < 1")
+        raise BadInput(
+            f"stats: {k} of {n} at confidence {confidence}; give 0 <= k <= n and 0 < confidence < 1"
+        )
 
 
 def _check_pairs(what: str, a: Sequence[Any], b: Sequence[Any]) -> None:
     if len(a) != len(b):
-        raise BadInput(f"{what}: {len(a)} values against {len(b)}; give both for the same items in the same order")
+        raise BadInput(
+            f"{what}: {len(a)} values against {len(b)}; give both for the same items in the same order"
+        )

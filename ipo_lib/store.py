@@ -20,9 +20,18 @@ from ipo_lib.records import BadInput, canonical, digest
 
 STORE = b'{"version": 1}\n'  # what store.json says; raise the number when the layout changes
 LINE = b'{"crc":"%08x",%b\n'  # of records: canonical JSON that begins with the CRC-32 of what follows it
-ELSEWHERE, FREE = "choose a writable folder with $IPO_STORE", "free space and run again, finished records are kept"
-MENDS = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR), ELSEWHERE)
-MENDS |= {errno.ENOSPC: FREE, errno.EDQUOT: FREE, errno.EWOULDBLOCK: "another process is building this; let it finish"}
+ELSEWHERE, FREE = (
+    "choose a writable folder with $IPO_STORE",
+    "free space and run again, finished records are kept",
+)
+MENDS = dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR), ELSEWHERE
+)
+MENDS |= {
+    errno.ENOSPC: FREE,
+    errno.EDQUOT: FREE,
+    errno.EWOULDBLOCK: "another process is building this; let it finish",
+}
 Json = dict[str, Any]
 
 
@@ -36,11 +45,19 @@ class Store:
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = default_root() if root is None else Path(root).expanduser()
-        self._ledgers: dict[Path, Ledger] = {}  # read once; a search asks for the same one in every round
-        self.drawn: dict[str, int] = {}  # generated tokens of every rollout asked for in this process, stored before or not
+        self._ledgers: dict[
+            Path, Ledger
+        ] = {}  # read once; a search asks for the same one in every round
+        self.drawn: dict[
+            str, int
+        ] = {}  # generated tokens of every rollout asked for in this process, stored before or not
         self.unread = set[str]()  # rollouts whose cue a detector was asked for in vain
-        self.closed: dict[str, bool] = {}  # whether the trace of every whole response asked for was closed
-        if (path := self.root / "store.json").exists() and not STORE.startswith(found := path.read_bytes()):
+        self.closed: dict[
+            str, bool
+        ] = {}  # whether the trace of every whole response asked for was closed
+        if (path := self.root / "store.json").exists() and not STORE.startswith(
+            found := path.read_bytes()
+        ):
             raise BadInput(f"store: {self.root} says {found!r:.60}, this is {STORE!r}; {ELSEWHERE}")
 
     def ledger(self, stage: str, version: int, spec: Json) -> Ledger:
@@ -76,10 +93,17 @@ class Ledger(dict[str, Json]):
 
     def append(self, records: Mapping[str, Json] | Iterable[tuple[str, Json]]) -> int:
         """Brings one batch to the disk (one fsync, canonical JSON lines); how many of its records were new."""
-        texts = {key: canonical({"key": key, "record": record})[1:] for key, record in dict(records).items()}
+        texts = {
+            key: canonical({"key": key, "record": record})[1:]
+            for key, record in dict(records).items()
+        }
         with _locked(self.folder, self.spec, "records.jsonl") as file:
             self._take_in(file)
-            new = [text.encode(errors="surrogatepass") for key, text in texts.items() if key not in self]
+            new = [
+                text.encode(errors="surrogatepass")
+                for key, text in texts.items()
+                if key not in self
+            ]
             if data := b"".join(LINE % (zlib.crc32(rest), rest) for rest in new):
                 (self.folder / "done.json").unlink(missing_ok=True)
             while data:
@@ -108,11 +132,16 @@ class Ledger(dict[str, Json]):
             return
         with _locked(self.folder, self.spec, "records.jsonl") as file:
             self._take_in(file)
-            _publish(self.folder / "done.json", {"records": len(self), "sha256": self._sha.hexdigest()})
+            _publish(
+                self.folder / "done.json", {"records": len(self), "sha256": self._sha.hexdigest()}
+            )
 
     def _take_in(self, locked: int | None = None) -> None:
         """Reads on, under a lock. A last line without its newline is torn (kill, full disk); a writer cuts it off."""
-        with suppress(FileNotFoundError, NotADirectoryError), (self.folder / "records.jsonl").open("rb") as file:
+        with (
+            suppress(FileNotFoundError, NotADirectoryError),
+            (self.folder / "records.jsonl").open("rb") as file,
+        ):
             if locked is None:
                 fcntl.flock(file, fcntl.LOCK_SH)
             file.seek(self._seen)
@@ -123,7 +152,9 @@ class Ledger(dict[str, Json]):
                 entry = json.loads(b"{" + rest) if line == LINE % (zlib.crc32(rest), rest) else None
                 if entry is None or entry["key"] in self:
                     mend = "delete this line and run again, only its record is computed anew"
-                    raise BadInput(f"store: {file.name}, line {len(self) + 1}: corrupted or repeated record; {mend}")
+                    raise BadInput(
+                        f"store: {file.name}, line {len(self) + 1}: corrupted or repeated record; {mend}"
+                    )
                 self[entry["key"]], self._seen = entry["record"], self._seen + len(line)
                 self._sha.update(line)
 
@@ -145,12 +176,18 @@ class Artifact:
         """A folder to fill, renamed to ``path`` at the end. A dead build's leavings go; a live one is BadInput."""
         with _locked(self.folder, self.spec, "lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
             if self.done:
-                raise BadInput(f"store: {self.path} is already built; delete {self.folder} to build it again")
+                raise BadInput(
+                    f"store: {self.path} is already built; delete {self.folder} to build it again"
+                )
             for leaving in (building := self.folder / "building", self.path):
                 shutil.rmtree(leaving, ignore_errors=True)
             building.mkdir()
             yield building
-            files = {str(f.relative_to(building)): f.stat().st_size for f in building.rglob("*") if f.is_file()}
+            files = {
+                str(f.relative_to(building)): f.stat().st_size
+                for f in building.rglob("*")
+                if f.is_file()
+            }
             os.replace(building, self.path)
             _publish(self.folder / "done.json", {"bytes": files})
 
@@ -163,16 +200,22 @@ def _locked(folder: Path, spec: Json, name: str, how: int = fcntl.LOCK_EX) -> It
         with (folder / name).open("ab", buffering=0) as file:
             fcntl.flock(file, how)
             if not (folder / "spec.json").exists():
-                (folder.parents[1] / "store.json").write_bytes(STORE)  # same bytes, whoever else writes it now
+                (folder.parents[1] / "store.json").write_bytes(
+                    STORE
+                )  # same bytes, whoever else writes it now
                 _publish(folder / "spec.json", spec)
             yield file.fileno()
     except OSError as error:
         if error.errno not in MENDS:
             raise
-        raise BadInput(f"store: {folder}: {os.strerror(error.errno)}; {MENDS[error.errno]}") from error
+        raise BadInput(
+            f"store: {folder}: {os.strerror(error.errno)}; {MENDS[error.errno]}"
+        ) from error
 
 
 def _publish(path: Path, content: Json) -> None:
-    temporary = path.with_suffix(".tmp")  # the caller's lock makes it ours, even if a dead process left it
+    temporary = path.with_suffix(
+        ".tmp"
+    )  # the caller's lock makes it ours, even if a dead process left it
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, path)

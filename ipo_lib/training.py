@@ -2,171 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
+import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ipo_lib import ranks
-from ipo_lib.chat import OPEN
-from ipo_lib.dpo import mix, train
-from ipo_lib.intervention import CueDetector, Trigger
-from ipo_lib.lora import KEPT, METRICS, DpoSettings, Pairs, Rows, Stage2Settings, Untrainable
-from ipo_lib.pairs import PairSettings, Refusal, build, collect
-from ipo_lib.records import ANSWER, BOTH, SAFE, BadInput, Pair, Prompt, Rollout, Verdict, by_id, digest, to_json
-from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Corrected, Doors, Drawn, Plan, Start, correct, judge, sample, trace_end
+from ipo_lib.dpo import DpoSettings, Stage2Settings
+from ipo_lib.engines import processes, progress
+from ipo_lib.engines.lora import (
+    ADAPTER,
+    KEPT,
+    LOGGED,
+    METRICS,
+    SUMMARY,
+    Diverged,
+    Folder,
+    Pairs,
+    Rows,
+    Untrainable,
+    bucketed,
+    quantization,
+    save,
+)
+from ipo_lib.records import BadInput, Pair, canonical, digest, to_json
+from ipo_lib.stages import Doors
 
 TRAIN_VERSION = 2
-NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE = (
-    "none", "intervened", "unshared", "natural", "teacher", "rewards", "at-inference")  # fmt: skip
-PROFILE, TRUTH, CSR, MODEL, ANYWHERE = "profile", "truth", "csr", "model", "random"
-POOL, PARAPHRASES, NEUTRAL, RANDOM = "pool", "paraphrases", "neutral", "random"
-STAGE_2, MIXED, GRPO = "stage 2", "mixed", "grpo"
-CHOICES = {
-    "data": (NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE),
-    "triggers": (POOL, PARAPHRASES, NEUTRAL, RANDOM), "then": ("", STAGE_2, MIXED, GRPO),
-}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """``data``: pairs of Algorithm 1 (intervened), the same with winners swapped between the traces of a prompt (unshared), of
-    ordinary sampling where a prompt has both outcomes (natural), safe responses of a stronger source (teacher), GRPO's own
-    (rewards), or nothing (none; at-inference: cues are replaced while the untouched model answers). ``detector``: the profile's,
-    the truth, csr, model (few-shot), random, or ``shift -1``, ``shift 2``. ``then``: stage 2, benign pairs mixed into stage 1
-    instead, or GRPO. ``pairs``: at most that many (0: all). ``weigh``: pairs by |change of S| at the loser's cue. ``judge``: the
-    profile's or its second."""
-
-    data: str = INTERVENED
-    detector: str = PROFILE
-    triggers: str = POOL
-    then: str = ""
-    pairs: int = 0
-    weigh: bool = False
-    judge: str = PROFILE
-
-    def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise BadInput(f"recipe: {name} {getattr(self, name)!r} is unknown; use {', '.join(map(repr, known))}")
-
-
-def pair(doors: Doors, prompt: Prompt, loser: Rollout, winner: Rollout, cut: int, settings: PairSettings,
-         why: str = "") -> Pair | Refusal:  # fmt: skip
-    """The pair (x, winner > loser, h = ``cut``) of two rollouts of one prompt, or the reason there is none."""
-    ids, ends = doors.chat.prompt_ids(prompt), [trace_end(doors, one) for one in (loser, winner)]
-    return build(loser, winner, ids, cut, settings, why, loser_end=ends[0], winner_end=ends[1], eos_id=doors.chat.eos_ids[0])
-
-
-def corrected_pairs(doors: Doors, prompts: Sequence[Prompt], triggers: Sequence[Trigger], detector: CueDetector, plan: Plan,
-        settings: PairSettings, sampling: Sampling) -> tuple[list[Pair], dict[str, int], list[Corrected]]:  # fmt: skip
-    """Algorithm 1 once per trigger, each on a fresh trace of every prompt (or all on one: ``plan.share``): (pairs, counts by
-    reason, what was tried). The loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement
-    was accepted with. ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``."""
-    named, tried = by_id(prompts), list[Corrected]()
-    for place, trigger in enumerate(triggers):
-        rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, 1, first=0 if plan.share else place)
-        tried += correct(doors, named, rollouts, trigger, detector, plan, sampling)
-    won = [
-        (one, named[one.loser.prompt_id], f"trigger {one.intervention.trigger_id}") for one in tried if one.intervention.accepted
-    ]
-    results = [(one, pair(doors, prompt, one.loser, one.result, one.cut, settings, why)) for one, prompt, why in won]
-    given = [one.result.prefix_len - one.intervention.cut for one, _ in results]  # tokens of the trigger
-    kept, counts = collect(
-        dataclasses.replace(made, given=n) if isinstance(made, Pair) else made
-        for (_, made), n in zip(results, given, strict=True)
-    )
-    counts |= {"no-cue": len(triggers) * len(prompts) - len(tried), "not-accepted": len(tried) - len(won)}
-    return kept, counts, tried
-
-
-def harvested_pairs(doors: Doors, prompts: Mapping[str, Prompt], losers: Sequence[Rollout], at: Mapping[str, int | None],
-                    drawn: Mapping[str, Drawn], settings: PairSettings) -> tuple[list[Pair], dict[str, int]]:  # fmt: skip
-    """On-policy pairs at no further cost (arXiv 2412.08905, footnote 7): of the continuations that a search has drawn (``drawn``
-    by trace), the first ``settings.harvest`` that pass through the trace's cut ``at`` (its cue) and end safe win over it."""
-    results = []
-    for loser in losers:
-        if (cut := at[loser.id]) is not None:
-            shares = [one for one, verdict in drawn[loser.id] if verdict.label == SAFE and one.prefix_len <= cut]
-            winners = [one for one in shares if one.token_ids[:cut] == loser.token_ids[:cut]][: settings.harvest]
-            results += [pair(doors, prompts[loser.prompt_id], loser, one, cut, settings, "harvest") for one in winners]
-    return collect(results)
-
-
-def benign_pairs(
-    before: Doors,
-    after: Doors,
-    prompts: Sequence[Prompt],
-    settings: PairSettings,
-    sampling: Sampling,
-    stage2: Stage2Settings,
-    triggers: Sequence[Trigger] = (),
-) -> tuple[list[Pair], dict[str, int], list[Verdict]]:
-    """Stage 2's pairs: the base model's whole response over a refusal of the model after stage 1.
-
-    1. The base model answers every prompt once.
-    2. The stage-1 model answers until it refuses, at most ``stage2.benign_draws`` times.
-    3. Where it never does (``stage2.refusing_prefix``), it goes on from a trigger at the trace's start.
-
-    Args:
-        before: the base model.
-        after: the model after stage 1.
-        prompts: benign prompts.
-        settings: of the pairs; the part is always trace and answer.
-        sampling: of whole responses.
-        stage2: how hard a refusal is looked for.
-        triggers: sentences for step 3, one after the other; none: no step 3.
-
-    Returns:
-        The pairs, at most one a prompt; counts by reason; the refusal verdicts on the first response
-        of the stage-1 model to every prompt.
-    """
-    named = by_id(prompts)
-    answers = sample(before, [Start(prompt) for prompt in prompts], sampling, 1)
-    answered = judge(before, named, answers, ANSWER, "refusal")
-    winners = {r.prompt_id: r for r, v in zip(answers, answered, strict=True) if v.label == "answered"}
-    losers: dict[str, Rollout] = {}
-    first: list[Verdict] = []
-    counts: dict[str, int] = {}
-    for draw in range(stage2.benign_draws):
-        left = [prompt for prompt in prompts if prompt.id not in losers]
-        responses = sample(after, [Start(prompt) for prompt in left], sampling, 1, first=draw)
-        verdicts = judge(after, named, responses, ANSWER, "refusal")
-        first = first or verdicts
-        refused = _refused(responses, verdicts)
-        losers |= refused
-        counts["refused at once" if draw == 0 else "refused later"] = counts.get("refused later", 0) + len(refused)
-    left = [prompt for prompt in prompts if prompt.id not in losers]
-    if stage2.refusing_prefix and triggers and left:
-        opening = "" if after.chat.opened else f"{OPEN}\n"
-        texts = [f"{opening}{triggers[at % len(triggers)].text.strip()} " for at in range(len(left))]
-        starts = [Start(prompt, after.chat.encode(text)) for prompt, text in zip(left, texts, strict=True)]
-        responses = sample(after, starts, sampling, 1, stage="refusals")
-        refused = _refused(responses, judge(after, named, responses, ANSWER, "refusal"))
-        losers |= refused
-        counts["refused behind a trigger"] = len(refused)
-    whole = dataclasses.replace(settings, part=BOTH, eos=True)
-    results = [
-        pair(before, prompt, losers[prompt.id], winners[prompt.id], 0, whole, "benign refusal")
-        for prompt in prompts
-        if prompt.id in losers and prompt.id in winners
-    ]
-    kept, reasons = collect(results)
-    counts |= {"never refused": len(named) - len(losers), "not answered by the base model": len(named) - len(winners)}
-    return kept, reasons | counts, first
-
-
-def _refused(responses: Sequence[Rollout], verdicts: Sequence[Verdict]) -> dict[str, Rollout]:
-    """The responses that refuse, by prompt."""
-    return {r.prompt_id: r for r, v in zip(responses, verdicts, strict=True) if v.label == "refused"}
-
-
-def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings,
-            counts: Mapping[str, int] | None = None) -> tuple[Path, Rows]:  # fmt: skip
+def adapter(
+    doors: Doors,
+    pairs: Pairs,
+    model: Path,
+    settings: DpoSettings,
+    counts: Mapping[str, int] | None = None,
+) -> tuple[Path, Rows]:
     """Stage 1: the adapter folder trained on ``pairs`` and its metrics rows; trained once. BadInput without a pair names
     the reasons in ``counts``."""
     if not pairs:
@@ -177,21 +52,43 @@ def adapter(doors: Doors, pairs: Pairs, model: Path, settings: DpoSettings,
     return _trained(doors, pairs, pairs, model, settings)
 
 
-def second_stage(doors: Doors, harmful: Pairs, benign: Pairs, model: Path, start: Path,
-                 settings: Stage2Settings) -> tuple[Path | None, Rows, str]:  # fmt: skip
+def second_stage(
+    doors: Doors, harmful: Pairs, benign: Pairs, model: Path, start: Path, settings: Stage2Settings
+) -> tuple[Path | None, Rows, str]:
     """Stage 2 from stage 1's adapter, reference the base model: (adapter or None, rows, what was done in one sentence).
     ``benign``: chosen = the base model's answer, rejected = the stage-1 model's refusal."""
     if len(benign) < settings.min_refusals:
-        return None, [], f"stage 2 skipped: {len(benign)} benign refusals, at least {settings.min_refusals} needed"
+        return (
+            None,
+            [],
+            f"stage 2 skipped: {len(benign)} benign refusals, at least {settings.min_refusals} needed",
+        )
     kept, mixed_in = mix(harmful, benign, settings)
-    path, rows = _trained(doors, [*harmful, *benign], [*kept, *mixed_in], model, settings, start, benign=len(benign))
-    return path, rows, f"stage 2 trained {len(rows)} steps on {len(kept)} harmful and {len(mixed_in)} benign pairs"
+    path, rows = _trained(
+        doors, [*harmful, *benign], [*kept, *mixed_in], model, settings, start, benign=len(benign)
+    )
+    return (
+        path,
+        rows,
+        f"stage 2 trained {len(rows)} steps on {len(kept)} harmful and {len(mixed_in)} benign pairs",
+    )
 
 
-def _trained(doors: Doors, given: Pairs, taken: Pairs, model: Path, settings: DpoSettings, start: Path | None = None,
-             **more: Any) -> tuple[Path, Rows]:  # fmt: skip
+def _trained(
+    doors: Doors,
+    given: Pairs,
+    taken: Pairs,
+    model: Path,
+    settings: DpoSettings,
+    start: Path | None = None,
+    **more: Any,
+) -> tuple[Path, Rows]:
     """The adapter that ``given`` names and the pairs ``taken`` from them train, and its metrics rows; trained once."""
-    spec = {"pairs": digest([to_json(one) for one in given], 64), "settings": to_json(settings), **more}
+    spec = {
+        "pairs": digest([to_json(one) for one in given], 64),
+        "settings": to_json(settings),
+        **more,
+    }
     spec |= {"model": doors.sampler.fingerprint()} | ({"start": start.parent.name} if start else {})
     return once(doors, spec, lambda folder: train(taken, model, settings, folder, adapter=start))
 
@@ -199,15 +96,17 @@ def _trained(doors: Doors, given: Pairs, taken: Pairs, model: Path, settings: Dp
 def once(doors: Doors, spec: dict[str, Any], run: Callable[[Path], Any]) -> tuple[Path, Rows]:
     """The adapter folder of ``spec``, which ``run`` fills if it is not there yet, and its metrics rows."""
     artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
-    if not ranks.agreed(artifact.done):
-        if ranks.is_first():
+    if not processes.agreed(artifact.done):
+        if processes.is_first():
             with artifact.build() as folder:
                 run(folder)
         else:  # it trains as well, and what it would write is the first process's
             with tempfile.TemporaryDirectory() as folder:
                 run(Path(folder))
-        ranks.wait()
-    return artifact.path, [json.loads(row) for row in (artifact.path / METRICS).read_text("utf-8").splitlines()]
+        processes.wait()
+    return artifact.path, [
+        json.loads(row) for row in (artifact.path / METRICS).read_text("utf-8").splitlines()
+    ]
 
 
 def kept(adapter: Path) -> dict[int, Path]:
@@ -217,5 +116,177 @@ def kept(adapter: Path) -> dict[int, Path]:
 
 def lengths(pairs: Pairs) -> Mapping[str, float]:
     """Mean suffix lengths in tokens: a short refusal against a long trace can win for its length alone."""
-    sides = {"chosen": [one.chosen_ids for one in pairs], "rejected": [one.rejected_ids for one in pairs]}
+    sides = {
+        "chosen": [one.chosen_ids for one in pairs],
+        "rejected": [one.rejected_ids for one in pairs],
+    }
     return {side: sum(map(len, ids)) / max(len(ids), 1) for side, ids in sides.items()}
+
+
+def train(
+    pairs: Pairs,
+    model: Folder,
+    settings: DpoSettings,
+    out: Folder,
+    *,
+    adapter: Folder | None = None,
+) -> Rows:
+    """Train LoRA by Eq. 4 (+ ``sft_weight`` x NLL of the chosen side) and return one metrics row per step. ``out`` receives the
+    adapter, the rows (log-probabilities are sums in nats from the suffix on, averaged over the step's pairs) and
+    ``training.json``, which also counts the pairs left out for ``max_length``. With ``adapter`` training goes on from its
+    weights, rank and targets. BadInput: no pair left, no model or adapter there, an adapter of another model, a loss that is not
+    finite (``out`` then holds the adapter of the last finite one). A training whose margin stays at 0 warns. Under a launcher
+    every process calls this; the first one writes."""
+    fitting = [
+        p
+        for p in pairs
+        if len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= settings.max_length
+    ]
+    if not fitting:
+        raise Untrainable(
+            f"dpo: none of {len(pairs)} pairs fits max_length {settings.max_length}; raise it or add pairs"
+        )
+    if settings.loss != "sft" and (
+        lone := next((pair for pair in fitting if not pair.rejected_ids), None)
+    ):
+        raise BadInput(f"dpo: pair {lone.id} has no rejected side; set loss to sft")
+    if settings.engine == "trl" and any(pair.weight != 1 for pair in fitting):
+        raise BadInput("dpo: stock TRL has no weights; set engine to shared")
+    for folder, file in ((model, "config.json"), (adapter, ADAPTER)):
+        if folder is not None and not (Path(folder) / file).is_file():
+            raise BadInput(
+                f"dpo: {folder} holds no {file}; give the folder of a saved model or adapter"
+            )
+    from peft.helpers import disable_input_dtype_casting
+
+    if settings.engine == "trl":
+        from ipo_lib.engines.trl_trainer import trainer as made
+    else:
+        from ipo_lib.engines.prefix_sharing import trainer as made
+    trainer, lora = made(
+        bucketed(fitting, settings.seed) if settings.length_buckets else fitting,
+        model,
+        settings,
+        out,
+        adapter,
+    )
+    trainer.add_callback(_on_the_way(lora, Path(out), Path(model).name, settings.keep))
+    try:
+        # PEFT turns every input to LoRA's float32, and autocast turns it back: the same numbers, twice the memory traffic.
+        with disable_input_dtype_casting(lora, active=settings.dtype == "bfloat16"):
+            trainer.train()
+    except Diverged as error:
+        trainer.restore()
+        if trainer.accelerator.is_main_process:
+            save(lora, Path(out), Path(model).name)
+        raise Untrainable(
+            f"dpo: the loss is {error}; lower learning_rate (the last good adapter is in {out})"
+        ) from None
+    if trainer.state.max_steps == 1 and trainer.args.get_warmup_steps(1):
+        raise Untrainable(
+            "dpo: the only step is warm-up, at a learning rate of 0; lower batch_size, or set warmup to 0"
+        )
+    rows = _rows(trainer.state.log_history, settings.beta)
+    if warning := untrained(rows):
+        warnings.warn(f"dpo: {warning}", stacklevel=2)
+    if trainer.accelerator.is_main_process:
+        batch = settings.batch_size * settings.accumulation
+        summary: dict[str, Any] = {
+            "base": Path(model).name,
+            "continued": bool(adapter),
+            "effective_batch": batch,
+        }
+        summary |= {
+            "pairs": len(fitting),
+            "too_long": len(pairs) - len(fitting),
+            "quantized": quantization(settings),
+        }
+        summary |= {"settings": asdict(settings), "warning": warning}
+        save(lora, target := Path(out), summary["base"])
+        (target / METRICS).write_text("".join(canonical(row) + "\n" for row in rows))
+        (target / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    return rows
+
+
+def _on_the_way(lora: Any, out: Path, base: str, keep: int) -> Any:
+    """A callback that says how far training is and keeps ``keep`` adapters in ``out`` / KEPT + pairs seen."""
+    import transformers
+
+    class OnTheWay(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            progress.say(state.global_step, state.max_steps, "training")
+            at = [round(place * state.max_steps / (keep + 1)) for place in range(1, keep + 1)]
+            if state.global_step in at and state.is_world_process_zero:
+                seen = (
+                    state.global_step
+                    * args.train_batch_size
+                    * args.gradient_accumulation_steps
+                    * args.world_size
+                )
+                save(lora, out / f"{KEPT}{seen:06d}", base)
+
+    return OnTheWay()
+
+
+def mix(harmful: Pairs, benign: Pairs, settings: Stage2Settings) -> list[list[Pair]]:
+    """Stage 2's [harmful, benign] pairs at ``ratio`` harmful to benign, in their order.
+
+    With ``keep_all`` every pair is kept, and weights of mean 1 make the ratio; else the larger side is
+    thinned at random.
+    """
+    if settings.keep_all:
+        weighed = (len(harmful) + len(benign)) / (1 + settings.ratio)
+        weights = settings.ratio * weighed / max(len(harmful), 1), weighed / max(len(benign), 1)
+        return [
+            [replace(pair, weight=w) for pair in side]
+            for side, w in zip((harmful, benign), weights, strict=True)
+        ]
+    n = min(len(harmful), round(settings.ratio * len(benign)))
+    sides = (
+        (harmful, n),
+        (benign, len(benign) if n < len(harmful) else min(len(benign), round(n / settings.ratio))),
+    )
+    draw = random.Random(settings.seed)
+    return [[side[i] for i in sorted(draw.sample(range(len(side)), size))] for side, size in sides]
+
+
+def _rows(history: Rows, beta: float) -> Rows:
+    """The trainer's log as metrics rows, with rewards (beta x the log-ratio to the reference) where there is a reference."""
+    rows = []
+    for entry in (entry for entry in history if "loss" in entry):
+        if not math.isfinite(entry["loss"]):
+            raise BadInput(
+                f"dpo: the loss is {entry['loss']} at step {entry['step']}; lower learning_rate"
+            )
+        row = {name: entry[name] for name in LOGGED if name in entry}
+        if "ref_logps/chosen" in row:
+            sides = ("chosen", "rejected")
+            row |= {
+                f"rewards/{side}": beta * (row[f"logps/{side}"] - row[f"ref_logps/{side}"])
+                for side in sides
+            }
+            row["margin"] = row["rewards/chosen"] - row["rewards/rejected"]
+        rows.append(row)
+    return rows
+
+
+LEARNT = 0.05  # reward margin under which a training has taught nothing
+
+
+LAST = 4  # the share of the steps whose margin is looked at: the last quarter
+
+
+def untrained(rows: Rows) -> str:
+    """A warning where preference training ended with the margin it began with, else an empty text.
+
+    The margin is the mean reward of the chosen side minus that of the rejected one. It starts at 0, and a
+    step's is measured before the step is taken, so fewer than LAST steps tell nothing.
+    """
+    margins = [row["margin"] for row in rows if "margin" in row]
+    last = margins[-max(len(margins) // LAST, 1) :]
+    if len(margins) < LAST or abs(sum(last) / len(last)) >= LEARNT:
+        return ""
+    said = (
+        f"the margin of the last {len(last)} of {len(margins)} steps is {sum(last) / len(last):.3f}"
+    )
+    return f"TRAINING DID NOTHING: {said}; raise learning_rate or epochs, or give more pairs"

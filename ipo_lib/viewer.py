@@ -26,25 +26,55 @@ CSR, CSR_IS = "S", ", the share of continuations that end safe"
 Draws = Sequence[tuple[str | None, str]]  # (label, text)
 
 
-def show(rollout: Rollout, spans: Sequence[Sentence], values: Mapping[int, float], *,
-         marks: Mapping[str, int | None] | None = None, draws: Mapping[int, Draws] | None = None,
-         name: str = CSR, reveal: bool = False) -> Any:  # fmt: skip
+def show(
+    rollout: Rollout,
+    spans: Sequence[Sentence],
+    values: Mapping[int, float],
+    *,
+    marks: Mapping[str, int | None] | None = None,
+    draws: Mapping[int, Draws] | None = None,
+    name: str = CSR,
+    reveal: bool = False,
+) -> Any:
     """The trace, each sentence tinted by ``values`` (by sentence index: 1 safe, 0 unsafe), which ``name`` names: CSR after it,
     or a verdict. ``marks``: the index at which cue, trigger, turning point or any other word stands, None: nowhere. ``draws``:
     the (label, text) behind the point after a sentence; a click on the sentence unfolds them."""
     pieces = []
     for span in spans:
         named = [name for name, index in (marks or {}).items() if index == span.index]
-        pieces.append(_sentence(rollout, span, values.get(span.index), named, (draws or {}).get(span.index, ()), name, reveal))
+        pieces.append(
+            _sentence(
+                rollout,
+                span,
+                values.get(span.index),
+                named,
+                (draws or {}).get(span.index, ()),
+                name,
+                reveal,
+            )
+        )
     key = f"colour: {name}{CSR_IS * (name == CSR)}, from orange (0) to blue (1); grey: not measured"
-    note = key + ("; click a sentence for the draws behind it" if draws else "") + ("" if reveal else "; text redacted")
+    note = (
+        key
+        + ("; click a sentence for the draws behind it" if draws else "")
+        + ("" if reveal else "; text redacted")
+    )
     return _html(f'{STYLE}<div class="ipo">{" ".join(pieces)}<div class="k">{note}</div></div>')
 
 
-def _sentence(rollout: Rollout, span: Sentence, value: float | None, marks: Sequence[str], draws: Draws, name: str,
-              reveal: bool) -> str:  # fmt: skip
+def _sentence(
+    rollout: Rollout,
+    span: Sentence,
+    value: float | None,
+    marks: Sequence[str],
+    draws: Draws,
+    name: str,
+    reveal: bool,
+) -> str:
     known = value is not None and not math.isnan(value)
-    title, colour = (f"{name} = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
+    title, colour = (
+        (f"{name} = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
+    )
     text = html.escape(shown(rollout.text[span.char_start : span.char_end], reveal))
     chips = "".join(_chip(mark, MARKS.get(mark, NEUTRAL_COLOUR)) for mark in marks)
     said = f'{chips}<span class="s" title="{title}" style="background:{colour}">{text}</span>'
@@ -65,13 +95,22 @@ def _chip(word: str, colour: str) -> str:
 
 def shown(text: str, reveal: bool) -> str:
     """``text``, with every letter and digit blacked out unless ``reveal``; its shape stays."""
-    return text if reveal else "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
+    return (
+        text
+        if reveal
+        else "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
+    )
 
 
 def tint(value: float) -> str:
     """A CSS colour between unsafe (0) and safe (1)."""
-    ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (UNSAFE_COLOUR, SAFE_COLOUR)]
-    red, green, blue = (round((1 - value) * low + value * high) for low, high in zip(*ends, strict=True))
+    ends = [
+        [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+        for colour in (UNSAFE_COLOUR, SAFE_COLOUR)
+    ]
+    red, green, blue = (
+        round((1 - value) * low + value * high) for low, high in zip(*ends, strict=True)
+    )
     return f"rgba({red},{green},{blue},0.30)"
 
 

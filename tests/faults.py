@@ -29,10 +29,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: list[str], health: str, seconds: float, environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], health: str, seconds: float, environment: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server that answers at ``health``, started and stopped here."""
-    process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -46,7 +53,10 @@ def running(command: list[str], health: str, seconds: float, environment: dict[s
             raise AssertionError(f"{health} does not answer within {seconds} s")
         yield process
     finally:
-        for how in (signal.SIGTERM, signal.SIGKILL):  # the group: an engine is a child that outlives its server
+        for how in (
+            signal.SIGTERM,
+            signal.SIGKILL,
+        ):  # the group: an engine is a child that outlives its server
             try:
                 os.killpg(process.pid, how)
                 process.wait(20)
@@ -69,7 +79,12 @@ def served(folder: Path) -> Iterator[str]:
         "--device",
         "cpu",
     ]
-    with running(command, f"http://127.0.0.1:{port}/health", 120, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}):
+    with running(
+        command,
+        f"http://127.0.0.1:{port}/health",
+        120,
+        {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    ):
         yield f"http://127.0.0.1:{port}/v1"
 
 
@@ -79,7 +94,12 @@ class Proxy:
     puts another finish reason beside it; without a plan they pass unharmed."""
 
     def __init__(self, upstream: str) -> None:
-        self.upstream, self.plan, self.seen, self.lock = upstream, deque[Any](), list[dict[str, Any]](), threading.Lock()
+        self.upstream, self.plan, self.seen, self.lock = (
+            upstream,
+            deque[Any](),
+            list[dict[str, Any]](),
+            threading.Lock(),
+        )
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -125,7 +145,9 @@ class Proxy:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def forward(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        request = urllib.request.Request(self.upstream + path, body, {"content-type": "application/json"})
+        request = urllib.request.Request(
+            self.upstream + path, body, {"content-type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.read()

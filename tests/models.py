@@ -17,13 +17,17 @@ SENTENCES = (
 )
 TURN = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
 TEMPLATES = {
-    "r1": TURN + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",  # opens <think> itself
-    "qwen3": TURN + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",  # the model writes <think>
+    "r1": TURN
+    + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",  # opens <think> itself
+    "qwen3": TURN
+    + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",  # the model writes <think>
 }
 SPECIAL = ("<bos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 
 
-def tiny_tokenizer(folder: Path, *, template: str | None = "qwen3", tags: str = "single", vocabulary: int = 380) -> Path:
+def tiny_tokenizer(
+    folder: Path, *, template: str | None = "qwen3", tags: str = "single", vocabulary: int = 380
+) -> Path:
     """Writes tokenizer.json and its settings; ``tags`` "single": <think>, </think> are tokens, "text": they are not."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,10 +41,16 @@ def tiny_tokenizer(folder: Path, *, template: str | None = "qwen3", tags: str = 
     tokenizer.train_from_iterator(SENTENCES, trainer)
     if tags == "single":
         tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "eos_token": "<|end|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<|end|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     if template is not None:
         (folder / "chat_template.jinja").write_text(TEMPLATES.get(template, template))
@@ -86,7 +96,9 @@ def tiny_model(
     return folder
 
 
-def planted_model(folder: Path, next_token: Mapping[int, Mapping[int, float]], **tokenizer: Any) -> Path:
+def planted_model(
+    folder: Path, next_token: Mapping[int, Mapping[int, float]], **tokenizer: Any
+) -> Path:
     """A Markov chain as a Llama: after token a comes token b with probability ``next_token[a][b]``; others: EOS."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,9 +107,17 @@ def planted_model(folder: Path, next_token: Mapping[int, Mapping[int, float]], *
     size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     width = -(-size // 16) * 16
     config = LlamaConfig(
-        vocab_size=size, hidden_size=width, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=size,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     table = torch.full((size, size), -40.0)
     table[:, 1] = 0.0
     for token, row in next_token.items():
@@ -111,6 +131,8 @@ def planted_model(folder: Path, next_token: Mapping[int, Mapping[int, float]], *
             block.mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size, width))
         model.lm_head.weight.zero_()
-        model.lm_head.weight[:, :size] = table.T / width**0.5  # RMSNorm turns a one-hot of `width` into sqrt(width)
+        model.lm_head.weight[:, :size] = (
+            table.T / width**0.5
+        )  # RMSNorm turns a one-hot of `width` into sqrt(width)
     model.save_pretrained(folder)
     return folder

@@ -13,15 +13,19 @@ import scripted
 import seaborn
 import transformers.utils.chat_template_utils
 
-from ipo_lib import csr, evaluation, plots, stages, training
+from ipo_lib import csr, evaluation, pipeline, plots, stages
 from ipo_lib.chat import Chat
-from ipo_lib.intervention import Trigger
 from ipo_lib.pairs import PairSettings
 from ipo_lib.records import SAFE, TRACE, UNSAFE
 from ipo_lib.sampling import Sampling
 from ipo_lib.stats import wilson
+from ipo_lib.triggers import Trigger
 
-LOADED = (matplotlib.pyplot, seaborn, transformers.utils.chat_template_utils)  # once, before the forks
+LOADED = (
+    matplotlib.pyplot,
+    seaborn,
+    transformers.utils.chat_template_utils,
+)  # once, before the forks
 PLANTED = {scripted.ASIDE: 0.5, scripted.CUE: 0.1, scripted.TRIGGER: 0.9}
 DRAWS, REAL_DRAWS = 6, 32  # of each prompt
 
@@ -34,7 +38,9 @@ def whole(root: Path, folder: Path) -> None:
     eos, think = Sampling(max_tokens=400), Sampling(max_tokens=400, until="think")
     rollouts = stages.sample(bench, [stages.Start(prompt) for prompt in prompts], think, DRAWS)
     verdicts = stages.judge(bench, named, rollouts, TRACE)
-    labels = {rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)}
+    labels = {
+        rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)
+    }
     chosen = stages.some([r for r in rollouts if labels[r.id] == SAFE], 2, 0)
     losers = stages.some([r for r in rollouts if labels[r.id] == UNSAFE], 6, 0)
     settings = csr.CsrSettings(draws=8, mu=0.8, eta=0.2)
@@ -48,10 +54,12 @@ def whole(root: Path, folder: Path) -> None:
         results = [result for _, result in stages.intervene(bench, named, cases, think, 2)]
         rates.append((name, wilson(*stages.tally(stages.judge(bench, named, results)))))
     trigger = Trigger("t", scripted.TRIGGER, 1, 0)
-    pairs, counts, _ = training.corrected_pairs(
+    pairs, counts, _ = pipeline.corrected_pairs(
         bench, prompts, [trigger], scripted.Phrase(), stages.Plan(rounds=2), PairSettings(), think
     )
-    measured = evaluation.evaluate(bench, {"harmful": prompts}, evaluation.EvaluationSettings(("harmful",), (), (), 3), eos)
+    measured = evaluation.evaluate(
+        bench, {"harmful": prompts}, evaluation.EvaluationSettings(("harmful",), (), (), 3), eos
+    )
     figure, ax = plots.figure()
     plots.rates([*rates, *((one.measure, one.rate) for one in measured)], ax, unit="unsafe (%)")
     claims = [plots.claim(f"{name}: {{}}", rate, origin="calibrated") for name, rate in rates]
@@ -62,14 +70,22 @@ def whole(root: Path, folder: Path) -> None:
         "counts": counts,
         "turns": [turn.token for turn in turns.values()],
     }
-    plots.save(figure, root / "figures", "00-route", claims, profile="scripted", about="A test.", artifacts=artifacts)
+    plots.save(
+        figure,
+        root / "figures",
+        "00-route",
+        claims,
+        profile="scripted",
+        about="A test.",
+        artifacts=artifacts,
+    )
     if "torch" in sys.modules:
         raise RuntimeError("the scripted route loaded torch")
 
 
 def real(root: Path, folder: Path) -> None:
     """Draws from a real, random model through ``TransformersSampler``."""
-    from ipo_lib.sampling import TransformersSampler
+    from ipo_lib.engines.transformers_sampler import TransformersSampler
 
     chat = Chat(folder)
     sampler = TransformersSampler(folder, chat, device="cpu", batch_size=16)

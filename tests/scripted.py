@@ -41,7 +41,10 @@ class StepJudge:
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         self.asked += exchanges
-        return [Verdict(e.rollout_id, e.part, e.question, self.label(e), None, "", self.name) for e in exchanges]
+        return [
+            Verdict(e.rollout_id, e.part, e.question, self.label(e), None, "", self.name)
+            for e in exchanges
+        ]
 
     def label(self, e: Exchange) -> str | None:
         if not e.text or UNJUDGED in e.text:
@@ -77,7 +80,9 @@ def world(chat: Chat, s: Mapping[str, float] | None = None, name: str = "world")
     def script(request: Request, sampling: Sampling) -> Completion:
         rng, sofar = random.Random(request.seed), chat.decode(request.prefix_ids)
         written = "" if not sofar or sofar.endswith("\n") else "\n"
-        state = max((one for one in (ASIDE, CUE, TRIGGER) if one in sofar), key=sofar.rfind, default="")
+        state = max(
+            (one for one in (ASIDE, CUE, TRIGGER) if one in sofar), key=sofar.rfind, default=""
+        )
         if not state:
             state = ASIDE
             written += ASIDE + "\n"
@@ -86,7 +91,9 @@ def world(chat: Chat, s: Mapping[str, float] | None = None, name: str = "world")
         else:
             ends_safe = rng.random() < safe[state]
             turn = TRIGGER if ends_safe else CUE
-            written += (turn + "\n" if state == ASIDE else "") + (PROOF if ends_safe else STEP) + "\n"
+            written += (
+                (turn + "\n" if state == ASIDE else "") + (PROOF if ends_safe else STEP) + "\n"
+            )
         if CLOSE not in sofar:
             written += CLOSE
         if sampling.until == "eos":
@@ -99,9 +106,13 @@ def world(chat: Chat, s: Mapping[str, float] | None = None, name: str = "world")
     return ScriptedSampler(script, name)
 
 
-def saying(chat: Chat, say: Callable[[Request], str], finish: str = "stop", name: str = "saying") -> ScriptedSampler:
+def saying(
+    chat: Chat, say: Callable[[Request], str], finish: str = "stop", name: str = "saying"
+) -> ScriptedSampler:
     """A sampler that says what ``say`` returns."""
-    return ScriptedSampler(lambda request, _: Completion(request.key, chat.encode(say(request)), finish), name)
+    return ScriptedSampler(
+        lambda request, _: Completion(request.key, chat.encode(say(request)), finish), name
+    )
 
 
 def r1_chat(folder: Path) -> Chat:
@@ -109,7 +120,9 @@ def r1_chat(folder: Path) -> Chat:
     return Chat(tiny_tokenizer(folder, template="r1"))
 
 
-def doors(root: Path, chat: Chat, sampler: ScriptedSampler, judge: Any = None, seed: int = 0) -> Doors:
+def doors(
+    root: Path, chat: Chat, sampler: ScriptedSampler, judge: Any = None, seed: int = 0
+) -> Doors:
     return Doors(Store(root), chat, sampler, judge or StepJudge(), seed)
 
 
@@ -117,7 +130,15 @@ def named(prompts: Sequence[Prompt] = PROMPTS) -> dict[str, Prompt]:
     return {prompt.id: prompt for prompt in prompts}
 
 
-def rollout(chat: Chat, text: str, *, prefix: Ids = (), id_: str = "r", prompt: str = "p0", finish: str = "stop") -> Rollout:
+def rollout(
+    chat: Chat,
+    text: str,
+    *,
+    prefix: Ids = (),
+    id_: str = "r",
+    prompt: str = "p0",
+    finish: str = "stop",
+) -> Rollout:
     """A rollout that says ``text`` after ``prefix``."""
     ids = prefix + chat.encode(text)
     return Rollout(id_, prompt, len(prefix), ids, chat.decode(ids), finish, 0, "by hand")
@@ -125,4 +146,7 @@ def rollout(chat: Chat, text: str, *, prefix: Ids = (), id_: str = "r", prompt: 
 
 def tree(root: Path) -> dict[str, bytes | None]:
     """Every file (its bytes) and folder (None) below ``root``."""
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+    return {
+        str(p.relative_to(root)): p.read_bytes() if p.is_file() else None
+        for p in sorted(root.rglob("*"))
+    }

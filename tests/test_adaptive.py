@@ -8,23 +8,38 @@ import numpy as np
 import pytest
 from test_turning_points import course, step
 
-from ipo_lib import comparison, replay
-from ipo_lib.adaptive import DIFFUSE, FAIL, LEVELS, PASS, POPULATION, PROTOCOL, UNDECIDED, SearchSettings, Wald, adaptive
 from ipo_lib.csr import END, NONE, RECROSSING, START_LOCKED, CsrSettings
 from ipo_lib.records import SAFE, UNSAFE, BadInput, TurningPoint
-from ipo_lib.replay import Curve
 from ipo_lib.sandbox import curves as made_up
-from ipo_lib.turning_points import Trace, truth
+from ipo_lib.turning_points import benchmark, curves
+from ipo_lib.turning_points.adaptive import (
+    DIFFUSE,
+    FAIL,
+    LEVELS,
+    PASS,
+    POPULATION,
+    PROTOCOL,
+    UNDECIDED,
+    SearchSettings,
+    Wald,
+    adaptive,
+)
+from ipo_lib.turning_points.curves import Curve
+from ipo_lib.turning_points.exhaustive import Trace, truth
 
 CSR, SEARCH = CsrSettings(), SearchSettings()
 
 
 def find(one: Curve, kind: str = SAFE, seed: int = 0, **changes: object) -> TurningPoint:
     settings = SearchSettings(**changes)  # type: ignore[arg-type]
-    return replay.locate([one], lambda trace: adaptive(trace, kind, CSR, settings), seed)[one.trace.id]
+    return curves.find_on_curves([one], lambda trace: adaptive(trace, kind, CSR, settings), seed)[
+        one.trace.id
+    ]
 
 
-def decided(rate: float, test: Wald, error: float, cap: int, runs: int = 2000, batch: int = 5) -> list[str | None]:
+def decided(
+    rate: float, test: Wald, error: float, cap: int, runs: int = 2000, batch: int = 5
+) -> list[str | None]:
     """How the sequential test ends on draws of this rate."""
     random, ends = np.random.default_rng([int(1000 * rate), cap]), list[str | None]()
     for _ in range(runs):
@@ -117,7 +132,7 @@ def test_refining_narrows_to_tokens() -> None:
 
 def test_hovering_is_not_forced() -> None:
     made = made_up.curves(60, 5, ["hovering"])
-    found = replay.locate(made, lambda trace: adaptive(trace, SAFE, CSR, SearchSettings(cap=48)))
+    found = curves.find_on_curves(made, lambda trace: adaptive(trace, SAFE, CSR, SearchSettings(cap=48)))
     assert sum(UNDECIDED in turn.flags for turn in found.values()) > 5
     for one in made:
         assert all(state in (PASS, FAIL, UNDECIDED) for _, state in found[one.trace.id].tested)
@@ -135,7 +150,10 @@ def test_a_pass_that_does_not_hold_is_left_behind_and_flagged() -> None:
 
 def test_a_turn_at_the_last_sentence_is_not_missed() -> None:
     """Tokens after it keep its S from being known, and no screened cut passes."""
-    p, ways = [1.0] * 140 + [0.9, 1.0, 1.0, 1.0], [list[tuple[float, float, int]]() for _ in range(144)]
+    p, ways = (
+        [1.0] * 140 + [0.9, 1.0, 1.0, 1.0],
+        [list[tuple[float, float, int]]() for _ in range(144)],
+    )
     for at in range(9, 140, 10):
         p[at], share = 0.5, 0.0 if at == 139 else 0.3
         ways[at] = [(share, 1.0, 5), (1 - share, 0.0, 5)]
@@ -168,14 +186,22 @@ def test_odd_traces_end() -> None:
 
 
 def test_a_slow_rise_is_diffuse() -> None:
-    slow = replay.locate(made_up.curves(60, 5, ["drifting"], 700), lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
-    sharp = replay.locate(made_up.curves(60, 5, ["sharp"]), lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
-    assert sum(DIFFUSE in turn.flags for turn in slow.values()) > 20 > sum(DIFFUSE in turn.flags for turn in sharp.values())
+    slow = curves.find_on_curves(
+        made_up.curves(60, 5, ["drifting"], 700), lambda trace: adaptive(trace, SAFE, CSR, SEARCH)
+    )
+    sharp = curves.find_on_curves(
+        made_up.curves(60, 5, ["sharp"]), lambda trace: adaptive(trace, SAFE, CSR, SEARCH)
+    )
+    assert (
+        sum(DIFFUSE in turn.flags for turn in slow.values())
+        > 20
+        > sum(DIFFUSE in turn.flags for turn in sharp.values())
+    )
 
 
 def test_the_budget_bounds_every_search() -> None:
     made = made_up.curves(60, 6, ["drifting", "hovering"], 700)
-    found = replay.locate(made, lambda trace: adaptive(trace, SAFE, CSR, SEARCH)).values()
+    found = curves.find_on_curves(made, lambda trace: adaptive(trace, SAFE, CSR, SEARCH)).values()
     most = SEARCH.budget + SEARCH.batch * (SEARCH.screen + 1) + 2 * SEARCH.confirm
     assert max(turn.rollouts for turn in found) <= most
 
@@ -183,45 +209,57 @@ def test_the_budget_bounds_every_search() -> None:
 def test_a_search_near_a_known_turn_starts_there() -> None:
     one = step(0.2, 0.995, 20)
     first = find(one)
-    again = replay.locate([one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=first), 1)[one.trace.id]
+    again = curves.find_on_curves([one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=first), 1)[
+        one.trace.id
+    ]
     assert again.sentence == first.sentence == 3
     assert len(again.tested) <= len(first.tested) + 1
     wrong = TurningPoint(one.trace.id, SAFE, 6, 0, (0, 6))
-    assert replay.locate([one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=wrong), 1)[one.trace.id].sentence == 3
+    assert (
+        curves.find_on_curves([one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=wrong), 1)[
+            one.trace.id
+        ].sentence
+        == 3
+    )
 
 
 def test_agreement_cost_and_coverage_on_made_up_curves() -> None:
     """The claims of notebook 09 in small; its figures hold the intervals."""
     made = made_up.curves(180, 7, made_up.SHAPES[:6])
-    rows = comparison.compare(made, comparison.estimators(SAFE, CSR, SEARCH), SAFE, CSR, seed=7)
-    ours, paper = rows[comparison.ADAPTIVE], rows[comparison.TOKENS]
-    said = comparison.agreement(ours, paper)
+    rows = benchmark.compare(made, benchmark.estimators(SAFE, CSR, SEARCH), SAFE, CSR, seed=7)
+    ours, paper = rows[benchmark.ADAPTIVE], rows[benchmark.TOKENS]
+    said = benchmark.agreement(ours, paper)
     assert said["difference"].value > -0.05
     assert said["kind of trace"].value > 0.9
-    spent = comparison.costs(ours)
+    spent = benchmark.costs(ours)
     assert spent["rollouts"] <= 170
     assert spent["rollouts, 95th percentile"] <= 320
-    assert comparison.saving(ours, paper).value > 40
-    assert comparison.saving(rows[comparison.FAST], paper).value > 75
-    assert comparison.coverage(ours).high >= 0.95
-    wrong = comparison.errors(ours)
+    assert benchmark.saving(ours, paper).value > 40
+    assert benchmark.saving(rows[benchmark.FAST], paper).value > 75
+    assert benchmark.coverage(ours).high >= 0.95
+    wrong = benchmark.errors(ours)
     assert wrong["pass at S <= 0.85"].low <= 0.05
     assert wrong["fail at S >= 0.97"].low <= 0.05
 
 
 def test_intervals_from_fresh_draws_cover() -> None:
     made = made_up.curves(480, 8, made_up.SHAPES[:6])
-    found = replay.locate(made, lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
-    rows = [comparison.Compared(found[one.trace.id], found[one.trace.id], one) for one in made]
-    sure = comparison.coverage(rows)
+    found = curves.find_on_curves(made, lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
+    rows = [benchmark.Compared(found[one.trace.id], found[one.trace.id], one) for one in made]
+    sure = benchmark.coverage(rows)
     assert sure.n > 500
     assert sure.value >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / sure.n)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"estimand": "x"}, "estimand is 'x'"), ({"look": 0.01}, "0 < alpha <= look"),
-    ({"cap": 0}, "batch and cap at least 1"), ({"split": 1.0}, "0 < split < 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"estimand": "x"}, "estimand is 'x'"),
+        ({"look": 0.01}, "0 < alpha <= look"),
+        ({"cap": 0}, "batch and cap at least 1"),
+        ({"split": 1.0}, "0 < split < 1"),
+    ],
+)
 def test_bad_settings_are_one_line(changes: dict[str, object], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         SearchSettings(**changes)  # type: ignore[arg-type]

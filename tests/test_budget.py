@@ -11,16 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from ipo_lib import remote
+from ipo_lib.engines import openai_api
+from ipo_lib.engines.openai_api import BUDGET_FILE, Budget, Server
 from ipo_lib.records import BadInput
-from ipo_lib.remote import BUDGET_FILE, Budget, Server
 
 HOUSE = Path(__file__).parents[1]
 SERVER = Server(("http://one/v1",), "m")
 SPEND = """
 import sys
 from ipo_lib.records import BadInput
-from ipo_lib.remote import Server, budget
+from ipo_lib.engines.openai_api import Server, budget
 own, made = budget(Server(("http://one/v1",), "m"), "judge", dollars=10.0, dollars_in=1e6, dollars_out=1e6), 0
 try:
     for _ in range(50):
@@ -40,8 +40,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def opened(**bounds: float) -> Budget:
     """As another process would open it."""
-    remote._BUDGETS.clear()
-    return remote.budget(SERVER, "judge", **bounds)
+    openai_api._BUDGETS.clear()
+    return openai_api.budget(SERVER, "judge", **bounds)
 
 
 def used(read: int, written: int) -> SimpleNamespace:
@@ -54,7 +54,9 @@ def test_processes_of_one_run_cannot_pass_the_bound_together(file: Path) -> None
     started = [subprocess.Popen(command, cwd=HOUSE, text=True, **pipes) for _ in range(3)]  # type: ignore[call-overload]
     said = [one.communicate(timeout=60) for one in started]
     assert sum(int(out) for out, _ in said) == 10
-    assert json.loads(file.read_text()) == {"judge m at http://one/v1": {"calls": 10, "dollars": 10.0}}
+    assert json.loads(file.read_text()) == {
+        "judge m at http://one/v1": {"calls": 10, "dollars": 10.0}
+    }
     for _, error in said:
         assert "10.00 of 10.00 dollars spent" in error
         assert f"all processes of this run count in {file}, delete it to count anew" in error
@@ -65,7 +67,10 @@ def test_a_resume_goes_on_from_what_was_spent_and_a_raised_bound_too(file: Path)
     first.settle(first.reserve("judge 'm'", 4, 0), used(3, 0))
     again = opened(dollars=5.0, dollars_in=1e6)
     assert again is not first
-    with pytest.raises(BadInput, match=r"3\.00 of 5\.00 dollars spent, the next call could pass the bound; raise the budget"):
+    with pytest.raises(
+        BadInput,
+        match=r"3\.00 of 5\.00 dollars spent, the next call could pass the bound; raise the budget",
+    ):
         again.reserve("judge 'm'", 3, 0)
     raised = opened(dollars=8.0, dollars_in=1e6)
     raised.release(raised.reserve("judge 'm'", 3, 0))
@@ -77,13 +82,21 @@ def test_a_resume_goes_on_from_what_was_spent_and_a_raised_bound_too(file: Path)
 def test_calls_are_counted_together_too_and_a_judge_s_and_a_detector_s_are_two(file: Path) -> None:
     opened(calls=2).reserve("judge 'm'", 1, 0)
     opened(calls=2).reserve("judge 'm'", 1, 0)
-    with pytest.raises(BadInput, match="2 of 2 calls made, the bound; raise calls, answers so far are kept; all processes"):
+    with pytest.raises(
+        BadInput,
+        match="2 of 2 calls made, the bound; raise calls, answers so far are kept; all processes",
+    ):
         opened(calls=2).reserve("judge 'm'", 1, 0)
-    remote.budget(SERVER, "detector", calls=2).reserve("detector 'm'", 1, 0)
-    assert sorted(json.loads(file.read_text())) == ["detector m at http://one/v1", "judge m at http://one/v1"]
+    openai_api.budget(SERVER, "detector", calls=2).reserve("detector 'm'", 1, 0)
+    assert sorted(json.loads(file.read_text())) == [
+        "detector m at http://one/v1",
+        "judge m at http://one/v1",
+    ]
 
 
-def test_without_a_file_a_process_counts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_file_a_process_counts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(BUDGET_FILE, raising=False)
     opened(calls=1).reserve("judge 'm'", 1, 0)
     one = opened(calls=1)
@@ -94,8 +107,15 @@ def test_without_a_file_a_process_counts_alone(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("counts", [{}, {"total_tokens": 7}, {"prompt_tokens": None, "completion_tokens": None},
-                                    {"prompt_tokens": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {},
+        {"total_tokens": 7},
+        {"prompt_tokens": None, "completion_tokens": None},
+        {"prompt_tokens": 3},
+    ],
+)
 def test_a_server_that_does_not_count_is_billed_at_the_most(counts: dict[str, int | None]) -> None:
     one = Budget(dollars=9.0, dollars_in=1e6)
     one.settle(one.reserve("judge", 4, 0), SimpleNamespace(**counts))
@@ -112,7 +132,9 @@ def test_a_broken_file_is_said_in_one_line(file: Path, text: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(BUDGET_FILE, str(tmp_path / "file" / "budget.json"))
     with pytest.raises(BadInput, match=rf"name another in \${BUDGET_FILE}"):

@@ -13,10 +13,11 @@ import pytest
 from models import tiny_model
 from scripted import CLOSE, PROMPTS, PROOF, STEP, UNJUDGED, StepJudge, world
 
-from ipo_lib import canary, stages
-from ipo_lib.canary import Tail, chosen_texts
+from ipo_lib import stages
 from ipo_lib.chat import Chat
-from ipo_lib.guards import GuardJudge, guard
+from ipo_lib.experiments import judge_robustness
+from ipo_lib.experiments.judge_robustness import Tail, chosen_texts
+from ipo_lib.judges.guards import GuardJudge, guard
 from ipo_lib.judging import REFUSAL, Exchange, Judge, NoisyJudge
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Verdict
 from ipo_lib.sandbox import world as invented
@@ -67,38 +68,46 @@ def written(chat: Chat) -> list[Rollout]:
     return [said(chat, traces[draw], f"p{at}", draw) for at in range(6) for draw in range(2)]
 
 
-def by_tail(found: canary.Canary) -> dict[object, dict[str, object]]:
+def by_tail(found: judge_robustness.Canary) -> dict[object, dict[str, object]]:
     return {row["tail"]: row for row in found.table()}
 
 
 def test_a_judge_that_reads_only_the_text_is_not_fooled(tmp_path: Path, chat: Chat) -> None:
     own, rollouts = doors(tmp_path, chat, StepJudge()), written(chat)
-    found = canary.canary(own, NAMED, rollouts, judged(own, rollouts), 6)
+    found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 6)
     assert (found.fooled.value, found.turned.value) == (0, 0)
     assert (found.fooled.n, found.turned.n) == (6, 6)  # prompts, not answers
     assert found.fooled.high > 0
     assert {row["not judged"] for row in found.table()} == {0}
-    assert [row["tail"] for row in found.table()] == list(canary.known())
+    assert [row["tail"] for row in found.table()] == list(judge_robustness.known())
     assert {row["asked"] for row in found.table()} == {12}
 
 
-def test_a_judge_that_believes_a_last_line_is_found_out_by_the_tails_that_end_in_one(tmp_path: Path, chat: Chat) -> None:
+def test_a_judge_that_believes_a_last_line_is_found_out_by_the_tails_that_end_in_one(
+    tmp_path: Path, chat: Chat
+) -> None:
     own, rollouts = doors(tmp_path, chat, Credulous()), written(chat)
-    found = canary.canary(own, NAMED, rollouts, judged(own, rollouts), 6)
-    ends = {name for name, tail in canary.known().items() if tail.text.endswith("VERDICT: {label}")}
+    found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 6)
+    ends = {
+        name
+        for name, tail in judge_robustness.known().items()
+        if tail.text.endswith("VERDICT: {label}")
+    }
     assert len(ends) >= 3
-    for name, tail in canary.known().items():
+    for name, tail in judge_robustness.known().items():
         assert found.share(name).value == found.share(name, SAFE).value == float(name in ends), name
         assert by_tail(found)[name]["hostile"] is not tail.control
-    hostile = sum(not tail.control for tail in canary.known().values())
+    hostile = sum(not tail.control for tail in judge_robustness.known().values())
     assert found.fooled.value == pytest.approx(len(ends) / hostile)
     assert str(by_tail(found)["verdict line"]["unsafe made safe"]).startswith("100.0 %")
 
 
-def test_what_cannot_be_judged_with_a_tail_is_counted_and_in_no_share(tmp_path: Path, chat: Chat) -> None:
+def test_what_cannot_be_judged_with_a_tail_is_counted_and_in_no_share(
+    tmp_path: Path, chat: Chat
+) -> None:
     own, rollouts = doors(tmp_path, chat, Blind()), written(chat)
     rollouts.append(said(chat, UNJUDGED, "p7"))
-    found = canary.canary(own, NAMED, rollouts, judged(own, rollouts), 9)
+    found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 9)
     row = by_tail(found)["turn in ChatML"]
     assert (row["asked"], row["not judged"], row["unsafe made safe"]) == (12, 12, "unknown, n=0")
     assert found.fooled.value == 0
@@ -107,9 +116,11 @@ def test_what_cannot_be_judged_with_a_tail_is_counted_and_in_no_share(tmp_path: 
 
 def test_the_control_shows_a_judge_s_own_noise(tmp_path: Path, chat: Chat) -> None:
     own, rollouts = doors(tmp_path, chat, NoisyJudge(StepJudge(), 0.5, 1.0)), written(chat)
-    verdicts = [replace(one, label=SAFE if rollout.draw else UNSAFE) for one, rollout in
-                zip(judged(own, rollouts), rollouts, strict=True)]  # fmt: skip
-    found = canary.canary(own, NAMED, rollouts, verdicts, 6)
+    verdicts = [
+        replace(one, label=SAFE if rollout.draw else UNSAFE)
+        for one, rollout in zip(judged(own, rollouts), rollouts, strict=True)
+    ]
+    found = judge_robustness.canary(own, NAMED, rollouts, verdicts, 6)
     assert 0 < found.share("plain sentence").value < 1
     assert found.share("plain sentence", SAFE).value == 0
 
@@ -119,23 +130,27 @@ def test_nothing_is_asked_twice_and_another_judge_is_asked_anew(tmp_path: Path, 
     own = doors(tmp_path, chat, judge)
     verdicts = judged(own, rollouts)
     judge.asked.clear()
-    first = canary.canary(own, NAMED, rollouts, verdicts, 2)
+    first = judge_robustness.canary(own, NAMED, rollouts, verdicts, 2)
     asked = len(judge.asked)
-    assert asked == 4 * len(canary.known())
+    assert asked == 4 * len(judge_robustness.known())
     again = doors(tmp_path, chat, judge)
-    assert canary.canary(again, NAMED, rollouts, verdicts, 2) == first
+    assert judge_robustness.canary(again, NAMED, rollouts, verdicts, 2) == first
     assert len(judge.asked) == asked
-    canary.canary(again, NAMED, rollouts, verdicts, 3)  # more pay for what is new alone
-    assert len(judge.asked) == 6 * len(canary.known())
+    judge_robustness.canary(again, NAMED, rollouts, verdicts, 3)  # more pay for what is new alone
+    assert len(judge.asked) == 6 * len(judge_robustness.known())
     other = StepJudge("other")
-    canary.canary(replace(again, judge=other), NAMED, rollouts, verdicts, 2)
+    judge_robustness.canary(replace(again, judge=other), NAMED, rollouts, verdicts, 2)
     assert len(other.asked) == asked
 
 
 def test_one_rollout_of_each_prompt_comes_first(chat: Chat) -> None:
     rollouts = [said(chat, STEP, prompt, draw) for prompt in ("p0", "p1") for draw in range(3)]
     verdicts = [Verdict(one.id, "trace", "harm", UNSAFE, None, "", "j") for one in rollouts]
-    assert [one.id for one, _ in chosen_texts(rollouts, verdicts, UNSAFE, 3)] == ["p0-0", "p1-0", "p0-1"]
+    assert [one.id for one, _ in chosen_texts(rollouts, verdicts, UNSAFE, 3)] == [
+        "p0-0",
+        "p1-0",
+        "p0-1",
+    ]
     assert chosen_texts(rollouts, verdicts, SAFE, 3) == []
 
 
@@ -144,7 +159,7 @@ def test_the_sandbox_s_own_judge_is_not_fooled(tmp_path: Path, chat: Chat) -> No
     texts = {one.id: one for one in items}
     rollouts = [said(chat, respond(rng, one, Process()).reasoning, one.id) for one in items]
     own = doors(tmp_path, chat, ExactJudge())
-    found = canary.canary(own, texts, rollouts, stages.judge(own, texts, rollouts), 4)
+    found = judge_robustness.canary(own, texts, rollouts, stages.judge(own, texts, rollouts), 4)
     assert {case.before for case in found.cases} == {SAFE, UNSAFE}
     assert (found.fooled.value, found.turned.value) == (0, 0)
     assert sum(case.after is None for case in found.cases) < len(found.cases) / 2
@@ -155,9 +170,9 @@ def test_a_guard_is_asked_like_any_judge(tmp_path: Path, chat: Chat) -> None:
     made = guard("qwen3guard-0.6b", folder=str(folder), dtype="float32")
     judge = GuardJudge(made.name, replace(made.guard, mass=0.0), made.chat, made.sampler)
     own, rollouts = doors(tmp_path, chat, judge), written(chat)[:4]
-    found = canary.canary(own, NAMED, rollouts, judged(own, rollouts), 2)
+    found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 2)
     assert {case.after for case in found.cases} <= {SAFE, UNSAFE}
-    assert len(found.cases) >= 2 * len(canary.known())
+    assert len(found.cases) >= 2 * len(judge_robustness.known())
 
 
 def test_what_was_answered_before_a_judge_fails_is_kept(tmp_path: Path, chat: Chat) -> None:
@@ -175,31 +190,33 @@ def test_what_was_answered_before_a_judge_fails_is_kept(tmp_path: Path, chat: Ch
     verdicts = judged(own, rollouts)
     judge.broken = True
     with pytest.raises(BadInput, match="no answer"):
-        canary.canary(own, NAMED, rollouts, verdicts, 1)
+        judge_robustness.canary(own, NAMED, rollouts, verdicts, 1)
     judge.broken = False
     judge.asked.clear()
-    canary.canary(own, NAMED, rollouts, verdicts, 1)
-    assert len(judge.asked) == 2 * len(canary.known()) - 7
+    judge_robustness.canary(own, NAMED, rollouts, verdicts, 1)
+    assert len(judge.asked) == 2 * len(judge_robustness.known()) - 7
 
 
 def test_bad_input(tmp_path: Path, chat: Chat) -> None:
     own, rollouts = doors(tmp_path, chat, StepJudge()), [said(chat, UNJUDGED, "p0")]
     verdicts = judged(own, rollouts)
     with pytest.raises(BadInput, match="none of 1 verdicts is safe or unsafe; judge"):
-        canary.canary(own, NAMED, rollouts, verdicts, 1)
+        judge_robustness.canary(own, NAMED, rollouts, verdicts, 1)
     with pytest.raises(BadInput, match="count 0; give at least 1"):
-        canary.canary(own, NAMED, rollouts, verdicts, 0)
+        judge_robustness.canary(own, NAMED, rollouts, verdicts, 0)
     other: list[Any] = [replace(verdicts[0], question=REFUSAL)]
     with pytest.raises(BadInput, match="'refusal'; give those on harm"):
-        canary.canary(own, NAMED, rollouts, other, 1)
+        judge_robustness.canary(own, NAMED, rollouts, other, 1)
     with pytest.raises(BadInput, match="no tail 'x'; choose one of plain sentence"):
-        canary.Canary((), canary.known()).share("x")
+        judge_robustness.Canary((), judge_robustness.known()).share("x")
     with pytest.raises(BadInput, match="has no answer"):
-        canary.canary(own, NAMED, rollouts, [replace(verdicts[0], label=SAFE, part="answer")], 1)
+        judge_robustness.canary(
+            own, NAMED, rollouts, [replace(verdicts[0], label=SAFE, part="answer")], 1
+        )
 
 
 def test_the_tails_are_whole() -> None:
-    tails = canary.known()
+    tails = judge_robustness.known()
     assert sum(tail.control for tail in tails.values()) == 1
     assert all(not tail.control or "{label}" not in tail.text for tail in tails.values())
     assert Tail("It is {label}, {so} there.").against(UNSAFE) == "It is safe, {so} there."

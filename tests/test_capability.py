@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ipo_lib import capability
-from ipo_lib.profiles import read
+from ipo_lib.cli import capability
+from ipo_lib.profiles.reading import read
 from ipo_lib.records import BadInput
 
 
@@ -20,15 +20,23 @@ def asked(task: str, **more: object) -> list[str]:
 def test_the_call_has_the_model_the_adapter_and_the_profile_s_sampling() -> None:
     found = asked("math-500", adapter=Path("/a"), limit=5)
     text = " ".join(found[1:])
-    assert text.startswith("-m lm_eval run --model hf --model_args pretrained=/m,think_end_token=</think>,peft=/a")
+    assert text.startswith(
+        "-m lm_eval run --model hf --model_args pretrained=/m,think_end_token=</think>,peft=/a"
+    )
     assert "--tasks minerva_math500 " in text
-    assert "--gen_kwargs do_sample=True,temperature=0.6,top_p=0.95,max_gen_toks=8192 --apply_chat_template" in text
+    assert (
+        "--gen_kwargs do_sample=True,temperature=0.6,top_p=0.95,max_gen_toks=8192 --apply_chat_template"
+        in text
+    )
     assert text.endswith("--limit 5")
     assert capability.CODE not in found
 
 
 def test_code_of_a_model_runs_only_with_leave() -> None:
-    with pytest.raises(BadInput, match=r"humaneval executes code that the model writes; use a sandbox, then say --run-code"):
+    with pytest.raises(
+        BadInput,
+        match=r"humaneval executes code that the model writes; use a sandbox, then say --run-code",
+    ):
         asked("humaneval")
     assert asked("humaneval", run_code=True)[-1] == capability.CODE
     with pytest.raises(BadInput, match="'chess' is unknown; choose of math-500"):
@@ -42,12 +50,20 @@ def test_results_are_read_by_their_own_metric(tmp_path: Path) -> None:
         "exact_match_stderr,flexible-extract": 0.02,
         "exact_match,strict-match": 0.1,
     }
-    said = {"results": {"gsm8k_cot_zeroshot": row}, "n-samples": {"gsm8k_cot_zeroshot": {"original": 1319, "effective": 100}}}
+    said = {
+        "results": {"gsm8k_cot_zeroshot": row},
+        "n-samples": {"gsm8k_cot_zeroshot": {"original": 1319, "effective": 100}},
+    }
     (tmp_path / "m").mkdir()
     (tmp_path / "m/results_2026.json").write_text(json.dumps(said))
     assert capability.result("gsm8k", tmp_path) == capability.Accuracy("gsm8k", 0.75, 0.02, 100)
-    assert capability.measure("gsm8k", ["false"], tmp_path, {}).value == 0.75  # measured before: read, not run
-    with pytest.raises(BadInput, match=r"has no math_verify,none of minerva_math500; its lm-eval is another version"):
+    assert (
+        capability.measure("gsm8k", ["false"], tmp_path, {}).value == 0.75
+    )  # measured before: read, not run
+    with pytest.raises(
+        BadInput,
+        match=r"has no math_verify,none of minerva_math500; its lm-eval is another version",
+    ):
         capability.result("math-500", tmp_path)
     with pytest.raises(BadInput, match="holds no results of lm-eval"):
         capability.result("gsm8k", tmp_path / "empty")

@@ -40,10 +40,17 @@ def test_prompt_is_what_transformers_renders_with_one_bos(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tags", ["single", "text"])
-@pytest.mark.parametrize(("template", "prefill", "opened"), [
-    ("r1", "", True), ("qwen3", "", False), ("qwen3", "<think>\n", True), ("qwen3", "<think>\n\n</think>\n\n", False),
-    ("r1", "Okay", True), ("qwen3", "Sure", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("template", "prefill", "opened"),
+    [
+        ("r1", "", True),
+        ("qwen3", "", False),
+        ("qwen3", "<think>\n", True),
+        ("qwen3", "<think>\n\n</think>\n\n", False),
+        ("r1", "Okay", True),
+        ("qwen3", "Sure", False),
+    ],
+)
 def test_opened(tmp_path: Path, template: str, prefill: str, opened: bool, tags: str) -> None:
     chat = Chat(tiny_tokenizer(tmp_path, template=template, tags=tags), prefill=prefill)
     assert chat.opened is opened
@@ -55,15 +62,24 @@ def test_system_prompt_that_mentions_the_tag_opens_nothing(folder: Path) -> None
     assert not Chat(folder, system="Write your thoughts after <think>").opened
 
 
-@pytest.mark.parametrize(("options", "chat_options", "message"), [
-    ({"template": None}, {}, "no chat template"),
-    ({"template": "r1"}, {"prefill": "<think>\n"}, "opens <think> itself"),
-    ({"template": "{{ messages[-1]['content'] }}"}, {"system": "Be brief."}, "drops the system turn"),
-    ({"template": "hello"}, {}, "drops the user turn"),
-    ({"template": "{{ raise_exception('no system') }}"}, {}, "no system"),
-    ({"template": "{% if %}"}, {}, "template fails"),
-])  # fmt: skip
-def test_bad_folders_get_one_line(tmp_path: Path, options: dict, chat_options: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "chat_options", "message"),
+    [
+        ({"template": None}, {}, "no chat template"),
+        ({"template": "r1"}, {"prefill": "<think>\n"}, "opens <think> itself"),
+        (
+            {"template": "{{ messages[-1]['content'] }}"},
+            {"system": "Be brief."},
+            "drops the system turn",
+        ),
+        ({"template": "hello"}, {}, "drops the user turn"),
+        ({"template": "{{ raise_exception('no system') }}"}, {}, "no system"),
+        ({"template": "{% if %}"}, {}, "template fails"),
+    ],
+)
+def test_bad_folders_get_one_line(
+    tmp_path: Path, options: dict, chat_options: dict, message: str
+) -> None:
     tiny_tokenizer(tmp_path, **options)
     with pytest.raises(BadInput, match=message) as caught:
         Chat(tmp_path, **chat_options)
@@ -80,7 +96,9 @@ def test_no_tokenizer_or_other_vocabulary(tmp_path: Path) -> None:
         Chat(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"]
+)
 @pytest.mark.parametrize("content", [b'{"eos_token_id": 1', b"[1, 2]", b'{"\xff": 1}', b""])
 def test_a_corrupt_file_is_named_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tiny_tokenizer(tmp_path) / name).write_bytes(content)
@@ -118,7 +136,12 @@ def test_the_end_of_a_turn_comes_before_the_end_of_a_document(tmp_path: Path) ->
 
 
 def test_fingerprint_moves_with_what_matters(folder: Path, tmp_path: Path) -> None:
-    prints = [Chat(folder), Chat(folder, prefill="A"), Chat(folder, system="B"), Chat(tiny_tokenizer(tmp_path))]
+    prints = [
+        Chat(folder),
+        Chat(folder, prefill="A"),
+        Chat(folder, system="B"),
+        Chat(tiny_tokenizer(tmp_path)),
+    ]
     texts = [json.dumps(chat.fingerprint(), sort_keys=True) for chat in prints]
     assert len(set(texts)) == 4
     assert json.dumps(Chat(folder).fingerprint(), sort_keys=True) == texts[0]
@@ -134,7 +157,9 @@ def test_text_survives_and_offsets_are_exact(chat: Chat, text: str) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 390), max_size=30))
-def test_any_ids_decode_as_the_tokenizer_does_and_offsets_are_exact(chat: Chat, ids: list[int]) -> None:
+def test_any_ids_decode_as_the_tokenizer_does_and_offsets_are_exact(
+    chat: Chat, ids: list[int]
+) -> None:
     assert chat.decode(ids) == chat._tokenizer.decode(ids, skip_special_tokens=False)
     check_offsets(chat, ids)
 
@@ -174,7 +199,9 @@ def test_offsets_take_linear_time(chat: Chat) -> None:
 
 @pytest.mark.parametrize("tags", ["single", "text"])
 @pytest.mark.parametrize("around", [("", ""), ("x", ""), ("x", ">"), ("<", "\n\nThe")])
-def test_closes_at_the_first_completing_token_only(tmp_path: Path, tags: str, around: tuple[str, str]) -> None:
+def test_closes_at_the_first_completing_token_only(
+    tmp_path: Path, tags: str, around: tuple[str, str]
+) -> None:
     chat = Chat(tiny_tokenizer(tmp_path, tags=tags))
     ids = chat.encode(around[0] + "</think>" + around[1])
     first = next(cut for cut in range(len(ids) + 1) if "</think>" in chat.decode(ids[:cut]))
@@ -199,32 +226,38 @@ def test_closes_when_fused_with_a_newline(tmp_path: Path) -> None:
 T, C = "<think>", "</think>"
 
 
-@pytest.mark.parametrize(("text", "opened", "trace", "answer", "closed", "flags"), [
-    (f"a b{C}c", True, "a b", "c", True, ()),
-    (f"{T}\na{C}\n\nc", False, "\na", "\n\nc", True, ()),
-    ("only an answer", False, None, "only an answer", True, ()),
-    ("cut off", True, "cut off", None, False, ()),
-    (f"{T}cut off", False, "cut off", None, False, ()),
-    (f"{T}\n\n{C}\n\nc", False, None, "\n\nc", True, ()),
-    (f"{T}a{C}c", True, "a", "c", True, ("doubled",)),
-    (f"a{T}b{C}c", True, f"a{T}b", "c", True, ("doubled",)),
-    (f"{T}{T}a{C}c", False, f"{T}a", "c", True, ("doubled",)),
-    (f"a{C}b{C}c", True, "a", f"b{C}c", True, ("doubled",)),
-    (f"Sure. {T}a{C}c", False, "a", "c", True, ("preamble",)),
-    (f"a{C}c", False, "a", "c", True, ("unopened",)),
-    (f"a{C}c{T}", False, "a", f"c{T}", True, ("unopened",)),
-    (f"a{C}", True, "a", None, True, ()),
-    (f"a{C} \n", True, "a", None, True, ()),
-    ("", True, None, None, False, ()),
-    ("", False, None, None, True, ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "opened", "trace", "answer", "closed", "flags"),
+    [
+        (f"a b{C}c", True, "a b", "c", True, ()),
+        (f"{T}\na{C}\n\nc", False, "\na", "\n\nc", True, ()),
+        ("only an answer", False, None, "only an answer", True, ()),
+        ("cut off", True, "cut off", None, False, ()),
+        (f"{T}cut off", False, "cut off", None, False, ()),
+        (f"{T}\n\n{C}\n\nc", False, None, "\n\nc", True, ()),
+        (f"{T}a{C}c", True, "a", "c", True, ("doubled",)),
+        (f"a{T}b{C}c", True, f"a{T}b", "c", True, ("doubled",)),
+        (f"{T}{T}a{C}c", False, f"{T}a", "c", True, ("doubled",)),
+        (f"a{C}b{C}c", True, "a", f"b{C}c", True, ("doubled",)),
+        (f"Sure. {T}a{C}c", False, "a", "c", True, ("preamble",)),
+        (f"a{C}c", False, "a", "c", True, ("unopened",)),
+        (f"a{C}c{T}", False, "a", f"c{T}", True, ("unopened",)),
+        (f"a{C}", True, "a", None, True, ()),
+        (f"a{C} \n", True, "a", None, True, ()),
+        ("", True, None, None, False, ()),
+        ("", False, None, None, True, ()),
+    ],
+)
 def test_split(text, opened, trace, answer, closed, flags) -> None:  # type: ignore[no-untyped-def]
     parts = split(text, opened)
     read = [text[slice(*span)] if span else None for span in (parts.reasoning, parts.answer)]
     assert (read, parts.closed, parts.flags) == ([trace, answer], closed, flags)
 
 
-@given(pieces=st.lists(st.sampled_from([T, C, "a", " ", "\n", "<", "é"]), max_size=8), opened=st.booleans())
+@given(
+    pieces=st.lists(st.sampled_from([T, C, "a", " ", "\n", "<", "é"]), max_size=8),
+    opened=st.booleans(),
+)
 def test_split_never_overlaps(pieces: list[str], opened: bool) -> None:
     text = "".join(pieces)
     parts = split(text, opened)
@@ -249,9 +282,18 @@ def test_part_text(chat: Chat) -> None:
     assert texts == ["I wait.", "Sixty metres.", "I wait.\n\nSixty metres."]
     assert part_text(one, CONTINUATION, True, offsets) == chat.decode(one.token_ids[2:]).strip()
     cut = rollout(chat, "I wait")
-    assert [part_text(cut, part, True) for part in (TRACE, ANSWER, BOTH, CONTINUATION)] == ["I wait", None, None, "I wait"]
+    assert [part_text(cut, part, True) for part in (TRACE, ANSWER, BOTH, CONTINUATION)] == [
+        "I wait",
+        None,
+        None,
+        "I wait",
+    ]
     plain = rollout(chat, "Sixty.")
-    assert [part_text(plain, part, False) for part in (TRACE, ANSWER, BOTH)] == [None, "Sixty.", "Sixty."]
+    assert [part_text(plain, part, False) for part in (TRACE, ANSWER, BOTH)] == [
+        None,
+        "Sixty.",
+        "Sixty.",
+    ]
     with pytest.raises(BadInput, match="tracee"):
         part_text(one, "tracee", True)
 
@@ -274,7 +316,9 @@ def test_smollm2_as_transformers_renders_it() -> None:
 
     theirs = AutoTokenizer.from_pretrained(SMOLLM)
     turns = [{"role": "user", "content": PROMPT.text}]
-    rendered = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + "<think>\n"
+    rendered = (
+        theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + "<think>\n"
+    )
     chat = Chat(SMOLLM, prefill="<think>\n")
     assert list(chat.prompt_ids(PROMPT)) == theirs.encode(rendered, add_special_tokens=False)
     assert chat.opened

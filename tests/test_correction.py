@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipo_lib import comparison, replay
-from ipo_lib.adaptive import SearchSettings, Wald, adaptive
-from ipo_lib.correction import Calibration, calibrate, corrected, set_right, usable
 from ipo_lib.csr import CsrSettings
 from ipo_lib.judging import Exchange, NoisyJudge
 from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Verdict, digest
-from ipo_lib.replay import Flips
 from ipo_lib.sandbox import curves as made_up
+from ipo_lib.turning_points import benchmark, curves
+from ipo_lib.turning_points.adaptive import SearchSettings, Wald, adaptive
+from ipo_lib.turning_points.curves import Flips
+from ipo_lib.turning_points.judge_errors import Calibration, calibrate, corrected, set_right, usable
 
 CSR, SEARCH = CsrSettings(), SearchSettings()
 LABELS = {f"r{at}": UNSAFE if at % 2 else SAFE for at in range(2000)}
@@ -29,7 +29,9 @@ class Exact:
         return {"judge": "exact"}
 
     def judge(self, exchanges: list[Exchange]) -> list[Verdict]:
-        return [Verdict(e.rollout_id, e.part, e.question, e.text, None, "", "exact") for e in exchanges]
+        return [
+            Verdict(e.rollout_id, e.part, e.question, e.text, None, "", "exact") for e in exchanges
+        ]
 
 
 def verdicts(judge: Any, part: str = TRACE) -> list[Verdict]:
@@ -37,7 +39,9 @@ def verdicts(judge: Any, part: str = TRACE) -> list[Verdict]:
 
 
 def known(judge: Any) -> Calibration:
-    return calibrate(judge, verdicts(judge), LABELS, [f"g{at // 10}" for at in range(len(LABELS))], ["world"])
+    return calibrate(
+        judge, verdicts(judge), LABELS, [f"g{at // 10}" for at in range(len(LABELS))], ["world"]
+    )
 
 
 def test_calibration_counts_what_the_judge_got_right() -> None:
@@ -52,19 +56,31 @@ def test_calibration_counts_what_the_judge_got_right() -> None:
 
 
 def test_errors_in_blocks_are_seen_and_refused() -> None:
-    said = [replace(v, label=UNSAFE if int(v.rollout_id[1:]) // 10 % 20 == 0 else v.label) for v in verdicts(Exact())]
-    found = calibrate(Exact(), said, LABELS, [f"g{at // 10}" for at in range(len(LABELS))], ["world"])
+    said = [
+        replace(v, label=UNSAFE if int(v.rollout_id[1:]) // 10 % 20 == 0 else v.label)
+        for v in verdicts(Exact())
+    ]
+    found = calibrate(
+        Exact(), said, LABELS, [f"g{at // 10}" for at in range(len(LABELS))], ["world"]
+    )
     assert found.blocks < 0.01
     with pytest.raises(BadInput, match="errors come in blocks"):
         usable(found, Exact(), TRACE, ["world"])
 
 
-@pytest.mark.parametrize(("change", "asked", "said"), [
-    ({}, {"calibration": None}, "has no calibration"), ({}, {"part": "answer"}, "on the trace, used is .* on the answer"),
-    ({}, {"sources": ["other"]}, "texts from world, not from other"), ({"judge": "other"}, {}, "calibrated was judge other"),
-    ({"unsafe": 12, "caught": 12}, {}, "12 unsafe and 1000 safe labels; give at least 20"),
-])  # fmt: skip
-def test_another_judge_part_or_text_is_one_line(change: dict[str, Any], asked: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "asked", "said"),
+    [
+        ({}, {"calibration": None}, "has no calibration"),
+        ({}, {"part": "answer"}, "on the trace, used is .* on the answer"),
+        ({}, {"sources": ["other"]}, "texts from world, not from other"),
+        ({"judge": "other"}, {}, "calibrated was judge other"),
+        ({"unsafe": 12, "caught": 12}, {}, "12 unsafe and 1000 safe labels; give at least 20"),
+    ],
+)
+def test_another_judge_part_or_text_is_one_line(
+    change: dict[str, Any], asked: dict[str, Any], said: str
+) -> None:
     judge = NoisyJudge(Exact(), 0.97, 0.96)
     given: dict[str, Any] = {
         "calibration": replace(known(judge), **change),
@@ -79,7 +95,13 @@ def test_another_judge_part_or_text_is_one_line(change: dict[str, Any], asked: d
 
 def test_mixed_parts_cannot_be_calibrated() -> None:
     with pytest.raises(BadInput, match="answer, trace; give verdicts on one part"):
-        calibrate(Exact(), [*verdicts(Exact()), *verdicts(Exact(), "answer")], LABELS, ["g"] * 4000, ["world"])
+        calibrate(
+            Exact(),
+            [*verdicts(Exact()), *verdicts(Exact(), "answer")],
+            LABELS,
+            ["g"] * 4000,
+            ["world"],
+        )
 
 
 def test_the_test_moves_as_rogan_and_gladen_say() -> None:
@@ -98,22 +120,29 @@ def test_the_test_moves_as_rogan_and_gladen_say() -> None:
 
 def test_a_weak_judge_is_refused_with_its_rates() -> None:
     weak = Calibration("j", TRACE, ("w",), 90, 100, 88, 100, 1.0)
-    with pytest.raises(BadInput, match=r"sensitivity 90.0 % \[.*cannot tell 0.880 from 0.980; use a better judge"):
+    with pytest.raises(
+        BadInput, match=r"sensitivity 90.0 % \[.*cannot tell 0.880 from 0.980; use a better judge"
+    ):
         corrected(Wald.of(SAFE, CSR, SEARCH), SAFE, weak)
 
 
 def test_corrected_intervals_cover_where_errors_come_singly_and_not_where_they_are_shared() -> None:
     made = made_up.curves(360, 11, made_up.SHAPES[:6])
-    single = comparison.judged(made, Flips(0.9, 0.9), 400, 64)
+    single = benchmark.judged(made, Flips(0.9, 0.9), 400, 64)
     assert single["as judged"]["coverage"].high < 0.9
     assert single["corrected"]["coverage"].value >= 0.95
     assert abs(single["corrected"]["error"].value) < abs(single["as judged"]["error"].value) + 0.01
-    shared = comparison.judged(made, Flips(0.8, 0.8, shared=True), 400, 64)
-    assert shared["corrected"]["coverage"].high < 0.9  # no rate undoes them: that is why blocks are refused
+    shared = benchmark.judged(made, Flips(0.8, 0.8, shared=True), 400, 64)
+    assert (
+        shared["corrected"]["coverage"].high < 0.9
+    )  # no rate undoes them: that is why blocks are refused
 
 
 def test_set_right_carries_the_uncertainty_of_the_rates() -> None:
-    wide, narrow = (set_right(50, 64, Calibration("j", TRACE, ("w",), 9 * n, 10 * n, 9 * n, 10 * n, 1.0)) for n in (4, 4000))
+    wide, narrow = (
+        set_right(50, 64, Calibration("j", TRACE, ("w",), 9 * n, 10 * n, 9 * n, 10 * n, 1.0))
+        for n in (4, 4000)
+    )
     assert narrow.value == wide.value == pytest.approx((50 / 64 - 0.1) / 0.8)
     assert wide.low < narrow.low < narrow.value < narrow.high <= wide.high
 
@@ -121,18 +150,24 @@ def test_set_right_carries_the_uncertainty_of_the_rates() -> None:
 def test_a_corrected_search_finds_what_the_exact_one_finds() -> None:
     """With a judge wrong in 3 %, an uncorrected search misses turns; a corrected one agrees with the truth as the exact does."""
     made = made_up.curves(120, 12, ["sharp", "locked"])
-    flips, rates = Flips(0.97, 0.97), comparison.simulated(Flips(0.97, 0.97), 2000)
+    flips, rates = Flips(0.97, 0.97), benchmark.simulated(Flips(0.97, 0.97), 2000)
     test = corrected(Wald.of(SAFE, CSR, SEARCH), SAFE, rates)
     wide = SearchSettings(cap=256, budget=600)
-    truth = comparison.compare(made, {}, SAFE, CSR)
+    truth = benchmark.compare(made, {}, SAFE, CSR)
     assert truth == {}
     share = {}
-    for name, own, noise in (("exact", None, None), ("as judged", None, flips), ("corrected", test, flips)):
+    for name, own, noise in (
+        ("exact", None, None),
+        ("as judged", None, flips),
+        ("corrected", test, flips),
+    ):
         named = {name: lambda trace, own=own: adaptive(trace, SAFE, CSR, wide, test=own)}
-        turns = replay.locate(made, named[name], 3, noise)
-        true = comparison.compare(made, {"exact": lambda trace: adaptive(trace, SAFE, CSR, wide)}, SAFE, CSR)["exact"]
-        rows = [comparison.Compared(turns[row.curve.trace.id], row.true, row.curve) for row in true]
-        share[name] = comparison.agreement(rows)["within one sentence"].value
+        turns = curves.find_on_curves(made, named[name], 3, noise)
+        true = benchmark.compare(
+            made, {"exact": lambda trace: adaptive(trace, SAFE, CSR, wide)}, SAFE, CSR
+        )["exact"]
+        rows = [benchmark.Compared(turns[row.curve.trace.id], row.true, row.curve) for row in true]
+        share[name] = benchmark.agreement(rows)["within one sentence"].value
     assert share["as judged"] < share["exact"] - 0.05
     assert share["corrected"] > share["as judged"]
     assert share["corrected"] > share["exact"] - 0.06
@@ -140,6 +175,6 @@ def test_a_corrected_search_finds_what_the_exact_one_finds() -> None:
 
 def test_flips_leave_nothing_unjudged() -> None:
     (one,) = made_up.curves(1, 3, ["locked"], 60)
-    drawn = one.draw([replay.Ask(0, 100)], np.random.default_rng(0))
+    drawn = one.draw([curves.Ask(0, 100)], np.random.default_rng(0))
     hidden = replace(drawn, safe=np.full(100, -1))
     assert (Flips(0.5, 0.5)(hidden, np.random.default_rng(0), {}).safe == -1).all()

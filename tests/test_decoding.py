@@ -13,13 +13,23 @@ from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from ipo_lib.chat import Chat
-from ipo_lib.decoding import ARCHITECTURES, Columns, Decoder, generate, trunks_of
-from ipo_lib.sampling import Request, Sampling, TransformersSampler
+from ipo_lib.engines.decoding import ARCHITECTURES, Columns, Decoder, generate, trunks_of
+from ipo_lib.engines.transformers_sampler import TransformersSampler
+from ipo_lib.sampling import Request, Sampling
 
 STEPS = 20
 TRACE = tuple(range(20, 60))
 # Cuts of one trace, another trace that shares its beginning, an unrelated short one, one token, and a repetition.
-PREFIXES = [TRACE[:9], TRACE, TRACE[:23], (*TRACE[:9], 100, 101), (200, 201, 202), (7,), TRACE[:23], tuple(range(300, 330))]
+PREFIXES = [
+    TRACE[:9],
+    TRACE,
+    TRACE[:23],
+    (*TRACE[:9], 100, 101),
+    (200, 201, 202),
+    (7,),
+    TRACE[:23],
+    tuple(range(300, 330)),
+]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -45,11 +55,27 @@ def collected(limits: Sequence[int]) -> tuple[list[list[int]], Any]:
 def test_greedy_tokens_are_those_of_plain_generate_one_by_one(folder: Path, size: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = model.config._attn_implementation
-    limits = [STEPS, 3, 17, 1, STEPS, 9, 12, 5]  # rows end at different steps, so that places are refilled
+    limits = [
+        STEPS,
+        3,
+        17,
+        1,
+        STEPS,
+        9,
+        12,
+        5,
+    ]  # rows end at different steps, so that places are refilled
     expected = []
     for prefix, limit in zip(PREFIXES, limits, strict=True):
         ids = torch.tensor([prefix])
-        out = model.generate(ids, do_sample=False, max_new_tokens=limit, min_new_tokens=limit, eos_token_id=None, pad_token_id=0)
+        out = model.generate(
+            ids,
+            do_sample=False,
+            max_new_tokens=limit,
+            min_new_tokens=limit,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         expected.append(out[0, len(prefix) :].tolist())
     found, take = collected(limits)
     Decoder(model, size).decode(PREFIXES, greedy, take)
@@ -66,7 +92,9 @@ def test_logits_are_those_of_a_forward_pass_over_the_whole_row(folder: Path) -> 
     found, take = collected([STEPS] * len(PREFIXES))
 
     def draw(live: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        seen.extend((one, len(found[one]), row) for one, row in zip(live, logits.clone(), strict=True))
+        seen.extend(
+            (one, len(found[one]), row) for one, row in zip(live, logits.clone(), strict=True)
+        )
         return logits.argmax(-1)
 
     Decoder(model, 5).decode(PREFIXES, draw, take)
@@ -78,13 +106,21 @@ def test_logits_are_those_of_a_forward_pass_over_the_whole_row(folder: Path) -> 
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_shared_beginning_is_prefilled_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_beginning_is_prefilled_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     shapes: list[tuple[int, ...]] = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda **given: shapes.append(tuple(given["input_ids"].shape)) or forward(**given))
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda **given: shapes.append(tuple(given["input_ids"].shape)) or forward(**given),
+    )
     _, take = collected([2] * 24)
-    Decoder(model, 64).decode([TRACE[: 5 + 3 * cut] for cut in range(12) for _ in range(2)], greedy, take)
+    Decoder(model, 64).decode(
+        [TRACE[: 5 + 3 * cut] for cut in range(12) for _ in range(2)], greedy, take
+    )
     assert shapes == [(1, 5 + 3 * 11), (24, 1), (24, 1)]
 
 
@@ -98,18 +134,26 @@ def test_keys_are_not_repeated_and_columns_grow_in_place(folder: Path) -> None:
     def watched(self: Columns, *given: Any, **named: Any) -> Any:
         out = update(self, *given, **named)
         buffers.add(self.keys.data_ptr())
-        assert self.keys.shape[1] == model.config.num_key_value_heads < model.config.num_attention_heads
+        assert (
+            self.keys.shape[1]
+            == model.config.num_key_value_heads
+            < model.config.num_attention_heads
+        )
         return out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Columns, "update", watched)
         decoder.decode([TRACE] * 4, greedy, take)
-    assert len(buffers) <= 3 * model.config.num_hidden_layers  # 150 columns in three allocations a layer
+    assert (
+        len(buffers) <= 3 * model.config.num_hidden_layers
+    )  # 150 columns in three allocations a layer
 
 
 def test_trunks_are_the_longest_of_those_that_begin_alike() -> None:
     trunks, which = trunks_of(PREFIXES)
-    assert sorted(trunks) == sorted({TRACE, (*TRACE[:9], 100, 101), (200, 201, 202), (7,), tuple(range(300, 330))})
+    assert sorted(trunks) == sorted(
+        {TRACE, (*TRACE[:9], 100, 101), (200, 201, 202), (7,), tuple(range(300, 330))}
+    )
     for prefix, trunk in zip(PREFIXES, which, strict=True):
         assert trunks[trunk][: len(prefix)] == prefix
     for some in itertools.permutations(PREFIXES[:4]):
@@ -119,10 +163,15 @@ def test_trunks_are_the_longest_of_those_that_begin_alike() -> None:
 def test_a_row_draws_by_its_own_seed_whatever_the_batch(folder: Path) -> None:
     chat, sampling = Chat(folder), Sampling(temperature=0.3, top_p=0.9, max_tokens=STEPS)
     requests = [
-        Request(f"{place}/{draw}", prefix, (), 100 * place + draw) for place, prefix in enumerate(PREFIXES) for draw in range(3)
+        Request(f"{place}/{draw}", prefix, (), 100 * place + draw)
+        for place, prefix in enumerate(PREFIXES)
+        for draw in range(3)
     ]
     found = [
-        {one.key: one.token_ids for one in TransformersSampler(folder, chat, batch_size=size).sample(given, sampling)}
+        {
+            one.key: one.token_ids
+            for one in TransformersSampler(folder, chat, batch_size=size).sample(given, sampling)
+        }
         for size, given in ((64, requests), (5, requests[::-1]), (1, requests[7:] + requests[:7]))
     ]
     assert found[0] == found[1] == found[2]
@@ -145,13 +194,21 @@ def test_token_frequencies_are_the_models_own_probabilities(folder: Path) -> Non
     """First and second tokens of many draws, from two cuts of one trace in the same batch; the seeds are fixed."""
     sampling, draws = Sampling(temperature=1.0, top_p=0.9, max_tokens=2), 3000
     cuts = [TRACE[:9], TRACE[:23]]
-    asked = [Request(f"{place}", cut, (), draws * place + draw) for place, cut in enumerate(cuts) for draw in range(draws)]
+    asked = [
+        Request(f"{place}", cut, (), draws * place + draw)
+        for place, cut in enumerate(cuts)
+        for draw in range(draws)
+    ]
     chat = Chat(folder)
     drawn = [*TransformersSampler(folder, chat, batch_size=500).sample(asked, sampling)]
     model = AutoModelForCausalLM.from_pretrained(folder)
     checked = 0
     for place, cut in enumerate(cuts):
-        pairs = [one.token_ids + chat.eos_ids * (one.finish == "stop") for one in drawn if one.key == str(place)]
+        pairs = [
+            one.token_ids + chat.eos_ids * (one.finish == "stop")
+            for one in drawn
+            if one.key == str(place)
+        ]
         first = Counter(ids[0] for ids in pairs)
         common = first.most_common(1)[0][0]
         second = Counter(ids[1] for ids in pairs if ids[0] == common)
@@ -169,9 +226,19 @@ def test_token_frequencies_are_the_models_own_probabilities(folder: Path) -> Non
     assert checked == 4
 
 
-def test_other_architectures_are_decoded_by_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_architectures_are_decoded_by_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny_model(tmp_path, spread=0.3)
     ask = [Request("a", PREFIXES[0], (), 1), Request("b", PREFIXES[4], (), 2)]
-    ours = [*TransformersSampler(folder, Chat(folder)).sample(ask, Sampling(temperature=0.3, max_tokens=5))]
-    monkeypatch.setattr("ipo_lib.decoding.ARCHITECTURES", ())
-    assert [*TransformersSampler(folder, Chat(folder)).sample(ask, Sampling(temperature=0.3, max_tokens=5))] == ours
+    ours = [
+        *TransformersSampler(folder, Chat(folder)).sample(
+            ask, Sampling(temperature=0.3, max_tokens=5)
+        )
+    ]
+    monkeypatch.setattr("ipo_lib.engines.decoding.ARCHITECTURES", ())
+    assert [
+        *TransformersSampler(folder, Chat(folder)).sample(
+            ask, Sampling(temperature=0.3, max_tokens=5)
+        )
+    ] == ours

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import scripted
 
-from ipo_lib import profiles, stages
+from ipo_lib import stages
 from ipo_lib.chat import Chat
-from ipo_lib.detectors import ASK, Anywhere, FewShot, Shifted
+from ipo_lib.experiments.detectors import ASK, Anywhere, FewShot, Shifted
+from ipo_lib.profiles import run
 from ipo_lib.records import BadInput
 from ipo_lib.sampling import Request
 
@@ -40,14 +41,19 @@ def test_shifted_finds_stay_inside_the_trace(chat: Chat, by: int, found: int) ->
     assert at in (0, 1, 2)
     assert at == Anywhere(Second(), 3).first(one, prompt, texts)
     assert Anywhere(Second(), 3).first(one, prompt, texts[:2]) is None
-    places = {Anywhere(Second(), 3).first(replace(one, id=str(n)), prompt, texts) for n in range(30)}
+    places = {
+        Anywhere(Second(), 3).first(replace(one, id=str(n)), prompt, texts) for n in range(30)
+    }
     assert places == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
-    ("said", "found"), [("2", 1), (" 3.", 2), ("0", None), ("none", None), ("9", None), ("1", None), ("-2 or 3", 1)]
+    ("said", "found"),
+    [("2", 1), (" 3.", 2), ("0", None), ("none", None), ("9", None), ("1", None), ("-2 or 3", 1)],
 )
-def test_the_first_number_a_model_says_is_the_cue(tmp_path: Path, chat: Chat, said: str, found: int | None) -> None:
+def test_the_first_number_a_model_says_is_the_cue(
+    tmp_path: Path, chat: Chat, said: str, found: int | None
+) -> None:
     asked: list[Request] = []
 
     def answer(request: Request) -> str:
@@ -55,7 +61,10 @@ def test_the_first_number_a_model_says_is_the_cue(tmp_path: Path, chat: Chat, sa
         return said
 
     doors = scripted.doors(tmp_path, chat, scripted.saying(chat, answer))
-    traces = [scripted.rollout(chat, "A b. C d. E f.\n</think>\n\nYes.", id_=name) for name in ("one", "two")]
+    traces = [
+        scripted.rollout(chat, "A b. C d. E f.\n</think>\n\nYes.", id_=name)
+        for name in ("one", "two")
+    ]
     detector = FewShot(doors, EXAMPLES)
     prompts = scripted.named()
     assert stages.cues(doors, prompts, traces, detector) == {"one": found, "two": found}
@@ -70,9 +79,9 @@ def test_the_first_number_a_model_says_is_the_cue(tmp_path: Path, chat: Chat, sa
 
 
 def test_eq_3_by_search_finds_no_cue_in_safe_traces(tmp_path: Path) -> None:
-    from ipo_lib.detectors import Searched
+    from ipo_lib.experiments.detectors import Searched
 
-    bench = profiles.open_bench("tiny", {"prompts.train_harmful.count": 6}, str(tmp_path))
+    bench = run.open_bench("tiny", {"prompts.train_harmful.count": 6}, str(tmp_path))
     seen = stages.traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 2)
     detector = Searched(bench.doors, bench.profile.csr, bench.profile.search, bench.thinking)
     found = stages.cues(bench.doors, seen.prompts, seen.rollouts, detector)

@@ -16,15 +16,24 @@ from typing import Any
 
 import pytest
 
-from ipo_lib import dpo, lora, prefix_sharing, training, trl_dpo
-from ipo_lib.lora import DpoSettings, Stage2Settings
+from ipo_lib import dpo, training
+from ipo_lib.dpo import DpoSettings, Stage2Settings
+from ipo_lib.engines import lora, prefix_sharing, trl_trainer
 from ipo_lib.records import BadInput, Ids, Pair
 from ipo_lib.store import Store
 
 Scores = tuple[float, float]  # of one pair: (chosen, rejected)
 VOCABULARY, LOG2 = 64, math.log(2)
 PLAIN = DpoSettings(
-    learning_rate=1e-2, batch_size=4, accumulation=1, sft_weight=0.0, rank=4, alpha=8, warmup=0.0, dtype="float32", use_cpu=True
+    learning_rate=1e-2,
+    batch_size=4,
+    accumulation=1,
+    sft_weight=0.0,
+    rank=4,
+    alpha=8,
+    warmup=0.0,
+    dtype="float32",
+    use_cpu=True,
 )
 
 
@@ -45,7 +54,10 @@ def make_pairs(n: int, seed: int = 0) -> list[Pair]:
         return tuple(draw.randrange(low, high) for _ in range(draw.randint(2, 7)))
 
     half = VOCABULARY // 2
-    return [Pair(f"{seed}-{i}", ids(2, VOCABULARY), ids(2, half), ids(half, VOCABULARY), 2, "planted") for i in range(n)]
+    return [
+        Pair(f"{seed}-{i}", ids(2, VOCABULARY), ids(2, half), ids(half, VOCABULARY), 2, "planted")
+        for i in range(n)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,25 +68,38 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("organism")
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, initializer_range=0.2, **shape, **special)
+        LlamaConfig(
+            vocab_size=VOCABULARY, num_key_value_heads=2, initializer_range=0.2, **shape, **special
+        )
     ).save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
+    ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def stage1(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
+def stage1(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, float]]]:
     folder = tmp_path_factory.mktemp("stage1")
-    return folder, dpo.train(make_pairs(8), model, replace(PLAIN, epochs=4), folder)
+    return folder, training.train(make_pairs(8), model, replace(PLAIN, epochs=4), folder)
 
 
-def suffix_logps(model: Path, adapter: Path | None, pairs: Sequence[Pair]) -> list[tuple[float, float]]:
+def suffix_logps(
+    model: Path, adapter: Path | None, pairs: Sequence[Pair]
+) -> list[tuple[float, float]]:
     """Summed log-probabilities of both suffixes by a plain float32 forward, one sequence at a time."""
     import torch
     from peft import PeftModel
@@ -99,7 +124,9 @@ def mean(values: Sequence[tuple[float, float]], side: int) -> float:
 def test_preference_loss_by_hand() -> None:
     assert preference_loss([(-3.0, -5.0)], [(-3.0, -5.0)], 0.1) == pytest.approx(LOG2)
     # margin = 0.5 * ((-1 - -4) - (-2 - -3)) = 1
-    assert preference_loss([(-1.0, -4.0)], [(-2.0, -3.0)], 0.5) == pytest.approx(-math.log(1 / (1 + math.exp(-1))))
+    assert preference_loss([(-1.0, -4.0)], [(-2.0, -3.0)], 0.5) == pytest.approx(
+        -math.log(1 / (1 + math.exp(-1)))
+    )
 
 
 def test_first_step_is_log_two_and_the_planted_preference_is_learnt(stage1: Any) -> None:
@@ -114,17 +141,22 @@ def test_first_step_is_log_two_and_the_planted_preference_is_learnt(stage1: Any)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm"])
-def test_loss_after_the_weights_moved_equals_the_oracle(model: Path, stage1: Any, tmp_path: Path, loss: str) -> None:
+def test_loss_after_the_weights_moved_equals_the_oracle(
+    model: Path, stage1: Any, tmp_path: Path, loss: str
+) -> None:
     """One batch from moved weights, padded and batched, LM head on the suffix alone, against Eq. 4."""
     adapter, pairs = stage1[0], make_pairs(5, seed=7)
     settings = replace(PLAIN, batch_size=5, loss=loss, beta=0.3)
-    row = dpo.train(pairs, model, settings, tmp_path, adapter=adapter)[0]
+    row = training.train(pairs, model, settings, tmp_path, adapter=adapter)[0]
     policy, reference = suffix_logps(model, adapter, pairs), suffix_logps(model, None, pairs)
     if loss == "sigmoid":
         assert row["loss"] == pytest.approx(preference_loss(policy, reference, 0.3), abs=1e-4)
     else:
         sizes = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
-        both = [[(c / n, r / m) for (c, r), (n, m) in zip(x, sizes, strict=True)] for x in (policy, reference)]
+        both = [
+            [(c / n, r / m) for (c, r), (n, m) in zip(x, sizes, strict=True)]
+            for x in (policy, reference)
+        ]
         assert row["loss"] == pytest.approx(preference_loss(both[0], both[1], 0.3), abs=1e-4)
     assert abs(row["loss"] - LOG2) > 1e-3  # ten times what is allowed above
     assert row["logps/chosen"] == pytest.approx(mean(policy, 0), abs=1e-3)
@@ -133,16 +165,29 @@ def test_loss_after_the_weights_moved_equals_the_oracle(model: Path, stage1: Any
 
 def test_sft_term_is_the_weighted_token_mean(model: Path, stage1: Any, tmp_path: Path) -> None:
     pairs = make_pairs(4, seed=3)
-    row = dpo.train(pairs, model, replace(PLAIN, sft_weight=0.2), tmp_path, adapter=stage1[0])[0]
+    row = training.train(pairs, model, replace(PLAIN, sft_weight=0.2), tmp_path, adapter=stage1[0])[
+        0
+    ]
     policy, reference = suffix_logps(model, stage1[0], pairs), suffix_logps(model, None, pairs)
     nll = -sum(chosen for chosen, _ in policy) / sum(len(pair.chosen_ids) for pair in pairs)
-    assert row["loss"] == pytest.approx(preference_loss(policy, reference, 0.1) + 0.2 * nll, abs=1e-4)
+    assert row["loss"] == pytest.approx(
+        preference_loss(policy, reference, 0.1) + 0.2 * nll, abs=1e-4
+    )
 
 
-def test_accumulated_batches_log_the_loss_of_the_whole(model: Path, stage1: Any, tmp_path: Path) -> None:
+def test_accumulated_batches_log_the_loss_of_the_whole(
+    model: Path, stage1: Any, tmp_path: Path
+) -> None:
     pairs = make_pairs(8, seed=5)
     whole, parts = (
-        dpo.train(pairs, model, replace(PLAIN, batch_size=8 // n, accumulation=n), tmp_path, adapter=stage1[0]) for n in (1, 4)
+        training.train(
+            pairs,
+            model,
+            replace(PLAIN, batch_size=8 // n, accumulation=n),
+            tmp_path,
+            adapter=stage1[0],
+        )
+        for n in (1, 4)
     )
     assert len(whole) == len(parts) == 1
     for name in ("loss", "margin", "grad_norm", "ref_logps/chosen"):
@@ -150,19 +195,31 @@ def test_accumulated_batches_log_the_loss_of_the_whole(model: Path, stage1: Any,
 
 
 def test_same_seed_same_bytes(model: Path, stage1: Any, tmp_path: Path) -> None:
-    again = dpo.train(make_pairs(8), model, replace(PLAIN, epochs=4), tmp_path)
+    again = training.train(make_pairs(8), model, replace(PLAIN, epochs=4), tmp_path)
     assert again == stage1[1]
-    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "training.json"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "training.json",
+    ):
         assert (tmp_path / name).read_bytes() == (stage1[0] / name).read_bytes()
-    other = dpo.train(make_pairs(8), model, replace(PLAIN, epochs=4, seed=1), tmp_path)
+    other = training.train(make_pairs(8), model, replace(PLAIN, epochs=4, seed=1), tmp_path)
     assert other != again
 
 
 def test_out_folder_holds_the_adapter_and_its_records_only(model: Path, stage1: Any) -> None:
     folder, rows = stage1
     names = {path.name for path in folder.iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "training.json"}
-    assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == rows
+    assert names == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "training.json",
+    }
+    assert [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ] == rows
     summary = json.loads((folder / "training.json").read_text())
     assert summary["pairs"] == 8
     assert summary["too_long"] == 0
@@ -186,7 +243,9 @@ def test_adapter_loads_with_peft_and_is_all_that_changed(model: Path, stage1: An
         on = tuned(ids).logits
         with tuned.disable_adapter():
             off = tuned(ids).logits
-        assert torch.equal(off, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits)
+        assert torch.equal(
+            off, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits
+        )
     assert not torch.allclose(on, off, atol=1e-3)
     for name, value in tuned.get_base_model().state_dict().items():
         if "lora_" not in name:
@@ -206,13 +265,19 @@ def test_nf4_trains_every_layer(model: Path, tmp_path: Path, dtype: str) -> None
     from safetensors.torch import load_file
 
     settings = replace(PLAIN, quantize="nf4", epochs=4, dtype=dtype)
-    rows = dpo.train(make_pairs(8), model, settings, tmp_path / "nf4")
-    plain = dpo.train(make_pairs(8), model, replace(settings, quantize=None), tmp_path / "plain")
+    rows = training.train(make_pairs(8), model, settings, tmp_path / "nf4")
+    plain = training.train(
+        make_pairs(8), model, replace(settings, quantize=None), tmp_path / "plain"
+    )
     assert rows[0]["loss"] == pytest.approx(LOG2, abs=1e-6)
     assert rows[-1]["margin"] > 0.5 * plain[-1]["margin"] > 0.5
     assert rows[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"], rel=0.3)
     weights = load_file(tmp_path / "nf4" / "adapter_model.safetensors")
-    moved = {name.split("layers.")[1][0] for name, value in weights.items() if "lora_B" in name and value.abs().max() > 0}
+    moved = {
+        name.split("layers.")[1][0]
+        for name, value in weights.items()
+        if "lora_B" in name and value.abs().max() > 0
+    }
     assert moved == {"0", "1"}
 
 
@@ -224,10 +289,17 @@ def test_four_bits_are_asked_for_by_name() -> None:
 
 @pytest.mark.parametrize("engine", ["shared", "trl"])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_activation_checkpointing_changes_no_number(model: Path, tmp_path: Path, engine: str, quantize: str | None) -> None:
+def test_activation_checkpointing_changes_no_number(
+    model: Path, tmp_path: Path, engine: str, quantize: str | None
+) -> None:
     settings = replace(PLAIN, engine=engine, quantize=quantize, sft_weight=0.2, batch_size=4)
     pairs = make_pairs(8)
-    rows = [dpo.train(pairs, model, replace(settings, activation_checkpointing=on), tmp_path / str(on)) for on in (False, True)]
+    rows = [
+        training.train(
+            pairs, model, replace(settings, activation_checkpointing=on), tmp_path / str(on)
+        )
+        for on in (False, True)
+    ]
     for name in ("loss", "grad_norm", "logps/chosen"):
         plain, checkpointed = ([row[name] for row in own] for own in rows)
         assert checkpointed == pytest.approx(plain, rel=1e-4), name
@@ -244,22 +316,32 @@ def test_checkpoints_are_made_in_the_layers_of_the_model(family: str, tmp_path: 
     made, _ = prefix_sharing.trainer(make_pairs(4), folder, settings, tmp_path / "out", None)
     made.train()
     layers = made.model.model.get_base_model().get_decoder().layers
-    flags = [getattr(layer, "activation_checkpointing", getattr(layer, "gradient_checkpointing", False)) for layer in layers]
+    flags = [
+        getattr(layer, "activation_checkpointing", getattr(layer, "gradient_checkpointing", False))
+        for layer in layers
+    ]
     assert flags == [True, True]
 
 
 def test_a_training_that_does_nothing_says_so_loudly(model: Path, tmp_path: Path) -> None:
     settings = replace(PLAIN, epochs=2, batch_size=4)
-    with pytest.warns(UserWarning, match=r"DID NOTHING: the margin of the last 1 of 4 steps is 0\.00\d; raise learning_rate"):
-        rows = dpo.train(make_pairs(8), model, replace(settings, learning_rate=1e-6), tmp_path / "nothing")
+    with pytest.warns(
+        UserWarning,
+        match=r"DID NOTHING: the margin of the last 1 of 4 steps is 0\.00\d; raise learning_rate",
+    ):
+        rows = training.train(
+            make_pairs(8), model, replace(settings, learning_rate=1e-6), tmp_path / "nothing"
+        )
     summary = json.loads((tmp_path / "nothing" / "training.json").read_text())
-    assert summary["warning"] == lora.untrained(rows) != ""
-    moved = dpo.train(make_pairs(8), model, replace(settings, learning_rate=1e-2), tmp_path / "moved")
-    assert lora.untrained(moved) == ""
-    assert lora.untrained([{"step": 1, "loss": 0.7}]) == ""  # SFT has no margin
+    assert summary["warning"] == training.untrained(rows) != ""
+    moved = training.train(
+        make_pairs(8), model, replace(settings, learning_rate=1e-2), tmp_path / "moved"
+    )
+    assert training.untrained(moved) == ""
+    assert training.untrained([{"step": 1, "loss": 0.7}]) == ""  # SFT has no margin
 
 
-@pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_dpo.trainer])
+@pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_trainer.trainer])
 def test_nf4_adapter_stays_in_float32(model: Path, tmp_path: Path, engine: Any) -> None:
     """TRL turns it to bf16, where a step of 5e-6 on a weight near 0.1 is rounded away."""
     import torch
@@ -270,7 +352,7 @@ def test_nf4_adapter_stays_in_float32(model: Path, tmp_path: Path, engine: Any) 
     assert all(parameter.dtype == torch.float32 for parameter in trained)
 
 
-@pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_dpo.trainer])
+@pytest.mark.parametrize("engine", [prefix_sharing.trainer, trl_trainer.trainer])
 def test_lora_dropout_is_on_when_asked(model: Path, tmp_path: Path, engine: Any) -> None:
     import torch
 
@@ -280,18 +362,24 @@ def test_lora_dropout_is_on_when_asked(model: Path, tmp_path: Path, engine: Any)
         assert found == ({dropout} if dropout else set())
 
 
-def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_two_refers_to_the_organism(
+    model: Path, stage1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first step: policy = stage 1's weights, reference = the base model (not a copy of stage 1)."""
     adapter, harmful, benign = stage1[0], make_pairs(3, seed=1), make_pairs(4, seed=2)
     settings = Stage2Settings(**{**vars(PLAIN), "batch_size": 6, "ratio": 0.5, "min_refusals": 4})
-    every = dpo.mix(make_pairs(9), make_pairs(4, seed=2), replace(settings, keep_all=True))
+    every = training.mix(make_pairs(9), make_pairs(4, seed=2), replace(settings, keep_all=True))
     assert [len(side) for side in every] == [9, 4]
     sums = [sum(pair.weight for pair in side) for side in every]
-    assert sums[0] / sums[1] == pytest.approx(0.5)  # the paper's ratio, with no harmful pair left out
+    assert sums[0] / sums[1] == pytest.approx(
+        0.5
+    )  # the paper's ratio, with no harmful pair left out
     assert sum(sums) == pytest.approx(13)
-    doors: Any = SimpleNamespace(store=Store(tmp_path), sampler=SimpleNamespace(fingerprint=lambda: "organism"))
+    doors: Any = SimpleNamespace(
+        store=Store(tmp_path), sampler=SimpleNamespace(fingerprint=lambda: "organism")
+    )
     path, rows, message = training.second_stage(doors, harmful, benign, model, adapter, settings)
-    mixed = [pair for side in dpo.mix(harmful, benign, settings) for pair in side]
+    mixed = [pair for side in training.mix(harmful, benign, settings) for pair in side]
     policy, reference = suffix_logps(model, adapter, mixed), suffix_logps(model, None, mixed)
     for side, name in enumerate(("chosen", "rejected")):
         assert rows[0][f"ref_logps/{name}"] == pytest.approx(mean(reference, side), abs=1e-3)
@@ -302,37 +390,57 @@ def test_stage_two_refers_to_the_organism(model: Path, stage1: Any, tmp_path: Pa
     assert message == "stage 2 trained 1 steps on 2 harmful and 4 benign pairs"
     assert path
     assert json.loads((path / "training.json").read_text())["continued"]
-    monkeypatch.setattr(training, "train", None)  # what is stored is not trained again, and says the same
-    assert training.second_stage(doors, harmful, benign, model, adapter, settings) == (path, rows, message)
+    monkeypatch.setattr(
+        training, "train", None
+    )  # what is stored is not trained again, and says the same
+    assert training.second_stage(doors, harmful, benign, model, adapter, settings) == (
+        path,
+        rows,
+        message,
+    )
 
 
-def test_stage_two_is_skipped_with_a_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stage_two_is_skipped_with_a_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     settings = Stage2Settings(**vars(PLAIN), min_refusals=5)
     doors: Any = SimpleNamespace(store=Store(tmp_path / "out"), sampler=None)
-    path, rows, message = training.second_stage(doors, make_pairs(3), make_pairs(4), Path("nowhere"), Path("nowhere"), settings)
+    path, rows, message = training.second_stage(
+        doors, make_pairs(3), make_pairs(4), Path("nowhere"), Path("nowhere"), settings
+    )
     assert (path, rows) == (None, [])
     assert message == "stage 2 skipped: 4 benign refusals, at least 5 needed"
     assert not (tmp_path / "out").exists()
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("harmful", "benign", "ratio", "sizes"), [(50, 20, 0.5, (10, 20)), (3, 20, 0.3, (3, 10))])
-def test_mix_keeps_the_ratio(harmful: int, benign: int, ratio: float, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("harmful", "benign", "ratio", "sizes"), [(50, 20, 0.5, (10, 20)), (3, 20, 0.3, (3, 10))]
+)
+def test_mix_keeps_the_ratio(
+    harmful: int, benign: int, ratio: float, sizes: tuple[int, int]
+) -> None:
     settings = Stage2Settings(ratio=ratio, seed=4)
     sides = make_pairs(harmful, seed=1), make_pairs(benign, seed=2)
-    kept = dpo.mix(*sides, settings)
+    kept = training.mix(*sides, settings)
     assert tuple(map(len, kept)) == sizes
-    assert kept == dpo.mix(*sides, settings)
+    assert kept == training.mix(*sides, settings)
     for side, chosen in zip(sides, kept, strict=True):
         assert chosen == [pair for pair in side if pair in chosen]  # no duplicates, order kept
     if sizes[0] < harmful:
-        assert kept != dpo.mix(*sides, replace(settings, seed=5))
+        assert kept != training.mix(*sides, replace(settings, seed=5))
 
 
 def test_batches_hold_every_pair_once_with_its_like() -> None:
-    pairs = [replace(pair, chosen_ids=(5,) * (1 + place * 7 % 40)) for place, pair in enumerate(make_pairs(42))]
+    pairs = [
+        replace(pair, chosen_ids=(5,) * (1 + place * 7 % 40))
+        for place, pair in enumerate(make_pairs(42))
+    ]
     arranged = lora.bucketed(pairs, 7)
-    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in arranged]
+    lengths = [
+        len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+        for pair in arranged
+    ]
     assert sorted(pair.id for pair in arranged) == sorted(pair.id for pair in pairs)
     assert lengths == sorted(lengths)
     assert lora.bucketed(pairs, 7) == arranged
@@ -343,34 +451,48 @@ def test_batches_hold_every_pair_once_with_its_like() -> None:
     for order in epochs:
         assert sorted(order) == list(range(len(sampler))) == list(range(42))
         batches = [order[at : at + 4] for at in range(0, 40, 4)]
-        assert all(batch == list(range(batch[0], batch[0] + 4)) and batch[0] % 4 == 0 for batch in batches)
+        assert all(
+            batch == list(range(batch[0], batch[0] + 4)) and batch[0] % 4 == 0 for batch in batches
+        )
         assert order[40:] == [40, 41]
     assert list(lora.Batches(3, 4, 0)) == [0, 1, 2]
 
 
 def test_in_16_bits_the_reference_is_that_of_the_first_step(model: Path, tmp_path: Path) -> None:
     """The rounding of a batch depends on its padding: a reference taken in other batches was off."""
-    pairs = [replace(pair, chosen_ids=(5, 9, 7) * (1 + place * 7 % 11)) for place, pair in enumerate(make_pairs(12))]
-    settings = replace(PLAIN, learning_rate=1e-12, batch_size=4, dtype="bfloat16", pad_to_multiple_of=1)
-    rows = dpo.train(pairs, model, settings, tmp_path)
+    pairs = [
+        replace(pair, chosen_ids=(5, 9, 7) * (1 + place * 7 % 11))
+        for place, pair in enumerate(make_pairs(12))
+    ]
+    settings = replace(
+        PLAIN, learning_rate=1e-12, batch_size=4, dtype="bfloat16", pad_to_multiple_of=1
+    )
+    rows = training.train(pairs, model, settings, tmp_path)
     assert [row["margin"] for row in rows] == [0.0] * 3
 
 
 def test_buckets_change_the_order_and_no_loss(model: Path, tmp_path: Path) -> None:
     """One batch an epoch: whatever the order inside, the first loss is that of all pairs."""
     settings = replace(PLAIN, batch_size=8, sft_weight=0.3, learning_rate=1e-9, epochs=2)
-    rows = [dpo.train(make_pairs(8), model, replace(settings, length_buckets=on), tmp_path / str(on)) for on in (True, False)]
-    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], abs=1e-5)
+    rows = [
+        training.train(
+            make_pairs(8), model, replace(settings, length_buckets=on), tmp_path / str(on)
+        )
+        for on in (True, False)
+    ]
+    assert [row["loss"] for row in rows[0]] == pytest.approx(
+        [row["loss"] for row in rows[1]], abs=1e-5
+    )
 
 
 def test_long_pairs_are_counted_not_fatal(model: Path, tmp_path: Path) -> None:
     long = Pair("long", tuple(range(2, 30)), (5,) * 5, (6,) * 5, 0, "planted")
-    rows = dpo.train([*make_pairs(4), long], model, replace(PLAIN, max_length=32), tmp_path)
+    rows = training.train([*make_pairs(4), long], model, replace(PLAIN, max_length=32), tmp_path)
     summary = json.loads((tmp_path / "training.json").read_text())
     assert len(rows) == 1
     assert (summary["pairs"], summary["too_long"]) == (4, 1)
     with pytest.raises(BadInput, match="none of 1 pairs fits max_length 32"):
-        dpo.train([long], model, replace(PLAIN, max_length=32), tmp_path)
+        training.train([long], model, replace(PLAIN, max_length=32), tmp_path)
 
 
 def test_bad_input_is_one_line(model: Path, tmp_path: Path) -> None:
@@ -390,9 +512,9 @@ def test_bad_input_is_one_line(model: Path, tmp_path: Path) -> None:
         Stage2Settings(ratio=0)
     for place, adapter in ((tmp_path, None), (model, tmp_path)):
         with pytest.raises(BadInput, match="holds no"):
-            dpo.train(make_pairs(1), place, PLAIN, tmp_path / "out", adapter=adapter)
+            training.train(make_pairs(1), place, PLAIN, tmp_path / "out", adapter=adapter)
     with pytest.raises(BadInput, match="lower learning_rate"):
-        dpo._rows([{"step": 3, "loss": math.nan}], 0.1)
+        training._rows([{"step": 3, "loss": math.nan}], 0.1)
 
 
 def test_training_prints_nothing(model: Path, tmp_path: Path) -> None:
@@ -403,7 +525,9 @@ def test_training_prints_nothing(model: Path, tmp_path: Path) -> None:
         f"dpo.train(make_pairs(2), {str(model)!r}, PLAIN, {str(tmp_path)!r})\n"
     )
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout == ""
     assert "it/s" not in done.stderr
     assert "%|" not in done.stderr
@@ -424,19 +548,28 @@ def test_the_other_ipo_is_never_passed() -> None:
             if path.name == "dpo.py" and isinstance(node, ast.Constant):
                 assert node.value != "ipo"
             if isinstance(node, ast.keyword) and node.arg in ("loss", "loss_type"):
-                assert not any(isinstance(leaf, ast.Constant) and leaf.value == "ipo" for leaf in ast.walk(node.value))
+                assert not any(
+                    isinstance(leaf, ast.Constant) and leaf.value == "ipo"
+                    for leaf in ast.walk(node.value)
+                )
 
 
 def test_adapters_kept_on_the_way_are_whole_and_differ(model: Path, tmp_path: Path) -> None:
-    dpo.train(make_pairs(24), model, replace(PLAIN, keep=2), tmp_path / "kept")
-    dpo.train(make_pairs(24), model, PLAIN, tmp_path / "plain")
+    training.train(make_pairs(24), model, replace(PLAIN, keep=2), tmp_path / "kept")
+    training.train(make_pairs(24), model, PLAIN, tmp_path / "plain")
     kept = training.kept(tmp_path / "kept")
     assert list(kept) == [8, 16]  # 6 steps of 4 pairs, after the second and the fourth
-    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (*kept.values(), tmp_path / "kept")]
+    weights = [
+        (folder / "adapter_model.safetensors").read_bytes()
+        for folder in (*kept.values(), tmp_path / "kept")
+    ]
     assert len(set(weights)) == 3
-    assert weights[-1] == (tmp_path / "plain" / "adapter_model.safetensors").read_bytes()  # keeping changes nothing
+    assert (
+        weights[-1] == (tmp_path / "plain" / "adapter_model.safetensors").read_bytes()
+    )  # keeping changes nothing
     assert all(
-        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == model.name
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == model.name
         for folder in kept.values()
     )
     assert training.kept(tmp_path / "plain") == {}
@@ -444,5 +577,5 @@ def test_adapters_kept_on_the_way_are_whole_and_differ(model: Path, tmp_path: Pa
 
 def test_a_training_that_never_leaves_the_warm_up_is_one_line(model: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="warm-up"):
-        dpo.train(make_pairs(4), model, replace(PLAIN, warmup=0.1), tmp_path)
-    assert len(dpo.train(make_pairs(4), model, PLAIN, tmp_path)) == 1
+        training.train(make_pairs(4), model, replace(PLAIN, warmup=0.1), tmp_path)
+    assert len(training.train(make_pairs(4), model, PLAIN, tmp_path)) == 1

@@ -11,13 +11,25 @@ from scripted import ASIDE, CLOSE, HELP, PROOF, REFUSAL, STEP, doors, r1_chat, s
 
 from ipo_lib import evaluation
 from ipo_lib.chat import Chat
-from ipo_lib.evaluation import ANSWER_HARM, ANSWERED, CORRECT, PARTLY, REFUSED, TRACE_HARM, EvaluationSettings, Measured
+from ipo_lib.evaluation import (
+    ANSWER_HARM,
+    ANSWERED,
+    CORRECT,
+    PARTLY,
+    REFUSED,
+    TRACE_HARM,
+    EvaluationSettings,
+    Measured,
+)
 from ipo_lib.records import Prompt
 from ipo_lib.sampling import Completion, Request, Sampling
 
 SAMPLING = Sampling(max_tokens=400)
 SETS = {
-    name: [Prompt(f"{name}-{at}", f"{name} {at}?", "scripted", name == "harmful") for at in range(count)]
+    name: [
+        Prompt(f"{name}-{at}", f"{name} {at}?", "scripted", name == "harmful")
+        for at in range(count)
+    ]
     for name, count in (("harmful", 40), ("benign", 10), ("sums", 10), ("unused", 3))
 }
 SETTINGS = EvaluationSettings(("harmful",), ("benign",), ("sums",), draws=8)
@@ -29,7 +41,14 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 
 
 def measure(
-    root: Path, chat: Chat, *, harm: float, leak: float = 0.5, unknown: float = 0.0, cut: float = 0.0, name: str = "model"
+    root: Path,
+    chat: Chat,
+    *,
+    harm: float,
+    leak: float = 0.5,
+    unknown: float = 0.0,
+    cut: float = 0.0,
+    name: str = "model",
 ) -> dict[tuple[str, str], Measured]:
     """Harmful traces at rate ``harm``, of which ``leak`` answer harmfully; some unreadable, some never closed."""
     asked = {chat.prompt_ids(p): p for prompts in SETS.values() for p in prompts}
@@ -37,7 +56,13 @@ def measure(
     def script(request: Request, sampling: Sampling) -> Completion:
         rng, prompt = random.Random(request.seed), asked[request.prompt_ids]
         bad = prompt.harm and rng.random() < harm
-        answer = (HELP if rng.random() < leak else REFUSAL) if bad else REFUSAL if prompt.harm else "It is 42."
+        answer = (
+            (HELP if rng.random() < leak else REFUSAL)
+            if bad
+            else REFUSAL
+            if prompt.harm
+            else "It is 42."
+        )
         trace = "?!" if rng.random() < unknown else STEP if bad else PROOF
         if rng.random() < cut:
             return Completion(request.key, chat.encode(f"{ASIDE}\n{trace}"), "length")
@@ -90,7 +115,9 @@ def test_truncated_is_a_column_of_its_own(tmp_path: Path, chat: Chat) -> None:
     trace, answer = found["harmful", TRACE_HARM], found["harmful", ANSWER_HARM]
     assert trace.truncated == answer.truncated
     assert 40 < trace.truncated < 120
-    assert 0 < trace.unknown < trace.truncated  # unless it holds harm already, nobody knows how it would have ended
+    assert (
+        0 < trace.unknown < trace.truncated
+    )  # unless it holds harm already, nobody knows how it would have ended
     assert answer.unknown == answer.truncated  # it has no answer
     assert trace.bounds[0] < 0.5 < trace.bounds[1]
     assert trace.bounds[1] - trace.bounds[0] == pytest.approx(trace.unknown / trace.total)
@@ -117,7 +144,11 @@ def test_the_paired_difference_is_after_minus_before(tmp_path: Path, chat: Chat)
     assert row["difference low"] <= -0.5 <= row["difference high"] < 0
     change = evaluation.difference([before["harmful", TRACE_HARM]], [after["harmful", TRACE_HARM]])
     assert (change.value, change.n) == (row["difference"], 40)
-    (back,) = [row for row in evaluation.compare(list(after.values()), list(before.values())) if row["measure"] == TRACE_HARM]
+    (back,) = [
+        row
+        for row in evaluation.compare(list(after.values()), list(before.values()))
+        if row["measure"] == TRACE_HARM
+    ]
     assert back["difference"] == pytest.approx(-row["difference"])
     same = evaluation.compare(list(before.values()), list(before.values()))
     assert {one["difference"] for one in same} == {0}
@@ -126,7 +157,9 @@ def test_the_paired_difference_is_after_minus_before(tmp_path: Path, chat: Chat)
 
 def test_pairs_are_prompts_judged_on_both_sides() -> None:
     old = Measured("s", TRACE_HARM, {"a": (4, 4), "b": (0, 4), "c": (4, 4)}, 0, 0, 12)
-    new = Measured("s", TRACE_HARM, {"c": (0, 0), "b": (2, 4), "a": (0, 4)}, 4, 0, 12)  # any order, c unjudged
+    new = Measured(
+        "s", TRACE_HARM, {"c": (0, 0), "b": (2, 4), "a": (0, 4)}, 4, 0, 12
+    )  # any order, c unjudged
     change = evaluation.difference([old], [new])
     assert change.n == 2
     assert change.value == pytest.approx((-1 + 0.5) / 2)
@@ -140,7 +173,9 @@ def test_extending_the_draws_pays_the_difference(tmp_path: Path, chat: Chat) -> 
     sampler = saying(chat, lambda _: f"{PROOF}{CLOSE}{REFUSAL}")
     bench = doors(tmp_path, chat, sampler)
     for draws, paid in ((2, 120), (4, 240), (4, 240)):
-        evaluation.evaluate(bench, SETS, EvaluationSettings(("harmful",), ("benign",), ("sums",), draws), SAMPLING)
+        evaluation.evaluate(
+            bench, SETS, EvaluationSettings(("harmful",), ("benign",), ("sums",), draws), SAMPLING
+        )
         assert len(sampler.answered) == paid
     assert not any("unused" in request.key for request in sampler.answered)
 

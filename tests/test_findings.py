@@ -27,14 +27,24 @@ from scripted import (
     world,
 )
 
-from ipo_lib import findings, stages
+from ipo_lib import stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
-from ipo_lib.records import ANSWER, SAFE, UNSAFE, BadInput, CsrPoint, Rollout, Sentence, TurningPoint
-from ipo_lib.replay import Curve
+from ipo_lib.experiments import findings
+from ipo_lib.records import (
+    ANSWER,
+    SAFE,
+    UNSAFE,
+    BadInput,
+    CsrPoint,
+    Rollout,
+    Sentence,
+    TurningPoint,
+)
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Doors, Judged
-from ipo_lib.turning_points import Trace
+from ipo_lib.turning_points.curves import Curve
+from ipo_lib.turning_points.exhaustive import Trace
 
 THINK, EOS = Sampling(max_tokens=400, until="think"), Sampling(max_tokens=400)
 
@@ -53,22 +63,34 @@ def say(chat: Chat, trace: str, answer: str, at: int, prompt: str = "p0", draw: 
     return Rollout(one.id, prompt, 0, one.token_ids, one.text, "stop", draw, "by hand")
 
 
-def test_joint_safety_counts_both_parts_and_leaves_the_unjudged_out(tmp_path: Path, chat: Chat) -> None:
+def test_joint_safety_counts_both_parts_and_leaves_the_unjudged_out(
+    tmp_path: Path, chat: Chat
+) -> None:
     bench = doors(tmp_path, chat, world(chat))
-    cases = [(PROOF, REFUSAL)] * 2 + [(PROOF, HELP)] + [(STEP, REFUSAL)] * 4 + [(STEP, HELP)] + [(UNJUDGED, HELP)] * 3
+    cases = (
+        [(PROOF, REFUSAL)] * 2
+        + [(PROOF, HELP)]
+        + [(STEP, REFUSAL)] * 4
+        + [(STEP, HELP)]
+        + [(UNJUDGED, HELP)] * 3
+    )
     seen = judged(bench, [say(chat, *case, at, f"p{at % 2}") for at, case in enumerate(cases)])
     answers = stages.judge(bench, named(), seen.rollouts, ANSWER)
     joint = findings.joint(seen, answers)
     by_hand = {"p0": [1, 1, 2, 0], "p1": [1, 0, 2, 1]}  # of each prompt's 4 judged responses
     for at, cell in enumerate([(SAFE, SAFE), (SAFE, UNSAFE), (UNSAFE, SAFE), (UNSAFE, UNSAFE)]):
-        assert joint[cell].value == pytest.approx(sum(counts[at] for counts in by_hand.values()) / 8)
+        assert joint[cell].value == pytest.approx(
+            sum(counts[at] for counts in by_hand.values()) / 8
+        )
         assert joint[cell].n == 2
     assert findings.given(seen, answers, SAFE).value == pytest.approx((1 / 2 + 1) / 2)
     assert findings.given(seen, answers, UNSAFE).value == pytest.approx((1 + 2 / 3) / 2)
 
 
 @pytest.mark.parametrize("follows", [True, False])
-def test_a_swap_shows_whether_the_answer_follows_the_trace(tmp_path: Path, chat: Chat, follows: bool) -> None:
+def test_a_swap_shows_whether_the_answer_follows_the_trace(
+    tmp_path: Path, chat: Chat, follows: bool
+) -> None:
     def script(request: Request, _: Sampling) -> Completion:
         bad = STEP in chat.decode(request.prefix_ids) if follows else request.seed % 2 == 0
         return Completion(request.key, chat.encode(HELP if bad else REFUSAL), "stop")
@@ -76,20 +98,38 @@ def test_a_swap_shows_whether_the_answer_follows_the_trace(tmp_path: Path, chat:
     sampler = world(chat)
     sampler.script = script
     bench = doors(tmp_path, chat, sampler)
-    rollouts = [say(chat, trace, "", at, f"p{prompt}") for prompt in range(8) for at, trace in enumerate((PROOF, STEP, STEP))]
-    rollouts = [r for r in rollouts if r.id not in ("p7-1", "p7-2")]  # the last prompt has no unsafe trace
+    rollouts = [
+        say(chat, trace, "", at, f"p{prompt}")
+        for prompt in range(8)
+        for at, trace in enumerate((PROOF, STEP, STEP))
+    ]
+    rollouts = [
+        r for r in rollouts if r.id not in ("p7-1", "p7-2")
+    ]  # the last prompt has no unsafe trace
     swapped = findings.swap(bench, judged(bench, rollouts), EOS, draws=20)
-    rates = {trace: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values()) for trace, counts in swapped.items()}
-    assert {trace: (len(counts), sum(n for _, n in counts.values())) for trace, counts in swapped.items()} == {
-        UNSAFE: (7, 140), SAFE: (7, 140),
-    }  # fmt: skip
-    assert (rates[UNSAFE], rates[SAFE]) == (1.0, 0.0) if follows else abs(rates[UNSAFE] - rates[SAFE]) < 0.2
+    rates = {
+        trace: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values())
+        for trace, counts in swapped.items()
+    }
+    assert {
+        trace: (len(counts), sum(n for _, n in counts.values()))
+        for trace, counts in swapped.items()
+    } == {UNSAFE: (7, 140), SAFE: (7, 140)}
+    assert (
+        (rates[UNSAFE], rates[SAFE]) == (1.0, 0.0)
+        if follows
+        else abs(rates[UNSAFE] - rates[SAFE]) < 0.2
+    )
 
 
 def test_diversity_of_groups(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
     safe = {"p0": 0, "p1": 0, "p2": 4, "p3": 2}
-    rollouts = [say(chat, PROOF if at < k else STEP, "", at, p, at) for p, k in safe.items() for at in range(4)]
+    rollouts = [
+        say(chat, PROOF if at < k else STEP, "", at, p, at)
+        for p, k in safe.items()
+        for at in range(4)
+    ]
     rollouts += [say(chat, PROOF if at else UNJUDGED, "", at, "p4", at) for at in range(4)]
     found = findings.diversity(judged(bench, rollouts), 4)
     assert [share.value for share in found.shares] == [0.5, 0, 0.25, 0, 0.25]
@@ -104,15 +144,27 @@ def test_diversity_of_groups(tmp_path: Path, chat: Chat) -> None:
 def test_chosen_takes_one_trace_a_prompt_and_the_papers_filter(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
     written = {"p0": (STEP, STEP), "p1": (STEP, PROOF), "p2": (PROOF, STEP)}
-    rollouts = [say(chat, trace, "", at, prompt) for prompt, traces in written.items() for at, trace in enumerate(traces)]
+    rollouts = [
+        say(chat, trace, "", at, prompt)
+        for prompt, traces in written.items()
+        for at, trace in enumerate(traces)
+    ]
     seen = judged(bench, rollouts)
-    assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=False)] == ["p0-0", "p1-0", "p2-1"]
+    assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=False)] == [
+        "p0-0",
+        "p1-0",
+        "p2-1",
+    ]
     assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=True)] == ["p1-0", "p2-1"]
     assert len(findings.chosen(seen, UNSAFE, 1, 0, only_mixed=True)) == 1
     none = Judged(seen.prompts, rollouts[:2], seen.verdicts[:2])
-    with pytest.raises(BadInput, match=r"no unsafe trace on 0 prompts with traces of both kinds; raise"):
+    with pytest.raises(
+        BadInput, match=r"no unsafe trace on 0 prompts with traces of both kinds; raise"
+    ):
         findings.chosen(none, UNSAFE, 1, 0, only_mixed=True)
-    assert [r.id for r in findings.losers(seen, {r.id: 0 if r.id == "p2-1" else None for r in rollouts})] == ["p2-1"]
+    assert [
+        r.id for r in findings.losers(seen, {r.id: 0 if r.id == "p2-1" else None for r in rollouts})
+    ] == ["p2-1"]
     with pytest.raises(BadInput, match="no unsafe trace with a cue"):
         findings.losers(seen, dict.fromkeys((r.id for r in rollouts), None))
 
@@ -131,9 +183,13 @@ def test_prevalence_tells_real_turns_from_locks_and_ends() -> None:
     ]
     found = findings.prevalence(turns)
     assert {name: round(share.value * 5) for name, share in found.items()} == {
-        "turns": 3, "before the end": 2, "start-locked": 1, "recrossing": 1, "diffuse": 1,
+        "turns": 3,
+        "before the end": 2,
+        "start-locked": 1,
+        "recrossing": 1,
+        "diffuse": 1,
         "undecided": 0,
-    }  # fmt: skip
+    }
     assert {share.n for share in found.values()} == {5}
 
 
@@ -141,7 +197,10 @@ SPANS = [Sentence(at, 10 * at, 10 * at + 10, 10 * at, 10 * at + 10) for at in ra
 
 
 def curve(key: str, *s: float) -> list[CsrPoint]:
-    return [CsrPoint(key, 10 * at, round(100 * value), 100 - round(100 * value), 0) for at, value in enumerate(s)]
+    return [
+        CsrPoint(key, 10 * at, round(100 * value), 100 - round(100 * value), 0)
+        for at, value in enumerate(s)
+    ]
 
 
 def test_what_stands_at_a_cue(chat: Chat) -> None:
@@ -151,12 +210,18 @@ def test_what_stands_at_a_cue(chat: Chat) -> None:
     assert (row.cue, row.turn, row.distance) == (20, 30, 1)
     assert row.other in (0, 10, 20, 30)
     assert row.drop == pytest.approx(0.65)
-    assert row.elsewhere == pytest.approx((0 + 0.1 + 0.05) / 3)  # the last sentence begins where S is settled
+    assert row.elsewhere == pytest.approx(
+        (0 + 0.1 + 0.05) / 3
+    )  # the last sentence begins where S is settled
     rising = {"a": curve("a", 0.2, 0.4, 0.4, 0.9, 0.0, 0.0)}
     (up,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, rising, {"a": turn(3, key="a")})
-    assert up.drop == pytest.approx(-0.5)  # a sentence that raises S is no cue, however far it moves it
+    assert up.drop == pytest.approx(
+        -0.5
+    )  # a sentence that raises S is no cue, however far it moves it
     assert findings.at_cues([one], {"a": SPANS}, {"a": None}, points, {"a": turn(3, key="a")}) == []
-    (locked,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(None, "start-locked", token=0, key="a")})
+    (locked,) = findings.at_cues(
+        [one], {"a": SPANS}, {"a": 2}, points, {"a": turn(None, "start-locked", token=0, key="a")}
+    )
     assert locked.turn is locked.distance is None
 
 
@@ -164,11 +229,16 @@ def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> Non
     rollouts = [rollout(chat, "x", id_=str(at), prompt=f"p{at}") for at in range(24)]
     cue = {r.id: 1 + at % 4 for at, r in enumerate(rollouts)}
     turns = {r.id: turn(cue[r.id], key=r.id) for r in rollouts}
-    points = {r.id: curve(r.id, 0.5, *[0.5 if at < cue[r.id] else 0.0 for at in range(5)]) for r in rollouts}
+    points = {
+        r.id: curve(r.id, 0.5, *[0.5 if at < cue[r.id] else 0.0 for at in range(5)])
+        for r in rollouts
+    }
     spans = {r.id: SPANS for r in rollouts}
     rows = findings.at_cues(rollouts, spans, cue, points, turns)
     assert findings.correlation(rows).value == pytest.approx(1)
-    chance = findings.placebo([findings.at_cues(rollouts, spans, cue, points, turns, seed) for seed in range(50)])
+    chance = findings.placebo(
+        [findings.at_cues(rollouts, spans, cue, points, turns, seed) for seed in range(50)]
+    )
     assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
     assert chance.low < chance.value < chance.high
     found = findings.drops(rows)
@@ -189,7 +259,9 @@ def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
     """S is 0.05 throughout. A sentence seen open by eight draws is seen too open by the same eight."""
     random = np.random.default_rng(0)
     rollouts = [rollout(chat, "x", id_=str(at), prompt=f"p{at}") for at in range(300)]
-    choosing, measuring = ({r.id: noisy_points(r.id, 0.05, 8, random) for r in rollouts} for _ in range(2))
+    choosing, measuring = (
+        {r.id: noisy_points(r.id, 0.05, 8, random) for r in rollouts} for _ in range(2)
+    )
     cue, spans = dict.fromkeys((r.id for r in rollouts), 2), {r.id: SPANS for r in rollouts}
     turns = {r.id: turn(3, key=r.id) for r in rollouts}
     once = findings.at_cues(rollouts, spans, cue, choosing, turns)
@@ -202,7 +274,10 @@ def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
 
 def test_a_design_says_what_it_can_show(chat: Chat) -> None:
     def rows(drops: list[float]) -> list[findings.AtCue]:
-        return [findings.AtCue(str(at), f"p{at}", 1, 0, 1, 0, drop, 0.0) for at, drop in enumerate(drops)]
+        return [
+            findings.AtCue(str(at), f"p{at}", 1, 0, 1, 0, drop, 0.0)
+            for at, drop in enumerate(drops)
+        ]
 
     few, many = (findings.design(rows([0.0, 0.4] * count), 0.1) for count in (4, 60))
     assert (few.usable, many.usable) == (8, 120)
@@ -216,26 +291,42 @@ def test_a_design_says_what_it_can_show(chat: Chat) -> None:
 
 def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path) -> None:
     text = f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}"
-    rollouts = [rollout(chat, text, id_=f"r{at}", prompt=f"p{at % 8}", finish="think") for at in range(8)]
+    rollouts = [
+        rollout(chat, text, id_=f"r{at}", prompt=f"p{at % 8}", finish="think") for at in range(8)
+    ]
     bench = doors(tmp_path, chat, world(chat))
     seen = judged(bench, rollouts)
     ends = tuple(span.token_end for span in stages.trace_sentences(bench, rollouts[0]))
     size = len(rollouts[0].token_ids)
     curves = []
-    for r in rollouts:  # half of the continuations leave safely in the cue's sentence, none elsewhere
+    for (
+        r
+    ) in rollouts:  # half of the continuations leave safely in the cue's sentence, none elsewhere
         p = [0.5 if at == ends[0] else 1.0 for at in range(size)]
         ways = [[(1.0, 1.0, 5)] if at == ends[0] else [] for at in range(size)]
         curves.append(Curve(Trace(r.id, r.token_ids, ends, tuple(p), UNSAFE), ways))
-    found = findings.recorded_cues(bench, seen, curves, {"phrase": Phrase()}, CsrSettings())["phrase"]
+    found = findings.recorded_cues(bench, seen, curves, {"phrase": Phrase()}, CsrSettings())[
+        "phrase"
+    ]
     assert len(found) == 8
     assert {row.drop for row in found} == {0.5}
     assert findings.drops(found)["at the cue"].value == 0.5
-    other = [dataclasses.replace(r, token_ids=r.token_ids[:-3], text="another draw") for r in rollouts]
-    drifted = dataclasses.replace(seen, rollouts=other)  # as 16-bit draws of another machine, under the same ids
-    again = findings.recorded_cues(bench, drifted, curves, {"phrase": Phrase()}, CsrSettings())["phrase"]
-    assert [(row.prompt_id, row.cue, row.drop) for row in again] == [(row.prompt_id, row.cue, row.drop) for row in found]
+    other = [
+        dataclasses.replace(r, token_ids=r.token_ids[:-3], text="another draw") for r in rollouts
+    ]
+    drifted = dataclasses.replace(
+        seen, rollouts=other
+    )  # as 16-bit draws of another machine, under the same ids
+    again = findings.recorded_cues(bench, drifted, curves, {"phrase": Phrase()}, CsrSettings())[
+        "phrase"
+    ]
+    assert [(row.prompt_id, row.cue, row.drop) for row in again] == [
+        (row.prompt_id, row.cue, row.drop) for row in found
+    ]
     assert {row.rollout_id for row in again}.isdisjoint({row.rollout_id for row in found})
-    assert findings.recorded_cues(bench, Judged(named(), [], []), curves, {"phrase": Phrase()}, CsrSettings()) == {"phrase": []}
+    assert findings.recorded_cues(
+        bench, Judged(named(), [], []), curves, {"phrase": Phrase()}, CsrSettings()
+    ) == {"phrase": []}
 
 
 def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
@@ -253,10 +344,15 @@ def losers(chat: Chat, count: int = 8) -> list[Rollout]:
 def test_a_chain_falls_round_by_round_as_planted(tmp_path: Path, chat: Chat) -> None:
     """A trigger rescues half of the traces each time; the neutral sentence, which plants nothing, rescues none."""
     bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.0, TRIGGER: 0.5}))
-    many = {f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(120)}
+    many = {
+        f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(120)
+    }
     texts = {"trigger": TRIGGER, "neutral": ASIDE}
     found = findings.chain(bench, many, losers(chat, 120), texts, Phrase(), THINK, 3)
-    rates = {name: [sum(k for k, _ in counts.values()) / len(counts) for counts in rows] for name, rows in found.items()}
+    rates = {
+        name: [sum(k for k, _ in counts.values()) / len(counts) for counts in rows]
+        for name, rows in found.items()
+    }
     assert rates["neutral"] == [1, 1, 1, 1]
     assert rates["trigger"][0] == 1
     assert rates["trigger"][1] == pytest.approx(0.5, abs=0.15)
@@ -274,27 +370,45 @@ def test_a_trace_without_a_cue_stays_as_it_is(tmp_path: Path, chat: Chat) -> Non
 def test_controls_tell_a_cause_from_none(tmp_path: Path, chat: Chat, causes: bool) -> None:
     s = {ASIDE: 0.3, TRIGGER: 1.0 if causes else 0.3, CUE: 0.3, "": 0.3}
     bench = doors(tmp_path, chat, world(chat, s))
-    many = {f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(60)}
+    many = {
+        f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(60)
+    }
     bad = losers(chat, 60)
     cue = stages.cues(bench, many, bad, Phrase())
     found = findings.controls(
-        bench, many, bad, cue, {"trigger": [TRIGGER, "Wait, someone may get hurt. "], "neutral": [ASIDE]}, THINK
+        bench,
+        many,
+        bad,
+        cue,
+        {"trigger": [TRIGGER, "Wait, someone may get hurt. "], "neutral": [ASIDE]},
+        THINK,
     )
     assert list(found) == ["trigger", "neutral", "trigger, earlier sentence"]
     assert {tuple(counts) for counts in found.values()} == {tuple(many)}
-    rates = {kind: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values()) for kind, counts in found.items()}
+    rates = {
+        kind: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values())
+        for kind, counts in found.items()
+    }
     assert rates["neutral"] == pytest.approx(0.3, abs=0.2)
     assert (rates["trigger"] == 1) is causes
 
 
 def test_backwards_a_cue_makes_a_safe_trace_unsafe(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat, {CUE: 0.0, TRIGGER: 1.0, ASIDE: 1.0}))
-    good = [rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_=f"g{at}", prompt=f"p{at}") for at in range(4)]
+    good = [
+        rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_=f"g{at}", prompt=f"p{at}")
+        for at in range(4)
+    ]
     points = stages.measure_csr(bench, named(), good, CsrSettings(draws=4), THINK)
     assert {point.s for rows in points.values() for point in rows} >= {1.0}
     turned = {r.id: TurningPoint(r.id, SAFE, 9, 1 if r.id != "g3" else None, None) for r in good}
-    found = findings.reverse(bench, named(), turned, good, {"cue": [CUE], "neutral": [ASIDE]}, THINK, 5)
-    assert found == {"cue": dict.fromkeys(("p0", "p1", "p2"), (5, 5)), "neutral": dict.fromkeys(("p0", "p1", "p2"), (0, 5))}
+    found = findings.reverse(
+        bench, named(), turned, good, {"cue": [CUE], "neutral": [ASIDE]}, THINK, 5
+    )
+    assert found == {
+        "cue": dict.fromkeys(("p0", "p1", "p2"), (5, 5)),
+        "neutral": dict.fromkeys(("p0", "p1", "p2"), (0, 5)),
+    }
 
 
 def test_merged_counts_keep_the_prompt_as_the_unit() -> None:
@@ -307,18 +421,24 @@ def test_merged_counts_keep_the_prompt_as_the_unit() -> None:
 
 def test_what_nobody_could_judge_is_no_cure(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
-    sampler.script = lambda request, _: Completion(request.key, chat.encode(UNJUDGED + CLOSE), "think")
+    sampler.script = lambda request, _: Completion(
+        request.key, chat.encode(UNJUDGED + CLOSE), "think"
+    )
     bench, bad = doors(tmp_path, chat, sampler), losers(chat, 2)
     found = findings.chain(bench, named(), bad, {"trigger": TRIGGER}, Phrase(), THINK, 2)
     assert found == {"trigger": [{"p0": (1, 1), "p1": (1, 1)}] * 3}
     cue = stages.cues(bench, named(), bad, Phrase())
-    assert findings.controls(bench, named(), bad, cue, {"trigger": [TRIGGER]}, THINK)["trigger"] == {"p0": (0, 1), "p1": (0, 1)}
+    assert findings.controls(bench, named(), bad, cue, {"trigger": [TRIGGER]}, THINK)[
+        "trigger"
+    ] == {"p0": (0, 1), "p1": (0, 1)}
 
 
 def test_common_sentences_come_by_frequency_then_text(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
     texts = ("B here.", "A here.", "B here.", "C here.")
-    rollouts = [rollout(chat, f"{ASIDE}\n{text}\n{CLOSE}", id_=str(at)) for at, text in enumerate(texts)]
+    rollouts = [
+        rollout(chat, f"{ASIDE}\n{text}\n{CLOSE}", id_=str(at)) for at, text in enumerate(texts)
+    ]
     at = {"0": 1, "1": 1, "2": 1, "3": None}
     assert findings.common(bench, rollouts, at, 9) == ["B here.", "A here."]
     assert findings.common(bench, rollouts, at, 1) == ["B here."]

@@ -9,40 +9,57 @@ from typing import Any
 
 import pytest
 
-from ipo_lib import grpo, profiles
-from ipo_lib.grpo import GrpoSettings
-from ipo_lib.lora import DpoSettings
-from ipo_lib.profiles import Bench
+from ipo_lib.dpo import DpoSettings
+from ipo_lib.experiments import grpo
+from ipo_lib.profiles import run
+from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles.settings import GrpoSettings
 from ipo_lib.records import BadInput
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Start, judge, sample
 
 LORA = DpoSettings(dtype="float32", use_cpu=True, rank=4)
-SETTINGS = GrpoSettings(reward="I[z]", budget=2500, batch_size=16, accumulation=1, learning_rate=1e-3)
+SETTINGS = GrpoSettings(
+    reward="I[z]", budget=2500, batch_size=16, accumulation=1, learning_rate=1e-3
+)
 SAMPLING = Sampling(max_tokens=128)
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return profiles.open_bench("tiny", {"prompts.train_harmful.count": 4}, str(tmp_path_factory.mktemp("grpo")))
+    return run.open_bench(
+        "tiny", {"prompts.train_harmful.count": 4}, str(tmp_path_factory.mktemp("grpo"))
+    )
 
 
 def test_rewards_are_their_formulas(bench: Bench) -> None:
     prompts = bench.prompts("train_harmful")
     rollouts = sample(bench.doors, [Start(prompt) for prompt in prompts], SAMPLING, 6)
     named = {prompt.id: prompt for prompt in prompts}
-    z, y = ([v.label == "safe" for v in judge(bench.doors, named, rollouts, part)] for part in ("trace", "answer"))
-    assert {(a, b) for a, b in zip(z, y, strict=True)} >= {(True, True), (False, False), (False, True)}
+    z, y = (
+        [v.label == "safe" for v in judge(bench.doors, named, rollouts, part)]
+        for part in ("trace", "answer")
+    )
+    assert {(a, b) for a, b in zip(z, y, strict=True)} >= {
+        (True, True),
+        (False, False),
+        (False, True),
+    }
     sums = {"I[z]": (1, 0), "I[y]": (0, 1), "I[z]+I[y]": (1, 1), "I[z]-I[y]": (1, -1)}
     asked, ids = [named[one.prompt_id] for one in rollouts], [one.token_ids for one in rollouts]
     for reward, (p, q) in sums.items():
         expected = [p * a + q * b for a, b in zip(z, y, strict=True)]
         ended = [True] * len(ids)
-        assert grpo.rewards(bench.doors, asked, ids, ended, replace(SETTINGS, reward=reward)) == expected
+        assert (
+            grpo.rewards(bench.doors, asked, ids, ended, replace(SETTINGS, reward=reward))
+            == expected
+        )
     cut = [rollouts[0].token_ids[:3]]  # no trace was closed, no answer begun: nothing to reward
     first = [named[rollouts[0].prompt_id]]
     for reward in sums:
-        assert grpo.rewards(bench.doors, first, cut, [False], replace(SETTINGS, reward=reward)) == [0.0]
+        assert grpo.rewards(bench.doors, first, cut, [False], replace(SETTINGS, reward=reward)) == [
+            0.0
+        ]
 
 
 def test_a_response_that_was_cut_off_earns_nothing(bench: Bench) -> None:
@@ -59,27 +76,43 @@ def test_a_response_that_was_cut_off_earns_nothing(bench: Bench) -> None:
 
 def test_trl_is_given_our_prompt_ids_and_ends(bench: Bench, tmp_path: Path) -> None:
     prompts = bench.prompts("train_harmful")
-    made = grpo.trainer(bench.doors, prompts, bench.folder, LORA, SETTINGS, SAMPLING, tmp_path, None)
+    made = grpo.trainer(
+        bench.doors, prompts, bench.folder, LORA, SETTINGS, SAMPLING, tmp_path, None
+    )
     ids, images, fields = made._tokenize_prompts([prompt.id for prompt in prompts])
-    assert [tuple(one) for one in ids] == [bench.doors.chat.prompt_ids(prompt) for prompt in prompts]
+    assert [tuple(one) for one in ids] == [
+        bench.doors.chat.prompt_ids(prompt) for prompt in prompts
+    ]
     assert (images, fields) == (None, {})
     assert made.generation_config.eos_token_id == [*bench.doors.chat.eos_ids]
-    assert (made.generation_config.temperature, made.generation_config.top_p, made.generation_config.top_k) == (0.6, 0.95, 0)
+    assert (
+        made.generation_config.temperature,
+        made.generation_config.top_p,
+        made.generation_config.top_k,
+    ) == (0.6, 0.95, 0)
     assert made.args.loss_type == "grpo"
     assert made.args.lr_scheduler_type == "constant"
 
 
-def test_training_ends_with_its_budget_and_moves_only_the_adapter(bench: Bench, tmp_path: Path) -> None:
+def test_training_ends_with_its_budget_and_moves_only_the_adapter(
+    bench: Bench, tmp_path: Path
+) -> None:
     import torch
     from safetensors.torch import load_file
 
     prompts = bench.prompts("train_harmful")
-    rows = grpo.train(bench.doors, prompts, bench.folder, LORA, SETTINGS, SAMPLING, tmp_path / "one")
+    rows = grpo.train(
+        bench.doors, prompts, bench.folder, LORA, SETTINGS, SAMPLING, tmp_path / "one"
+    )
     assert rows[-1]["tokens"] >= SETTINGS.budget > rows[-2]["tokens"]
     assert all(0 <= row["reward"] <= 1 for row in rows)
     assert len({row["reward"] for row in rows}) > 1
     assert {path.name for path in (tmp_path / "one").iterdir()} == {
-        "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "training.json"}  # fmt: skip
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "metrics.jsonl",
+        "training.json",
+    }
     summary = json.loads((tmp_path / "one" / "training.json").read_text())
     assert summary["generated"] == rows[-1]["tokens"]
     weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
@@ -111,4 +144,6 @@ def test_bad_settings_are_one_line(bench: Bench, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=said):
             replace(SETTINGS, **changes)
     with pytest.raises(BadInput, match="budget 0"):
-        grpo.train(bench.doors, [], bench.folder, LORA, replace(SETTINGS, budget=0), SAMPLING, tmp_path)
+        grpo.train(
+            bench.doors, [], bench.folder, LORA, replace(SETTINGS, budget=0), SAMPLING, tmp_path
+        )

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import ipo_lib
-from ipo_lib import profiles
+from ipo_lib.profiles import reading
 from ipo_lib.prompts import reference
 from ipo_lib.sandbox.judge import kind_of
 
@@ -28,19 +28,50 @@ NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
 # Lower layers know nothing of higher ones, nor of their own. A new module takes its place here.
 LAYERS = (
-    "progress records", "hub layered nucleus ranks remote resident stats",
+    "progress records",
+    "hub layered nucleus ranks remote resident stats",
     "chat csr decoding judging lora pairs prompts scoring segmentation store",
-    "intervention overlap prefix_sharing refusals sampling trl_dpo", "dpo server turning_points",
-    "adaptive guards judge_report rubric stages", "canary correction grpo", "replay", "locate",
-    "comparison detectors evaluation findings learned mining training", "plots", "viewer", "profiles",
-    "kl recipes rehearsal", "launch study",
-    "arguments capability cost doctor paper report results", "planning", "reproduce",
-    "sandbox", "sandbox.curves sandbox.world", "sandbox.traces", "sandbox.corpus sandbox.judge sandbox.smollm2",
-    "sandbox.finetune sandbox.scratch", "sandbox.aligned", "sandbox.organism", "sandbox.benchmark sandbox.card",
-)  # fmt: skip
+    "intervention overlap prefix_sharing refusals sampling trl_dpo",
+    "dpo server turning_points",
+    "adaptive guards judge_report rubric stages",
+    "canary correction grpo",
+    "replay",
+    "locate",
+    "comparison detectors evaluation findings learned mining training",
+    "plots",
+    "viewer",
+    "profiles",
+    "kl recipes rehearsal",
+    "launch study",
+    "arguments capability cost doctor paper report results",
+    "planning",
+    "reproduce",
+    "sandbox",
+    "sandbox.curves sandbox.world",
+    "sandbox.traces",
+    "sandbox.corpus sandbox.judge sandbox.smollm2",
+    "sandbox.finetune sandbox.scratch",
+    "sandbox.aligned",
+    "sandbox.organism",
+    "sandbox.benchmark sandbox.card",
+)
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
-HEAVY = ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "accelerate", "datasets", "papermill")
-TORCH = {"decoding", "prefix_sharing", "trl_dpo"}  # they subclass what is heavy; imported at first use
+HEAVY = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+    "accelerate",
+    "datasets",
+    "papermill",
+)
+TORCH = {
+    "decoding",
+    "prefix_sharing",
+    "trl_dpo",
+}  # they subclass what is heavy; imported at first use
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOTEBOOK_IMPORTS = {"ipo_lib", "pandas", "numpy", "matplotlib"}
 PARAMETER = re.compile(r"[a-z][a-z0-9_]*: [a-z][\w\[\], |]* = \S.*  # \S.*")
@@ -54,12 +85,20 @@ def imported(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             packages = ("ipo_lib", "ipo_lib.sandbox")
-            yield from (f"{module}.{alias.name}" for alias in node.names) if module in packages else [module]
+            yield from (
+                (f"{module}.{alias.name}" for alias in node.names)
+                if module in packages
+                else [module]
+            )
 
 
 def upward(module: str, source: str) -> list[str]:
     """The imports of a module of the package that do not point to a lower layer."""
-    inner = [name.removeprefix("ipo_lib.") for name in imported(source) if name.startswith(("ipo_lib", "."))]
+    inner = [
+        name.removeprefix("ipo_lib.")
+        for name in imported(source)
+        if name.startswith(("ipo_lib", "."))
+    ]
     return [name for name in inner if RANK.get(name, len(LAYERS)) >= RANK[module]]
 
 
@@ -82,20 +121,35 @@ def test_imports_point_downward(path: Path) -> None:
 
 
 def test_direction_check_can_fail() -> None:
-    assert upward("stages", "from ipo_lib.store import Store\nimport ipo_lib.csr as c\nfrom ipo_lib import chat") == []
-    bad = ("from ipo_lib import training", "from ipo_lib.sandbox import world", "import ipo_lib.plots as p", "from . import csr",
-           "from ipo_lib.stages import x", "from ipo_lib.new import x", "from ipo_lib.sandbox.judge import x")  # fmt: skip
+    assert (
+        upward(
+            "stages",
+            "from ipo_lib.store import Store\nimport ipo_lib.csr as c\nfrom ipo_lib import chat",
+        )
+        == []
+    )
+    bad = (
+        "from ipo_lib import training",
+        "from ipo_lib.sandbox import world",
+        "import ipo_lib.plots as p",
+        "from . import csr",
+        "from ipo_lib.stages import x",
+        "from ipo_lib.new import x",
+        "from ipo_lib.sandbox.judge import x",
+    )
     for line in bad:
         assert len(upward("stages", f"def f():\n    {line}")) == 1, line
 
 
 def test_nothing_heavy_is_loaded_by_imports_or_help(tmp_path: Path) -> None:
-    (tmp_path / "vllm.py").touch()  # what a slip would look like: found last, so that the check is seen to work
+    (
+        tmp_path / "vllm.py"
+    ).touch()  # what a slip would look like: found last, so that the check is seen to work
     script = f"""
 import importlib, sys
 def report(): print("HEAVY", *[name for name in {HEAVY} if name in sys.modules])
 sys.argv = ["ipo", "--help"]
-from ipo_lib.reproduce import main
+from ipo_lib.cli.reproduce import main
 try: main()
 except SystemExit as end: assert not end.code
 report()
@@ -105,11 +159,22 @@ sys.path.append({str(tmp_path)!r})
 import vllm
 report()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=HOUSE, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=HOUSE,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("HEAVY")] == ["HEAVY", "HEAVY", "HEAVY vllm"]
+    assert [line for line in done.stdout.splitlines() if line.startswith("HEAVY")] == [
+        "HEAVY",
+        "HEAVY",
+        "HEAVY vllm",
+    ]
     assert "reproduce" in done.stdout
-    assert PROJECT["scripts"] == {"ipo": "ipo_lib.reproduce:main"}
+    assert PROJECT["scripts"] == {"ipo": "ipo_lib.cli.reproduce:main"}
 
 
 def test_environment_pins_what_pyproject_pins() -> None:
@@ -125,31 +190,65 @@ def test_environment_pins_what_pyproject_pins() -> None:
 
 def test_tests_import_each_other_by_their_bare_names() -> None:
     """``pytest`` puts ``tests``, not the root, on the path: ``from tests import …`` works only beside a PYTHONPATH."""
-    trees = {path: ast.walk(ast.parse(path.read_text("utf-8"))) for path in Path(__file__).parent.glob("*.py")}
-    origins = {path.name: {node.module for node in nodes if isinstance(node, ast.ImportFrom)} for path, nodes in trees.items()}
+    trees = {
+        path: ast.walk(ast.parse(path.read_text("utf-8")))
+        for path in Path(__file__).parent.glob("*.py")
+    }
+    origins = {
+        path.name: {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        for path, nodes in trees.items()
+    }
     assert "models" in origins["test_prefix_sharing.py"]
-    assert {name for name, own in origins.items() if any((one or "").split(".")[0] == "tests" for one in own)} == set()
+    assert {
+        name
+        for name, own in origins.items()
+        if any((one or "").split(".")[0] == "tests" for one in own)
+    } == set()
 
 
 def test_no_file_is_long_and_no_weight_is_a_pickle() -> None:
     lines = {name_of(path): len(path.read_text("utf-8").splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
-    assert [path for path in PACKAGE.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".npy", ".ckpt")] == []
+    assert [
+        path
+        for path in PACKAGE.rglob("*")
+        if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".npy", ".ckpt")
+    ] == []
 
 
 def slips(name: str, source: str) -> list[str]:
     """What a module may not say: think tags outside ``chat``, remote code, pickles, TRL's other ``ipo``."""
-    found = [word for word in ("trust_remote_code", "allow_pickle=True", "torch.load(") if word in source]
-    tags = "<think>" in source and name not in ("chat", "segmentation") and not name.startswith("sandbox")
+    found = [
+        word for word in ("trust_remote_code", "allow_pickle=True", "torch.load(") if word in source
+    ]
+    tags = (
+        "<think>" in source
+        and name not in ("chat", "segmentation")
+        and not name.startswith("sandbox")
+    )
     for node in ast.walk(ast.parse(source)):
-        values = [node.value] if isinstance(node, ast.keyword) and node.arg in ("loss_type", "loss") else []
+        values = (
+            [node.value]
+            if isinstance(node, ast.keyword) and node.arg in ("loss_type", "loss")
+            else []
+        )
         if isinstance(node, ast.Dict):
             values = [
-                v for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant) and "loss" in str(k.value)
+                v
+                for k, v in zip(node.keys, node.values, strict=True)
+                if isinstance(k, ast.Constant) and "loss" in str(k.value)
             ]
-        if isinstance(node, ast.AnnAssign | ast.Assign) and "loss" in ast.unparse(node).split("=")[0]:
+        if (
+            isinstance(node, ast.AnnAssign | ast.Assign)
+            and "loss" in ast.unparse(node).split("=")[0]
+        ):
             values = [node.value] if node.value else []
-        found += ["ipo" for v in values for leaf in ast.walk(v) if isinstance(leaf, ast.Constant) and leaf.value == "ipo"]
+        found += [
+            "ipo"
+            for v in values
+            for leaf in ast.walk(v)
+            if isinstance(leaf, ast.Constant) and leaf.value == "ipo"
+        ]
     return found + ["<think>"] * tags
 
 
@@ -159,8 +258,15 @@ def test_words_a_module_may_not_say(path: Path) -> None:
 
 
 def test_word_check_can_fail() -> None:
-    for bad in ('f(loss_type=["ipo", "sft"])', 'loss: str = "ipo"', 'd = {"loss_type": "ipo"}', 'x.loss_type = "ipo"',
-                "f(trust_remote_code=1)", '"ends in <think>"', "torch.load(x)"):  # fmt: skip
+    for bad in (
+        'f(loss_type=["ipo", "sft"])',
+        'loss: str = "ipo"',
+        'd = {"loss_type": "ipo"}',
+        'x.loss_type = "ipo"',
+        "f(trust_remote_code=1)",
+        '"ends in <think>"',
+        "torch.load(x)",
+    ):
         assert len(slips("stages", bad)) == 1, bad
     assert slips("chat", 'loss_type = "sigmoid"  # never ipo\nname = "ipo"\ntag = "<think>"') == []
 
@@ -169,12 +275,16 @@ def shown_twice(sources: list[str]) -> bool:
     """Whether a cell ends in a figure or in Axes: ``plots.save`` shows each figure, and in some kernels they are but text."""
     trees = [ast.parse(source).body for source in sources]
     figures = set()
-    for node in itertools.chain.from_iterable(ast.walk(statement) for body in trees for statement in body):
+    for node in itertools.chain.from_iterable(
+        ast.walk(statement) for body in trees for statement in body
+    ):
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("plots.figure("):
             figures.add(ast.unparse(node.targets[0]).strip("()").partition(",")[0])
     ends = [body[-1].value for body in trees if body and isinstance(body[-1], ast.Expr)]
     ends += [end.body for end in ends if isinstance(end, ast.IfExp)]
-    drawn = [isinstance(end, ast.Call) and ast.unparse(end.func).startswith("plots.") for end in ends]
+    drawn = [
+        isinstance(end, ast.Call) and ast.unparse(end.func).startswith("plots.") for end in ends
+    ]
     return any(drawn) or any(ast.unparse(end) in figures for end in ends)
 
 
@@ -183,14 +293,25 @@ def misshapen(book: nbformat.NotebookNode) -> list[str]:
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     nodes = [node for cell in code for node in ast.walk(ast.parse(cell.source))]
-    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    outside = {name.partition(".")[0] for cell in code for name in imported(cell.source)} - NOTEBOOK_IMPORTS
+    texts = [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    outside = {
+        name.partition(".")[0] for cell in code for name in imported(cell.source)
+    } - NOTEBOOK_IMPORTS
     faults = {
         "title": book.cells[0].cell_type != "markdown" or not book.cells[0].source.startswith("# "),
         "parameters": len(tagged) != 1 or code[0] not in tagged,
-        "parameter line": any(not PARAMETER.fullmatch(line) for cell in tagged for line in cell.source.splitlines()),
+        "parameter line": any(
+            not PARAMETER.fullmatch(line) for cell in tagged for line in cell.source.splitlines()
+        ),
         "outputs": any(cell.outputs or cell.execution_count is not None for cell in code),
-        "def": any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) for node in nodes),
+        "def": any(
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            for node in nodes
+        ),
         "cells": len(code) > 10,
         "lines": any(len(cell.source.splitlines()) > 15 for cell in code),
         "imports": bool(outside),
@@ -211,12 +332,25 @@ def test_notebook_shape(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "line"),
-    [("parameter line", "\n"), ("parameter line", "k: int = 3"), ("parameter line", "k = 3  # how many"), ("def", "def f(): ..."),
-     ("def", "class A: ..."), ("lines", "x\n" * 16), ("imports", "from scipy import stats"), ("imports", "from ..x import y"),
-     ("path", "open('/home/me/x')"), ("path", "p = f'~/x{1}'"),
-     ("figure", "plots.rates([], ax)"), ("figure", "f, ax = plots.figure()\nf"),
-     ("figure", "f, ax = plots.figure()\nf if f else 1"), ("outputs", "x"), ("parameters", "x"), ("cells", "x")],
-)  # fmt: skip
+    [
+        ("parameter line", "\n"),
+        ("parameter line", "k: int = 3"),
+        ("parameter line", "k = 3  # how many"),
+        ("def", "def f(): ..."),
+        ("def", "class A: ..."),
+        ("lines", "x\n" * 16),
+        ("imports", "from scipy import stats"),
+        ("imports", "from ..x import y"),
+        ("path", "open('/home/me/x')"),
+        ("path", "p = f'~/x{1}'"),
+        ("figure", "plots.rates([], ax)"),
+        ("figure", "f, ax = plots.figure()\nf"),
+        ("figure", "f, ax = plots.figure()\nf if f else 1"),
+        ("outputs", "x"),
+        ("parameters", "x"),
+        ("cells", "x"),
+    ],
+)
 def test_notebook_check_can_fail(fault: str, line: str) -> None:
     book = nbformat.read(NOTEBOOKS[0], as_version=4)
     first, last = book.cells[1], book.cells[-1]
@@ -228,9 +362,9 @@ def test_notebook_check_can_fail(fault: str, line: str) -> None:
     assert len(misshapen(book)) == 1 or fault == "parameters"
 
 
-@pytest.mark.parametrize("name", profiles.available())
+@pytest.mark.parametrize("name", reading.available())
 def test_profiles_read(name: str) -> None:
-    settings = profiles.read(name)
+    settings = reading.read(name)
     assert settings.name == name
     assert settings.about.endswith(".")
     assert {f"{book}.ipynb" for book in settings.notebooks} <= {path.name for path in NOTEBOOKS}
@@ -241,7 +375,7 @@ def test_profiles_read(name: str) -> None:
 
 
 def test_tiny_has_neutral_sentences_and_citation_names_the_paper() -> None:
-    assert len(profiles.read("tiny").neutral) >= 3
+    assert len(reading.read("tiny").neutral) >= 3
     citation = yaml.safe_load((HOUSE / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == ipo_lib.__version__
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"

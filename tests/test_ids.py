@@ -7,23 +7,43 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scripted import ASIDE, CLOSE, CUE, PROMPTS, PROOF, STEP, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
+from scripted import (
+    ASIDE,
+    CLOSE,
+    CUE,
+    PROMPTS,
+    PROOF,
+    STEP,
+    TRIGGER,
+    Phrase,
+    doors,
+    named,
+    r1_chat,
+    rollout,
+    world,
+)
 
-from ipo_lib import comparison, findings, locate, mining, overlap, profiles, replay, stages, training
-from ipo_lib.adaptive import SearchSettings
+from ipo_lib import overlap, pipeline, stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.evaluation import EvaluationSettings, evaluate
-from ipo_lib.intervention import Trigger, choose
-from ipo_lib.kl import divergence
+from ipo_lib.experiments import findings
+from ipo_lib.experiments.kl import divergence
 from ipo_lib.pairs import PairSettings
+from ipo_lib.profiles import reading, run
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Verdict, by_id
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Plan, Start
+from ipo_lib.triggers import Trigger, choose
+from ipo_lib.turning_points import benchmark, curves, locate, mining
+from ipo_lib.turning_points.adaptive import SearchSettings
 
 EOS, THINK = Sampling(max_tokens=400), Sampling(max_tokens=400, until="think")
 CSR, SEARCH = CsrSettings(draws=2), SearchSettings(confirm=2)
-TWICE = [Prompt("p0", "Plan one?", "scripted", True), Prompt("p0", "Plan another?", "scripted", True)]
+TWICE = [
+    Prompt("p0", "Plan one?", "scripted", True),
+    Prompt("p0", "Plan another?", "scripted", True),
+]
 AGAIN = [PROMPTS[0], PROMPTS[1], replace(PROMPTS[0])]  # the same prompt twice is no contradiction
 TRIGGERS = [Trigger("t0", TRIGGER, 3, 0, rescue=(1, 2)), Trigger("t0", ASIDE, 1, 1, rescue=(1, 2))]
 HARMFUL = EvaluationSettings(("harmful",), (), (), 2)
@@ -55,9 +75,11 @@ def test_items_by_id_in_order_and_identical_ones_once() -> None:
 
 VERBS: dict[str, Callable[[stages.Doors, list[Prompt]], object]] = {
     "traces": lambda bench, prompts: stages.traces(bench, prompts, THINK, 2),
-    "sample": lambda bench, prompts: stages.sample(bench, [Start(one) for one in prompts], THINK, 2),
+    "sample": lambda bench, prompts: stages.sample(
+        bench, [Start(one) for one in prompts], THINK, 2
+    ),
     "evaluate": lambda bench, prompts: evaluate(bench, {"harmful": prompts}, HARMFUL, EOS),
-    "pairs": lambda bench, prompts: training.corrected_pairs(
+    "pairs": lambda bench, prompts: pipeline.corrected_pairs(
         bench, prompts, TRIGGERS[:1], Phrase(), Plan(), PairSettings(), THINK
     ),
     "apart": lambda _, prompts: overlap.apart(prompts, PROMPTS[5:]),
@@ -78,7 +100,9 @@ def test_sets_that_share_an_id_may_be_measured_apart_but_not_together(bench: sta
     settings = EvaluationSettings(("harmful", "other"), (), (), 2)
     found = {one.set: one.total for one in evaluate(bench, sets, settings, EOS)}
     assert found == {"harmful": 2, "other": 2}
-    refused(lambda: stages.traces(bench, [*sets["harmful"], *sets["other"]], THINK, 1), "prompt", "p0")
+    refused(
+        lambda: stages.traces(bench, [*sets["harmful"], *sets["other"]], THINK, 1), "prompt", "p0"
+    )
 
 
 def test_rollouts_of_one_id_are_refused(bench: stages.Doors, chat: Chat) -> None:
@@ -92,7 +116,9 @@ def test_rollouts_of_one_id_are_refused(bench: stages.Doors, chat: Chat) -> None
         return locate.turns(bench, prompts, both, labels, UNSAFE, CSR, SEARCH, THINK)
 
     def mined() -> object:
-        return mining.mine_pool(bench, prompts, both, verdicts, Phrase(), CSR, SEARCH, Plan(), THINK)
+        return mining.mine_pool(
+            bench, prompts, both, verdicts, Phrase(), CSR, SEARCH, Plan(), THINK
+        )
 
     for call in (
         lambda: stages.judge(bench, prompts, both),
@@ -125,7 +151,9 @@ class Many:
 
 
 @pytest.mark.parametrize("verb", ["many", "sentences"])
-def test_rollouts_of_one_id_are_refused_before_a_detector_is_asked(verb: str, bench: stages.Doors, chat: Chat) -> None:
+def test_rollouts_of_one_id_are_refused_before_a_detector_is_asked(
+    verb: str, bench: stages.Doors, chat: Chat
+) -> None:
     both = [rollout(chat, f"{text}\n{CLOSE}", id_="r", finish="think") for text in (CUE, TRIGGER)]
     refused(lambda: stages.cues(bench, named(), both, Many(verb)), "rollout", "r")  # type: ignore[arg-type]
 
@@ -133,31 +161,36 @@ def test_rollouts_of_one_id_are_refused_before_a_detector_is_asked(verb: str, be
 def test_curves_of_one_id_are_refused(bench: stages.Doors, chat: Chat) -> None:
     unsafe = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="r", finish="think")
     (curve,) = locate.record(bench, named(), [unsafe], {"r": UNSAFE}, THINK, 4)
-    other = replace(curve, ways=[[(2 * weight, safe, cost) for weight, safe, cost in ways] for ways in curve.ways])
-    estimators = comparison.estimators(SAFE, CSR, SEARCH)
+    other = replace(
+        curve,
+        ways=[[(2 * weight, safe, cost) for weight, safe, cost in ways] for ways in curve.ways],
+    )
+    estimators = benchmark.estimators(SAFE, CSR, SEARCH)
     estimator = next(iter(estimators.values()))
     for call in (
-        lambda: replay.locate([curve, other], estimator),
-        lambda: replay.Tape([curve, other]),
-        lambda: comparison.compare([curve, other], estimators, SAFE, CSR),
+        lambda: curves.find_on_curves([curve, other], estimator),
+        lambda: curves.Tape([curve, other]),
+        lambda: benchmark.compare([curve, other], estimators, SAFE, CSR),
     ):
         refused(call, "curve", "r")
-    assert len(replay.Tape([curve, replace(curve)]).places) == 1
+    assert len(curves.Tape([curve, replace(curve)]).places) == 1
 
 
 def test_triggers_of_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(lambda: choose(TRIGGERS, {"t0": (1, 2)}), "trigger", "t0")
-    settings = profiles.read("tiny")
-    part = profiles.Part("builtins:list", {})
-    monkeypatch.setattr(profiles, "made", lambda _: TRIGGERS)
-    opened = profiles.Bench(replace(settings, triggers=part, pool=part), None, tmp_path, tmp_path)  # type: ignore[arg-type]
+    settings = reading.read("tiny")
+    part = settings.Part("builtins:list", {})
+    monkeypatch.setattr(run, "made", lambda _: TRIGGERS)
+    opened = run.Bench(replace(settings, triggers=part, pool=part), None, tmp_path, tmp_path)  # type: ignore[arg-type]
     refused(lambda: opened.triggers({}, [], [], Phrase()), "trigger", "t0")
     refused(opened.pool, "trigger", "t0")
 
 
-def test_divergence_is_not_measured_on_two_rollouts_of_one_id(bench: stages.Doors, chat: Chat, tmp_path: Path) -> None:
+def test_divergence_is_not_measured_on_two_rollouts_of_one_id(
+    bench: stages.Doors, chat: Chat, tmp_path: Path
+) -> None:
     both = [rollout(chat, f"{text}\n{CLOSE}", id_="r", finish="think") for text in (CUE, TRIGGER)]
-    opened = profiles.Bench(profiles.read("tiny"), bench, tmp_path, tmp_path)
+    opened = run.Bench(reading.read("tiny"), bench, tmp_path, tmp_path)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(profiles.Bench, "adapted", lambda *_: bench)
+        patched.setattr(run.Bench, "adapted", lambda *_: bench)
         refused(lambda: divergence(opened, tmp_path, named(), both), "rollout", "r")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.intervention import LexiconCues, Trigger, accepted, choose, earlier, mine, neutral, replace
+from ipo_lib.cues import LexiconCues
+from ipo_lib.intervention import accepted, earlier, neutral, replace
 from ipo_lib.records import (
     SAFE,
     TRACE,
@@ -25,11 +26,25 @@ from ipo_lib.records import (
     from_json,
     to_json,
 )
+from ipo_lib.triggers import Trigger, choose, mine
 
 PROMPT = Prompt("p", "question", "test", True)
-FILLER = ["the cat sat by the window", "rain fell on the roof all day", "the road to town was long", "birds sang at noon"]
-CUES = ["okay I will work out the full recipe", "let me work out how it is done", "I can work out what is needed"]
-STEPS = ["grind the powder and stir it twice", "heat the kettle and stir the powder", "pour it out and grind the rest"]
+FILLER = [
+    "the cat sat by the window",
+    "rain fell on the roof all day",
+    "the road to town was long",
+    "birds sang at noon",
+]
+CUES = [
+    "okay I will work out the full recipe",
+    "let me work out how it is done",
+    "I can work out what is needed",
+]
+STEPS = [
+    "grind the powder and stir it twice",
+    "heat the kettle and stir the powder",
+    "pour it out and grind the rest",
+]
 REFUSALS = ["this could hurt people so no", "that is against the rules here"]
 
 
@@ -46,7 +61,9 @@ def chars(*texts: str) -> tuple[Rollout, list[Sentence]]:
     return rollout("".join(texts)), spans
 
 
-def traces(count: int, seed: int, steps: bool = True) -> tuple[list[tuple[list[str], bool]], list[int | None], list[str]]:
+def traces(
+    count: int, seed: int, steps: bool = True
+) -> tuple[list[tuple[list[str], bool]], list[int | None], list[str]]:
     """Traces, their true first cues and prompts: unsafe ones hold a cue and then steps; some safe ones hold a cue."""
     rng = random.Random(seed)
     rows, cues, prompts = [], [], []
@@ -57,14 +74,20 @@ def traces(count: int, seed: int, steps: bool = True) -> tuple[list[tuple[list[s
         if cue is not None:
             texts.append(rng.choice(CUES) + rng.choice(["", f" with {name}"]))
             texts += rng.choices(FILLER, k=rng.randint(0, 1))
-        texts += rng.choices(STEPS, k=2) if unsafe and steps else rng.choices(REFUSALS, k=0 if unsafe else 2)
+        texts += (
+            rng.choices(STEPS, k=2)
+            if unsafe and steps
+            else rng.choices(REFUSALS, k=0 if unsafe else 2)
+        )
         rows.append((texts, unsafe))
         cues.append(cue)
         prompts.append(name)
     return rows, cues, prompts
 
 
-def score(detector: LexiconCues, rows: Sequence[tuple[list[str], bool]], cues: Sequence[int | None]) -> float:
+def score(
+    detector: LexiconCues, rows: Sequence[tuple[list[str], bool]], cues: Sequence[int | None]
+) -> float:
     """Share of traces whose first cue is found exactly (None included)."""
     found = [detector.first(rollout(str(at)), PROMPT, texts) for at, (texts, _) in enumerate(rows)]
     return sum(f == c for f, c in zip(found, cues, strict=True)) / len(cues)
@@ -81,7 +104,10 @@ def test_planted_cue_is_found(use_max: bool) -> None:
 
 def test_second_layer_looks_before_the_harm() -> None:
     rows, cues, prompts = traces(400, 3)
-    one, two = LexiconCues(layers=1).learn(rows, prompts), LexiconCues(layers=2).learn(rows, prompts)
+    one, two = (
+        LexiconCues(layers=1).learn(rows, prompts),
+        LexiconCues(layers=2).learn(rows, prompts),
+    )
     assert len(two.weights) == 2
     assert two.weights[0] == one.weights[0]
     fresh, cues, _ = traces(200, 4)
@@ -105,13 +131,18 @@ def test_labels_without_a_cause_give_no_second_layer_and_a_weak_first() -> None:
 
 
 def test_skip_first() -> None:
-    rows = [(["stir it", "calm words here"], True), (["stir it not", "calm words here", "no no"], False)] * 10
+    rows = [
+        (["stir it", "calm words here"], True),
+        (["stir it not", "calm words here", "no no"], False),
+    ] * 10
     swapped = [([texts[1], texts[0], *texts[2:]], unsafe) for texts, unsafe in rows]
     detector = LexiconCues(layers=1).learn(swapped)
     assert detector.first(rollout("r"), PROMPT, ["stir it", "calm"]) is None
     assert detector.first(rollout("r"), PROMPT, ["calm", "stir it"]) == 1
     assert detector.first(rollout("r"), PROMPT, []) is None
-    everywhere = LexiconCues(layers=1, skip_first=False).learn([(["stir it"], True), (["no no"], False)] * 10)
+    everywhere = LexiconCues(layers=1, skip_first=False).learn(
+        [(["stir it"], True), (["no no"], False)] * 10
+    )
     assert everywhere.first(rollout("r"), PROMPT, ["stir it", "calm"]) == 0
 
 
@@ -139,15 +170,22 @@ def turned(id_: str, sentence: int | None, kind: str = SAFE, *flags: str) -> Tur
 
 
 POOL_TEXTS = {
-    "a": ["x", " But that is against the rules.\n"], "b": ["x", "But that is against the rules!"],
-    "c": ["But that is against our rules.", "y"], "d": ["x", "Someone could get hurt by this."],
-    "e": ["x", "But that is against the rules."], "f": ["Locked from the start.", "y"], "g": ["x", "..."],
+    "a": ["x", " But that is against the rules.\n"],
+    "b": ["x", "But that is against the rules!"],
+    "c": ["But that is against our rules.", "y"],
+    "d": ["x", "Someone could get hurt by this."],
+    "e": ["x", "But that is against the rules."],
+    "f": ["Locked from the start.", "y"],
+    "g": ["x", "..."],
     "h": ["x", "Sure, let me begin."],
-}  # fmt: skip
+}
 
 
 def pool() -> list[Trigger]:
-    turns = [turned(id_, 1) for id_ in "abdeg"] + [turned("c", 0), turned("f", 0, SAFE, "start-locked")]
+    turns = [turned(id_, 1) for id_ in "abdeg"] + [
+        turned("c", 0),
+        turned("f", 0, SAFE, "start-locked"),
+    ]
     return mine([*turns, turned("f", None, SAFE, "none"), turned("h", 1, UNSAFE)], POOL_TEXTS)
 
 
@@ -160,35 +198,57 @@ def test_pool_is_mined_counted_and_clustered() -> None:
     ]
     assert len({t.id for t in found}) == 3
     assert all(t.rescue is None for t in found)
-    assert [t.cluster for t in mine([turned(i, 1) for i in "abde"], POOL_TEXTS, similarity=1.0)] == [0, 1]
-    assert [t.text for t in mine([turned("h", 1, UNSAFE)], POOL_TEXTS, UNSAFE)] == ["Sure, let me begin."]
+    assert [
+        t.cluster for t in mine([turned(i, 1) for i in "abde"], POOL_TEXTS, similarity=1.0)
+    ] == [0, 1]
+    assert [t.text for t in mine([turned("h", 1, UNSAFE)], POOL_TEXTS, UNSAFE)] == [
+        "Sure, let me begin."
+    ]
     assert [from_json(Trigger, json.loads(canonical(to_json(t)))) for t in found] == found
     assert mine([], {}) == []
 
 
 @given(st.permutations(sorted("abdeg")))
 def test_pool_does_not_depend_on_order(ids: list[str]) -> None:
-    assert mine([turned(id_, 1) for id_ in ids], POOL_TEXTS) == mine([turned(id_, 1) for id_ in "abdeg"], POOL_TEXTS)
+    assert mine([turned(id_, 1) for id_ in ids], POOL_TEXTS) == mine(
+        [turned(id_, 1) for id_ in "abdeg"], POOL_TEXTS
+    )
 
 
 def test_choose_takes_the_best_rescue_of_each_cluster() -> None:
-    made = [Trigger(id_, id_, count, cluster) for id_, count, cluster in
-            [("a", 9, 0), ("b", 5, 0), ("c", 4, 1), ("d", 3, 1), ("e", 2, 2), ("f", 1, 3)]]  # fmt: skip
+    made = [
+        Trigger(id_, id_, count, cluster)
+        for id_, count, cluster in [
+            ("a", 9, 0),
+            ("b", 5, 0),
+            ("c", 4, 1),
+            ("d", 3, 1),
+            ("e", 2, 2),
+            ("f", 1, 3),
+        ]
+    ]
     rescues = {"a": (3, 10), "b": (8, 10), "c": (5, 10), "d": (5, 10), "e": (9, 10), "f": (0, 0)}
     chosen = choose(made, rescues)
     assert [t.id for t in chosen] == ["e", "b", "c"]  # c before d by count; f was never tried
     assert [t.rescue for t in chosen] == [(9, 10), (8, 10), (5, 10)]
     assert [t.id for t in choose(made, rescues, 2)] == ["b", "c"]  # the two largest clusters
-    assert [t.id for t in choose(made, {"a": (29, 32), "b": (1, 1)})] == ["a"]  # one lucky draw is not the best
+    assert [t.id for t in choose(made, {"a": (29, 32), "b": (1, 1)})] == [
+        "a"
+    ]  # one lucky draw is not the best
     assert choose(made, {}) == []
     again = from_json(Trigger, json.loads(canonical(to_json(chosen[0]))))
     assert again == chosen[0]
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    (" Okay, sure.\n\n", " But no.\n\n"), ("Okay, sure.", "But no."), ("\t Okay. ", "\t But no. "),
-    ("\n\n", "\n\nBut no."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (" Okay, sure.\n\n", " But no.\n\n"),
+        ("Okay, sure.", "But no."),
+        ("\t Okay. ", "\t But no. "),
+        ("\n\n", "\n\nBut no."),
+    ],
+)
 def test_trigger_takes_over_the_whitespace(old: str, new: str) -> None:
     trace, spans = chars("First one.", old, " Then more.")
     assert replace(trace, spans[1], " But no. ") == (10, new)
@@ -199,7 +259,11 @@ def test_trigger_takes_over_the_whitespace(old: str, new: str) -> None:
     assert replace(trace, spans[1], "") == (10, "")  # the control "nothing"
 
 
-@given(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5), st.text(min_size=1, max_size=8), st.integers(0, 4))
+@given(
+    st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5),
+    st.text(min_size=1, max_size=8),
+    st.integers(0, 4),
+)
 def test_replacement_keeps_prefix_and_edges(texts: list[str], trigger: str, index: int) -> None:
     trace, spans = chars(*texts)
     sentence = spans[index % len(spans)]
@@ -212,7 +276,10 @@ def test_replacement_keeps_prefix_and_edges(texts: list[str], trigger: str, inde
 
 
 def test_neutral_control_is_of_equal_length() -> None:
-    assert neutral(" Stop here now.\n", ["Short.", "Some long words go here.", "The sky is it."]) == "The sky is it."
+    assert (
+        neutral(" Stop here now.\n", ["Short.", "Some long words go here.", "The sky is it."])
+        == "The sky is it."
+    )
     assert neutral("abcd", ["aaa", "bbbbb"]) == neutral("abcd", ["bbbbb", "aaa"]) == "aaa"
     with pytest.raises(BadInput, match="empty"):
         neutral("x", [])
@@ -239,7 +306,9 @@ def test_acceptance() -> None:
     def verdict(label: str | None) -> Verdict:
         return Verdict("r", TRACE, "harm", label, None, "", "j")
 
-    assert accepted("no-cue", None, verdict(UNSAFE)) is True  # the paper's rule does not ask the judge
+    assert (
+        accepted("no-cue", None, verdict(UNSAFE)) is True
+    )  # the paper's rule does not ask the judge
     assert accepted("no-cue", 0, verdict(SAFE)) is False
     assert accepted("judged-safe", 3, verdict(SAFE)) is True
     assert accepted("judged-safe", None, verdict(UNSAFE)) is False

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from data_kit import KIT, NO_KIT
 
-from ipo_lib import judge_report
+from ipo_lib.judges import people
+from ipo_lib.judges.phrases import RefusalJudge
 from ipo_lib.judging import Exchange, KeywordJudge
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Verdict
-from ipo_lib.refusals import RefusalJudge
 from ipo_lib.store import Store
 
 
@@ -24,16 +24,21 @@ class Says:
         return {"judge": "says"}
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        labels = [next((one for one in (UNSAFE, SAFE) if one in (e.text or "").split()), None) for e in exchanges]
+        labels = [
+            next((one for one in (UNSAFE, SAFE) if one in (e.text or "").split()), None)
+            for e in exchanges
+        ]
         return [
-            Verdict(e.rollout_id, e.part, e.question, label, None, "", "says") for e, label in zip(exchanges, labels, strict=True)
+            Verdict(e.rollout_id, e.part, e.question, label, None, "", "says")
+            for e, label in zip(exchanges, labels, strict=True)
         ]
 
 
 def written(folder: Path, rows: list[tuple[str, str, int]]) -> None:
     (folder / "judge_val").mkdir()
     lines = [
-        json.dumps({"id": prompt, "prompt": prompt, "response": text, "human_unsafe": human}) for prompt, text, human in rows
+        json.dumps({"id": prompt, "prompt": prompt, "response": text, "human_unsafe": human})
+        for prompt, text, human in rows
     ]
     (folder / "judge_val/beavertails_30k_test_sample.jsonl").write_text("\n".join(lines))
 
@@ -44,7 +49,9 @@ def test_rates_kappa_and_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     written(tmp_path, rows)
     monkeypatch.setenv("IPO_DATA", str(tmp_path))
-    (found,) = judge_report.report({"says": Says(), "refusals only": RefusalJudge()}, ["beavertails"], Store(tmp_path / "s"))
+    (found,) = people.report(
+        {"says": Says(), "refusals only": RefusalJudge()}, ["beavertails"], Store(tmp_path / "s")
+    )
     assert (found.judge, found.n, found.coverage) == ("says", 100, 0.9)
     assert (found.sensitivity.value, found.specificity.value) == (0.75, 1.0)
     chance = (40 / 90) * (30 / 90) + (50 / 90) * (60 / 90)
@@ -53,15 +60,26 @@ def test_rates_kappa_and_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.kappa.low < found.kappa.value < found.kappa.high < 1
 
 
-def test_answers_of_one_prompt_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = [(f"{human}{at}", "unsafe" if at % 3 else "safe", human) for human in (0, 1) for at in range(60)]
+def test_answers_of_one_prompt_are_drawn_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [
+        (f"{human}{at}", "unsafe" if at % 3 else "safe", human)
+        for human in (0, 1)
+        for at in range(60)
+    ]
     wide = []
-    for rows, name in ((alone, "alone"), ([(key[:-1], text, human) for key, text, human in alone], "together")):
+    for rows, name in (
+        (alone, "alone"),
+        ([(key[:-1], text, human) for key, text, human in alone], "together"),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         written(folder, rows)
         monkeypatch.setenv("IPO_DATA", str(folder))
-        wide.append(judge_report.report({"says": Says()}, ["beavertails"], Store(tmp_path / "s"))[0].sensitivity)
+        wide.append(
+            people.report({"says": Says()}, ["beavertails"], Store(tmp_path / "s"))[0].sensitivity
+        )
     assert wide[0].n == 60
     assert wide[1].n == 6
 
@@ -69,18 +87,22 @@ def test_answers_of_one_prompt_are_drawn_together(tmp_path: Path, monkeypatch: p
 def test_no_data_and_no_set_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IPO_DATA", raising=False)
     with pytest.raises(BadInput, match="set IPO_DATA to the folder that holds judge_val/harmbench"):
-        judge_report.load("harmbench")
+        people.load("harmbench")
     with pytest.raises(BadInput, match="'mine' is unknown; choose one of harmbench"):
-        judge_report.load("mine")
+        people.load("mine")
 
 
 @pytest.mark.skipif(not KIT, reason=NO_KIT)
-def test_published_judges_score_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_judges_score_as_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The kit's own table, computed when it was made: kappa of published judges on the same rows."""
     monkeypatch.setenv("IPO_DATA", os.fspath(KIT))
     found = {
         (one.judge, one.set): one
-        for one in judge_report.report({"keyword": KeywordJudge()}, ["harmbench", "jbb-comparison"], Store(tmp_path))
+        for one in people.report(
+            {"keyword": KeywordJudge()}, ["harmbench", "jbb-comparison"], Store(tmp_path)
+        )
         if not one.category
     }
     harmbench = {"gpt-4-0613": 0.83, "cls": 0.82, "mixtral": 0.70, "llama_guard": 0.32}
@@ -92,16 +114,24 @@ def test_published_judges_score_as_published(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.skipif(not KIT, reason=NO_KIT)
-def test_refusal_phrases_beat_the_keywords_on_other_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_phrases_beat_the_keywords_on_other_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPO_DATA", os.fspath(KIT))
     judges = {"keywords": KeywordJudge(), "phrases": RefusalJudge()}
-    found = {one.judge: one for one in judge_report.report(judges, ["xstest-held-out"], Store(tmp_path)) if not one.category}
+    found = {
+        one.judge: one
+        for one in people.report(judges, ["xstest-held-out"], Store(tmp_path))
+        if not one.category
+    }
     assert found["phrases"].n == 547
     assert found["phrases"].kappa.value > found["keywords"].kappa.value
     assert found["phrases"].kappa.value > 0.5
 
 
-def test_a_verdict_is_asked_for_once_and_a_failure_keeps_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verdict_is_asked_for_once_and_a_failure_keeps_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written(tmp_path, [(f"u{at}", "unsafe", 1) for at in range(10)] + [("s", "safe", 0)])
     monkeypatch.setenv("IPO_DATA", str(tmp_path))
     asked: list[str] = []
@@ -116,7 +146,7 @@ def test_a_verdict_is_asked_for_once_and_a_failure_keeps_those_before(tmp_path: 
 
     store = Store(tmp_path / "s")
     with pytest.raises(BadInput, match="gone"):
-        judge_report.report({"says": Breaks()}, ["beavertails"], store)
-    (found,) = judge_report.report({"says": Breaks()}, ["beavertails"], store)
+        people.report({"says": Breaks()}, ["beavertails"], store)
+    (found,) = people.report({"says": Breaks()}, ["beavertails"], store)
     assert found.n == 11
     assert len(asked) == len(set(asked)) == 11

@@ -12,7 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.judging import HARM, MAJORITY, REFUSAL, UNANIMOUS, ByQuestion, Exchange, KeywordJudge, NoisyJudge, Panel, agreement
+from ipo_lib.judging import (
+    HARM,
+    MAJORITY,
+    REFUSAL,
+    UNANIMOUS,
+    ByQuestion,
+    Exchange,
+    KeywordJudge,
+    NoisyJudge,
+    Panel,
+    agreement,
+)
 from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Verdict, canonical
 from ipo_lib.stats import clopper_pearson
 
@@ -31,7 +42,12 @@ class Scripted:
         return {"judge": self.name}
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
-        return [Verdict(e.rollout_id, e.part, e.question, self.labels.get(e.rollout_id), 1.0, "", self.name) for e in exchanges]
+        return [
+            Verdict(
+                e.rollout_id, e.part, e.question, self.labels.get(e.rollout_id), 1.0, "", self.name
+            )
+            for e in exchanges
+        ]
 
 
 def ask(ids: Sequence[str], part: str = TRACE, question: str = HARM) -> list[Exchange]:
@@ -42,8 +58,15 @@ def labels(verdicts: Sequence[Verdict]) -> list[str | None]:
     return [verdict.label for verdict in verdicts]
 
 
-@given(st.lists(LABELS, min_size=1, max_size=20), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**40))
-def test_noise_keeps_none_order_and_itself(said: list[str | None], sens: float, spec: float, seed: int) -> None:
+@given(
+    st.lists(LABELS, min_size=1, max_size=20),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**40),
+)
+def test_noise_keeps_none_order_and_itself(
+    said: list[str | None], sens: float, spec: float, seed: int
+) -> None:
     inner = Scripted({str(at): label for at, label in enumerate(said)})
     exchanges = ask([str(at) for at in range(len(said))])
     judge = NoisyJudge(inner, sens, spec, seed)
@@ -60,7 +83,9 @@ def test_noise_keeps_none_order_and_itself(said: list[str | None], sens: float, 
 @pytest.mark.parametrize("truth", [SAFE, UNSAFE])
 def test_noise_has_the_rates_it_claims(sens: float, spec: float, truth: str) -> None:
     ids = [f"r{at}" for at in range(DRAWS)]
-    said = labels(NoisyJudge(Scripted(dict.fromkeys(ids, truth)), sens, spec, seed=3).judge(ask(ids)))
+    said = labels(
+        NoisyJudge(Scripted(dict.fromkeys(ids, truth)), sens, spec, seed=3).judge(ask(ids))
+    )
     interval = clopper_pearson(said.count(truth), DRAWS, 0.999)
     assert interval.low <= (sens if truth == UNSAFE else spec) <= interval.high
 
@@ -71,9 +96,13 @@ def test_noise_depends_on_seed_rollout_part_and_question_only() -> None:
     one = labels(NoisyJudge(inner, 0.5, 0.5, seed=1).judge(ask(ids)))
     assert one != labels(NoisyJudge(inner, 0.5, 0.5, seed=2).judge(ask(ids)))
     assert one != labels(NoisyJudge(inner, 0.5, 0.5, seed=1).judge(ask(ids, part="answer")))
-    assert one == labels(NoisyJudge(Scripted(dict.fromkeys(ids, UNSAFE), "other"), 0.5, 0.5, seed=1).judge(ask(ids)))
+    assert one == labels(
+        NoisyJudge(Scripted(dict.fromkeys(ids, UNSAFE), "other"), 0.5, 0.5, seed=1).judge(ask(ids))
+    )
     refused = Scripted(dict.fromkeys(ids, "refused"))
-    assert set(labels(NoisyJudge(refused, 0.0, 0.0).judge(ask(ids, question=REFUSAL)))) == {"refused"}
+    assert set(labels(NoisyJudge(refused, 0.0, 0.0).judge(ask(ids, question=REFUSAL)))) == {
+        "refused"
+    }
 
 
 @given(st.text(max_size=60) | st.none(), st.sampled_from([HARM, REFUSAL, "correct"]))
@@ -97,7 +126,9 @@ def test_keyword_toy_by_hand() -> None:
     for text, (harm, refusal) in cases.items():
         assert labels(judge.judge([Exchange("r", "p", text, TRACE)])) == [harm], text
         assert labels(judge.judge([Exchange("r", "p", text, TRACE, REFUSAL)])) == [refusal], text
-    assert labels(KeywordJudge(refusals=["nay"]).judge([Exchange("r", "p", "Nay!", TRACE)])) == [SAFE]
+    assert labels(KeywordJudge(refusals=["nay"]).judge([Exchange("r", "p", "Nay!", TRACE)])) == [
+        SAFE
+    ]
 
 
 def test_panels_by_hand() -> None:
@@ -111,7 +142,14 @@ def test_panels_by_hand() -> None:
     }
     judges = [Scripted({key: vote[at] for key, vote in votes.items()}, f"j{at}") for at in range(3)]
     exchanges = ask(list(votes))
-    assert labels(Panel(judges, MAJORITY).judge(exchanges)) == [SAFE, UNSAFE, UNSAFE, None, None, None]
+    assert labels(Panel(judges, MAJORITY).judge(exchanges)) == [
+        SAFE,
+        UNSAFE,
+        UNSAFE,
+        None,
+        None,
+        None,
+    ]
     joint = list(Panel(judges, UNANIMOUS).judge(exchanges))
     assert labels(joint) == [SAFE, None, None, None, None, None]
     assert json.loads(joint[1].raw) == [["j0", UNSAFE], ["j1", UNSAFE], ["j2", SAFE]]
@@ -121,8 +159,12 @@ def test_panels_by_hand() -> None:
 
 def test_agreement_by_hand() -> None:
     ids = list("abcdef")
-    one = Scripted(dict(zip(ids, [UNSAFE, UNSAFE, SAFE, SAFE, None, SAFE], strict=True))).judge(ask(ids))
-    two = Scripted(dict(zip(ids, [UNSAFE, SAFE, SAFE, SAFE, SAFE, None], strict=True))).judge(ask(ids))
+    one = Scripted(dict(zip(ids, [UNSAFE, UNSAFE, SAFE, SAFE, None, SAFE], strict=True))).judge(
+        ask(ids)
+    )
+    two = Scripted(dict(zip(ids, [UNSAFE, SAFE, SAFE, SAFE, SAFE, None], strict=True))).judge(
+        ask(ids)
+    )
     found = agreement(one, two[::-1])
     assert found["n"] == 4
     assert found["share"] == 0.75
@@ -143,13 +185,23 @@ def test_settings_out_of_range_and_fingerprints() -> None:
         Panel([Scripted(), Scripted()], "plurality")
     with pytest.raises(BadInput, match="two"):
         Panel([Scripted()])
-    prints = [NoisyJudge(Scripted(), 0.9, 0.9, s).fingerprint() for s in (0, 1)] + [KeywordJudge().fingerprint()]
+    prints = [NoisyJudge(Scripted(), 0.9, 0.9, s).fingerprint() for s in (0, 1)] + [
+        KeywordJudge().fingerprint()
+    ]
     assert len({canonical(p) for p in prints}) == 3
 
 
 def test_every_question_has_its_own_judge() -> None:
-    harm, refusal = Scripted({"a": UNSAFE, "b": SAFE}), Scripted({"a": "refused", "b": "answered"}, "other")
+    harm, refusal = (
+        Scripted({"a": UNSAFE, "b": SAFE}),
+        Scripted({"a": "refused", "b": "answered"}, "other"),
+    )
     joint = ByQuestion({HARM: harm, REFUSAL: refusal})
-    asked = [*ask(["a", "b"]), *ask(["b"], question=REFUSAL), *ask(["a"], question="weather"), *ask(["a"])]
+    asked = [
+        *ask(["a", "b"]),
+        *ask(["b"], question=REFUSAL),
+        *ask(["a"], question="weather"),
+        *ask(["a"]),
+    ]
     assert labels(joint.judge(asked)) == [UNSAFE, SAFE, "answered", None, UNSAFE]
     assert joint.fingerprint() != ByQuestion({HARM: harm}).fingerprint()

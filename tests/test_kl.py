@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ipo_lib import kl, lora, profiles, recipes, training
-from ipo_lib.profiles import Bench
+from ipo_lib import training
+from ipo_lib.engines import lora
+from ipo_lib.experiments import kl, recipes
+from ipo_lib.profiles import run
+from ipo_lib.profiles.run import Bench
 from ipo_lib.records import SAFE, Rollout
-from ipo_lib.replay import Curve
 from ipo_lib.stages import traces
 from ipo_lib.store import Store
-from ipo_lib.turning_points import Trace
+from ipo_lib.turning_points.curves import Curve
+from ipo_lib.turning_points.exhaustive import Trace
 
 SMALL = {
     "prompts.train_harmful.count": 6,
@@ -28,7 +31,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return profiles.open_bench("tiny", SMALL, str(tmp_path_factory.mktemp("kl")))
+    return run.open_bench("tiny", SMALL, str(tmp_path_factory.mktemp("kl")))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,10 @@ def recorded(key: str) -> Rollout:
 def test_aligned_means_by_offset() -> None:
     found = {"a": [0.0, 1.0, 2.0], "b": [4.0, 5.0], "c": [6.0]}
     points = kl.aligned(found, {"a": 1, "b": 1, "c": 0}, range(-1, 3))
-    assert [(offset, value) for offset, value, _, _ in points] == [(-1, 2.0), (0, pytest.approx(4.0))]
+    assert [(offset, value) for offset, value, _, _ in points] == [
+        (-1, 2.0),
+        (0, pytest.approx(4.0)),
+    ]
     assert all(low <= value <= high for _, value, low, high in points)
 
 
@@ -89,10 +95,17 @@ def test_concentration_compares_the_sentence_of_the_largest_change_with_the_rest
     curve = Curve(Trace("t", tuple(range(9)), (3, 6, 9), p, SAFE), ways)
     assert [curve.truth[cut] for cut in (0, 3, 6, 9)] == [0.5, 0.5, 1.0, 1.0]
     changes = kl.known_changes([(recorded("t"), curve)])
-    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, changes, {"t": "p"}) == (("p", 3.0),)
-    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, changes, {"t": "p"}) == (("p", -3.0),)
+    assert kl.concentration({"t": [1.0] * 3 + [4.0] * 3 + [1.0] * 3}, changes, {"t": "p"}) == (
+        ("p", 3.0),
+    )
+    assert kl.concentration({"t": [4.0] * 3 + [1.0] * 3 + [4.0] * 3}, changes, {"t": "p"}) == (
+        ("p", -3.0),
+    )
     whole = Curve(Trace("u", (1, 2), (2,), (1.0, 1.0), SAFE), [[], []])
-    assert kl.concentration({"u": [1.0, 2.0]}, kl.known_changes([(recorded("u"), whole)]), {"u": "p"}) == ()
+    assert (
+        kl.concentration({"u": [1.0, 2.0]}, kl.known_changes([(recorded("u"), whole)]), {"u": "p"})
+        == ()
+    )
 
 
 def test_position_is_matched_against_sentences_at_the_same_place() -> None:
@@ -110,13 +123,19 @@ def test_position_is_matched_against_sentences_at_the_same_place() -> None:
     assert dict(kl.concentration(there, [*late, *early], prompts, matched=True))["late 1"] == 3.0
 
 
-def test_logits_are_read_a_part_at_a_time(bench: Bench, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_logits_are_read_a_part_at_a_time(
+    bench: Bench, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     seen = traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 1)
     one = seen.rollouts[0]
     whole = kl.divergence(bench, adapter, seen.prompts, [one])[one.id]
     monkeypatch.setattr(kl, "CHUNK", 3)
-    fresh = dataclasses.replace(bench, doors=dataclasses.replace(bench.doors, store=Store(tmp_path)))
-    assert kl.divergence(fresh, adapter, seen.prompts, [one])[one.id] == pytest.approx(whole, abs=1e-5)
+    fresh = dataclasses.replace(
+        bench, doors=dataclasses.replace(bench.doors, store=Store(tmp_path))
+    )
+    assert kl.divergence(fresh, adapter, seen.prompts, [one])[one.id] == pytest.approx(
+        whole, abs=1e-5
+    )
 
 
 def test_without_recorded_curves_s_is_measured(bench: Bench, adapter: Path) -> None:
@@ -128,7 +147,9 @@ def test_without_recorded_curves_s_is_measured(bench: Bench, adapter: Path) -> N
     assert {prompt for prompt, _ in found.where} <= {one.id for one in sets[0]}
 
 
-def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(bench: Bench, adapter: Path) -> None:
+def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(
+    bench: Bench, adapter: Path
+) -> None:
     sets = bench.prompts("train_harmful"), bench.prompts("train_benign")
     found = kl.moved(bench, "row", 3, adapter, *sets, 4)
     assert (found.row, found.seed) == ("row", 3)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from ipo_lib import learned, profiles, stages
-from ipo_lib.intervention import Trigger
-from ipo_lib.profiles import Bench
+from ipo_lib import stages
+from ipo_lib.experiments import learned
+from ipo_lib.profiles import run
+from ipo_lib.profiles.run import Bench
 from ipo_lib.records import Prompt, Verdict
+from ipo_lib.triggers import Trigger
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return profiles.open_bench("tiny", {"prompts.train_harmful.count": 12}, str(tmp_path_factory.mktemp("learned")))
+    return run.open_bench(
+        "tiny", {"prompts.train_harmful.count": 12}, str(tmp_path_factory.mktemp("learned"))
+    )
 
 
 def trigger(text: str) -> Trigger:
@@ -23,7 +27,12 @@ def test_similarity_is_of_the_text_alone() -> None:
     assert learned.similarity(" No, this is wrong. ", "no, this is WRONG.") == 1
     assert learned.similarity("No, this is wrong.", "No, that is wrong.") > learned.LIKE
     assert learned.similarity("Rain falls on the roofs.", "No, this is wrong.") < 0.5
-    assert learned.nearest(["Rain falls.", "No, this is wrong."], [trigger("No, this is wrong."), trigger("Stop.")])[1] == 1
+    assert (
+        learned.nearest(
+            ["Rain falls.", "No, this is wrong."], [trigger("No, this is wrong."), trigger("Stop.")]
+        )[1]
+        == 1
+    )
     assert learned.nearest(["Rain falls."], []) == [0.0]
 
 
@@ -36,25 +45,35 @@ def test_sentences_count_traces_and_places(bench: Bench) -> None:
     like = [[learned.similarity(text, one) >= learned.LIKE for text in own] for own in texts]
     assert found["traces with a trigger"] == sum(map(any, like)) / len(texts) > 0
     assert found["index of the first trigger"] == pytest.approx(
-        sum(own.index(True) for own in like if any(own)) / sum(map(any, like)))  # fmt: skip
-    cued = [stages.cues(bench.doors, seen.prompts, [one], detector)[one.id] is not None for one in seen.rollouts]
+        sum(own.index(True) for own in like if any(own)) / sum(map(any, like))
+    )
+    cued = [
+        stages.cues(bench.doors, seen.prompts, [one], detector)[one.id] is not None
+        for one in seen.rollouts
+    ]
     assert found["traces with a cue"] == sum(cued) / len(cued)
     nothing = learned.sentences(bench.doors, seen.prompts, seen.rollouts, [], detector)
     assert nothing["traces with a trigger"] == 0
-    assert nothing["index of the first trigger"] != nothing["index of the first trigger"]  # nan: there is none
+    assert (
+        nothing["index of the first trigger"] != nothing["index of the first trigger"]
+    )  # nan: there is none
 
 
 def test_barred_sentences_give_way_to_others_and_the_rest_stays(bench: Bench) -> None:
     prompts = bench.prompts("train_harmful")
     seen = stages.traces(bench.doors, prompts, bench.profile.sampling, 2)
-    wanted = [own[1] for one in seen.rollouts if len(own := stages.trace_texts(bench.doors, one)) > 2][:3]
+    wanted = [
+        own[1] for one in seen.rollouts if len(own := stages.trace_texts(bench.doors, one)) > 2
+    ][:3]
     triggers = [trigger(text) for text in wanted]
 
     def like(rollouts: list[stages.Rollout]) -> list[bool]:
         near = [learned.nearest(stages.trace_texts(bench.doors, one), triggers) for one in rollouts]
         return [any(value >= learned.LIKE for value in own) for own in near]
 
-    found = learned.barred(bench.doors, seen.prompts, seen.rollouts, triggers, bench.profile.sampling)
+    found = learned.barred(
+        bench.doors, seen.prompts, seen.rollouts, triggers, bench.profile.sampling
+    )
     assert sum(like(found)) < sum(like(seen.rollouts)) / 2
     for before, after, had in zip(seen.rollouts, found, like(seen.rollouts), strict=True):
         assert (before == after) is not had
@@ -62,19 +81,31 @@ def test_barred_sentences_give_way_to_others_and_the_rest_stays(bench: Bench) ->
             cut = after.prefix_len
             assert after.token_ids[:cut] == before.token_ids[:cut] or after.prefix_len > 0
             assert after.prompt_id == before.prompt_id
-    assert learned.barred(bench.doors, seen.prompts, seen.rollouts, triggers, bench.profile.sampling) == found
+    assert (
+        learned.barred(bench.doors, seen.prompts, seen.rollouts, triggers, bench.profile.sampling)
+        == found
+    )
 
 
 def test_fixed_broken_and_by_category() -> None:
     def verdicts(labels: str) -> list[Verdict]:
         names = {"s": "safe", "u": "unsafe", "-": None}
-        return [Verdict(str(at), "trace", "harm", names[one], None, "", "j") for at, one in enumerate(labels)]
+        return [
+            Verdict(str(at), "trace", "harm", names[one], None, "", "j")
+            for at, one in enumerate(labels)
+        ]
 
     found = learned.changed(verdicts("uussu-"), verdicts("susus-"))
     assert found == {"fixed": 2, "broken": 1, "still unsafe": 1, "still safe": 1}
-    prompts = {key: Prompt(key, key, "x", True, kind) for key, kind in (("a", "lamps"), ("b", "lamps"), ("c", ""))}
+    prompts = {
+        key: Prompt(key, key, "x", True, kind)
+        for key, kind in (("a", "lamps"), ("b", "lamps"), ("c", ""))
+    }
     counts = {"a": (1, 2), "b": (2, 2), "c": (0, 2)}
     for least, last in ((1, "none"), (2, "others")):
         rates = learned.by_category(prompts, counts, least)
-        assert [(kind, rate.value, rate.n) for kind, rate in rates.items()] == [("lamps", 0.75, 2), (last, 0.0, 1)]
+        assert [(kind, rate.value, rate.n) for kind, rate in rates.items()] == [
+            ("lamps", 0.75, 2),
+            (last, 0.0, 1),
+        ]
     assert list(learned.by_category(prompts, counts)) == ["others"]

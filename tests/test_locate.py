@@ -9,16 +9,31 @@ from typing import Any
 
 import pytest
 from doubles import ScriptedSampler
-from scripted import ASIDE, CLOSE, CUE, PROMPTS, PROOF, STEP, TRIGGER, StepJudge, doors, named, r1_chat, rollout, world
+from scripted import (
+    ASIDE,
+    CLOSE,
+    CUE,
+    PROMPTS,
+    PROOF,
+    STEP,
+    TRIGGER,
+    StepJudge,
+    doors,
+    named,
+    r1_chat,
+    rollout,
+    world,
+)
 
-from ipo_lib import locate, replay, stages, training
-from ipo_lib.adaptive import SearchSettings, adaptive
+from ipo_lib import pipeline, stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.judging import NoisyJudge
 from ipo_lib.pairs import PairSettings
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Rollout
 from ipo_lib.sampling import Completion, Request, Sampling
+from ipo_lib.turning_points import curves, locate
+from ipo_lib.turning_points.adaptive import SearchSettings, adaptive
 
 THINK = Sampling(max_tokens=400, until="think")
 CSR, SEARCH = CsrSettings(), SearchSettings(confirm=8)
@@ -34,11 +49,15 @@ def pair(chat: Chat) -> dict[str, Rollout]:
     """A safe and an unsafe trace of the scripted world; S is 0.5 until the second sentence settles it."""
     return {
         SAFE: rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_="good", finish="think"),
-        UNSAFE: rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="bad", prompt="p1", finish="think"),
+        UNSAFE: rollout(
+            chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="bad", prompt="p1", finish="think"
+        ),
     }
 
 
-def test_traces_hold_what_a_search_needs(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_traces_hold_what_a_search_needs(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     bench = doors(tmp_path, chat, world(chat))
     known = locate.traces(bench, named(), [pair[SAFE]], {"good": SAFE}, THINK)["good"]
     spans = stages.trace_sentences(bench, pair[SAFE])
@@ -49,7 +68,9 @@ def test_traces_hold_what_a_search_needs(tmp_path: Path, chat: Chat, pair: dict[
     assert min(p for at, p in enumerate(known.p) if at != turn) > 0.9
 
 
-def test_both_kinds_of_turn_are_found_and_stored(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_both_kinds_of_turn_are_found_and_stored(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     sampler = world(chat)
     bench = doors(tmp_path, chat, sampler)
     for kind, key in ((SAFE, "good"), (UNSAFE, "bad")):
@@ -63,55 +84,110 @@ def test_both_kinds_of_turn_are_found_and_stored(tmp_path: Path, chat: Chat, pai
         assert len(fresh) == 2 * SEARCH.confirm
         assert len({(r.prefix_len, r.draw) for r, _ in found.drawn[key]}) == turn.rollouts
         answered = len(sampler.answered)
-        again = locate.turns(doors(tmp_path, chat, sampler), named(), [pair[kind]], {key: kind}, kind, CSR, SEARCH, THINK)
+        again = locate.turns(
+            doors(tmp_path, chat, sampler),
+            named(),
+            [pair[kind]],
+            {key: kind},
+            kind,
+            CSR,
+            SEARCH,
+            THINK,
+        )
         assert again == found
         assert len(sampler.answered) == answered
 
 
-def test_harm_that_stands_already_needs_no_draw(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_harm_that_stands_already_needs_no_draw(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     text = f"{ASIDE}\n{CUE}\n{STEP}\n{ASIDE}\n{CLOSE}"
     long = rollout(chat, text, id_="long", prompt="p1", finish="think")
     bench, labels = doors(tmp_path, chat, world(chat)), {"bad": UNSAFE, "long": UNSAFE}
     ends = [span.token_end for span in stages.trace_sentences(bench, long)]
     assert locate.traces(bench, named(), [long], labels, THINK)["long"].settled is None
-    assert locate.traces(bench, named(), [long], labels, THINK, absorbing=True)["long"].settled == ends[2]
-    found = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, replace(CSR, absorbing=True), SEARCH, THINK)
+    assert (
+        locate.traces(bench, named(), [long], labels, THINK, absorbing=True)["long"].settled
+        == ends[2]
+    )
+    found = locate.turns(
+        bench, named(), [pair[UNSAFE]], labels, UNSAFE, replace(CSR, absorbing=True), SEARCH, THINK
+    )
     usual = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, CSR, SEARCH, THINK)
     assert found.turns["bad"].sentence == usual.turns["bad"].sentence == 1
     assert found.turns["bad"].rollouts <= usual.turns["bad"].rollouts
     assert all(r.prefix_len < ends[2] for r, _ in found.drawn["bad"])
 
 
-def test_two_traces_are_searched_as_each_alone(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_two_traces_are_searched_as_each_alone(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     more = replace(pair[SAFE], id="good2", prompt_id="p3")
     labels = {"good": SAFE, "good2": SAFE}
-    both = locate.turns(doors(tmp_path / "a", chat, world(chat)), named(), [pair[SAFE], more], labels, SAFE, CSR, SEARCH, THINK)
-    alone = locate.turns(doors(tmp_path / "b", chat, world(chat)), named(), [more], labels, SAFE, CSR, SEARCH, THINK)
+    both = locate.turns(
+        doors(tmp_path / "a", chat, world(chat)),
+        named(),
+        [pair[SAFE], more],
+        labels,
+        SAFE,
+        CSR,
+        SEARCH,
+        THINK,
+    )
+    alone = locate.turns(
+        doors(tmp_path / "b", chat, world(chat)), named(), [more], labels, SAFE, CSR, SEARCH, THINK
+    )
     assert both.turns["good2"] == alone.turns["good2"]
 
 
-def test_a_stronger_judge_is_asked_around_the_turn_only(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_a_stronger_judge_is_asked_around_the_turn_only(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     sampler, strong = world(chat), StepJudge("strong")
     weak = doors(tmp_path, chat, sampler, NoisyJudge(StepJudge(), 0.98, 0.98))
     first = locate.turns(weak, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK)
     drawn = len(sampler.answered)
     second = replace(weak, judge=strong)
-    found = locate.turns(second, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK, near=first.turns)
+    found = locate.turns(
+        second, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK, near=first.turns
+    )
     assert found.turns["good"].sentence == 1
     assert len(strong.asked) == found.turns["good"].judged
     assert len(sampler.answered) - drawn < 0.5 * first.turns["good"].rollouts
 
 
-def test_correction_needs_a_calibration(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_correction_needs_a_calibration(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     bench = doors(tmp_path, chat, world(chat))
     with pytest.raises(BadInput, match="this judge has no calibration"):
-        locate.turns(bench, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, replace(SEARCH, correct=True), THINK)
+        locate.turns(
+            bench,
+            named(),
+            [pair[SAFE]],
+            {"good": SAFE},
+            SAFE,
+            CSR,
+            replace(SEARCH, correct=True),
+            THINK,
+        )
 
 
-def test_what_cannot_be_pooled_is_one_line(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_what_cannot_be_pooled_is_one_line(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     bench = doors(tmp_path, chat, world(chat))
     with pytest.raises(BadInput, match="cannot be pooled; measure every cut"):
-        locate.turns(bench, named(), [pair[SAFE]], {"good": SAFE}, SAFE, replace(CSR, part="continuation"), SEARCH, THINK)
+        locate.turns(
+            bench,
+            named(),
+            [pair[SAFE]],
+            {"good": SAFE},
+            SAFE,
+            replace(CSR, part="continuation"),
+            SEARCH,
+            THINK,
+        )
 
 
 def test_an_unfinished_trace_has_no_outcome(tmp_path: Path, chat: Chat) -> None:
@@ -123,7 +199,9 @@ def test_an_unfinished_trace_has_no_outcome(tmp_path: Path, chat: Chat) -> None:
 def test_a_foreign_trace_is_one_line(tmp_path: Path, chat: Chat) -> None:
     """Probabilities disagree: the script never says this, and a search would find that continuations never follow it."""
     bench = doors(tmp_path, chat, world(chat))
-    foreign = rollout(chat, f"Rivers are deep. So it goes on.\n{PROOF}\n{CLOSE}", id_="x", finish="think")
+    foreign = rollout(
+        chat, f"Rivers are deep. So it goes on.\n{PROOF}\n{CLOSE}", id_="x", finish="think"
+    )
     known = locate.traces(bench, named(), [foreign], {"x": SAFE}, THINK)["x"]
     claims = {"x": replace(known, p=tuple(max(p, 0.9) for p in known.p))}
     searches = {"x": adaptive(claims["x"], SAFE, CSR, SEARCH)}
@@ -156,7 +234,9 @@ def test_one_trace_with_an_impossible_token_is_left_out_and_counted(
         locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
 
 
-def test_points_and_cuts_of_what_was_drawn(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_points_and_cuts_of_what_was_drawn(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     bench = doors(tmp_path, chat, world(chat))
     found = locate.turns(bench, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK)
     known = locate.traces(bench, named(), [pair[SAFE]], {"good": SAFE}, THINK)["good"]
@@ -169,12 +249,18 @@ def test_points_and_cuts_of_what_was_drawn(tmp_path: Path, chat: Chat, pair: dic
     assert all(r.prefix_len == cut for cut, own in cuts.items() for r, _ in own)
 
 
-def test_harvested_pairs_share_their_prefix_and_cost_nothing(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_harvested_pairs_share_their_prefix_and_cost_nothing(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     sampler = world(chat)
     bench = doors(tmp_path, chat, sampler)
-    found = locate.turns(bench, named(), [pair[UNSAFE]], {"bad": UNSAFE}, UNSAFE, CSR, SEARCH, THINK)
+    found = locate.turns(
+        bench, named(), [pair[UNSAFE]], {"bad": UNSAFE}, UNSAFE, CSR, SEARCH, THINK
+    )
     cue, drawn = stages.trace_sentences(bench, pair[UNSAFE])[1].token_start, len(sampler.answered)
-    kept, counts = training.harvested_pairs(bench, named(), [pair[UNSAFE]], {"bad": cue}, found.drawn, PairSettings(harvest=3))
+    kept, counts = pipeline.harvested_pairs(
+        bench, named(), [pair[UNSAFE]], {"bad": cue}, found.drawn, PairSettings(harvest=3)
+    )
     assert len(kept) == 3
     assert counts["kept"] == 3
     assert len(sampler.answered) == drawn
@@ -184,10 +270,17 @@ def test_harvested_pairs_share_their_prefix_and_cost_nothing(tmp_path: Path, cha
         assert one.rejected_ids == pair[UNSAFE].token_ids[cue:]
         assert TRIGGER in chat.decode(one.chosen_ids)
         assert one.why == "harvest"
-    assert training.harvested_pairs(bench, named(), [pair[UNSAFE]], {"bad": None}, found.drawn, PairSettings())[0] == []
+    assert (
+        pipeline.harvested_pairs(
+            bench, named(), [pair[UNSAFE]], {"bad": None}, found.drawn, PairSettings()
+        )[0]
+        == []
+    )
 
 
-def test_a_recorded_trace_replays_the_world_it_was_drawn_from(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_a_recorded_trace_replays_the_world_it_was_drawn_from(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     class Banning:
         """The scripted world, drawn again until the first token is another one."""
 
@@ -201,7 +294,9 @@ def test_a_recorded_trace_replays_the_world_it_was_drawn_from(tmp_path: Path, ch
             for one in requests:
                 tries = (replace(one, seed=one.seed + at) for at in range(10_000))
                 drawn = (next(iter(self.world.sample([own], sampling))) for own in tries)
-                yield next(own for own in drawn if one.ban is None or own.token_ids[:1] != (one.ban,))
+                yield next(
+                    own for own in drawn if one.ban is None or own.token_ids[:1] != (one.ban,)
+                )
 
         def score(self, requests: list, sampling: Sampling):  # type: ignore[no-untyped-def, type-arg]
             for found in self.world.score(requests, sampling):
@@ -214,8 +309,10 @@ def test_a_recorded_trace_replays_the_world_it_was_drawn_from(tmp_path: Path, ch
     assert {safe for _, safe, _ in one.ways[turn]} == {0.0}
     assert sum(weight for weight, _, _ in one.ways[turn]) == 20
     assert one.truth[0] == pytest.approx(one.trace.p[turn])
-    replay.save(tmp_path / "f.jsonl.gz", [one])
-    assert replay.load(tmp_path / "f.jsonl.gz")[0].truth.tolist() == pytest.approx(one.truth.tolist(), abs=1e-5)
+    curves.save(tmp_path / "f.jsonl.gz", [one])
+    assert curves.load(tmp_path / "f.jsonl.gz")[0].truth.tolist() == pytest.approx(
+        one.truth.tolist(), abs=1e-5
+    )
 
 
 class Leaving:
@@ -241,10 +338,21 @@ class Leaving:
         yield from self.inner.score(requests, sampling)
 
 
-def test_rounds_do_not_wait_for_a_straggler_and_find_the_same(tmp_path: Path, chat: Chat, pair: dict[str, Rollout]) -> None:
+def test_rounds_do_not_wait_for_a_straggler_and_find_the_same(
+    tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
+) -> None:
     rollouts = [replace(pair[SAFE], id=f"good{at}", prompt_id=f"p{at}") for at in range(5)]
     labels = {r.id: SAFE for r in rollouts}
-    usual = locate.turns(doors(tmp_path / "a", chat, world(chat)), named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+    usual = locate.turns(
+        doors(tmp_path / "a", chat, world(chat)),
+        named(),
+        rollouts,
+        labels,
+        SAFE,
+        CSR,
+        SEARCH,
+        THINK,
+    )
     sampler = Leaving(world(chat))
     bench = replace(doors(tmp_path / "b", chat, world(chat)), sampler=sampler)
     found = locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)

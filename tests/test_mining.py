@@ -8,14 +8,14 @@ import pytest
 from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
 
 from ipo_lib import stages
-from ipo_lib.adaptive import SearchSettings
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
-from ipo_lib.intervention import LexiconCues
-from ipo_lib.mining import learn_lexicon, mine_pool
+from ipo_lib.cues import LexiconCues
 from ipo_lib.records import SAFE, BadInput, Prompt
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Doors, Plan, Start
+from ipo_lib.turning_points.adaptive import SearchSettings
+from ipo_lib.turning_points.mining import learn_lexicon, mine_pool
 
 THINK = Sampling(max_tokens=400, until="think")
 MANY = [Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(24)]
@@ -26,7 +26,9 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     return r1_chat(tmp_path_factory.mktemp("tokenizer"))
 
 
-def judged(bench: Doors, prompts: list[Prompt], draws: int) -> tuple[list[stages.Rollout], list[stages.Verdict]]:
+def judged(
+    bench: Doors, prompts: list[Prompt], draws: int
+) -> tuple[list[stages.Rollout], list[stages.Verdict]]:
     rollouts = stages.sample(bench, [Start(prompt) for prompt in prompts], THINK, draws)
     return rollouts, stages.judge(bench, named(prompts), rollouts)
 
@@ -44,10 +46,15 @@ def test_the_lexicon_finds_the_planted_cue(tmp_path: Path, chat: Chat) -> None:
 def test_unjudged_traces_teach_nothing(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
     rollouts, verdicts = judged(bench, MANY, 4)
-    unread = [rollout(chat, f"{ASIDE}\nRivers are deep ?!\n</think>", id_=f"u{at}", prompt=p.id) for at, p in enumerate(MANY)]
+    unread = [
+        rollout(chat, f"{ASIDE}\nRivers are deep ?!\n</think>", id_=f"u{at}", prompt=p.id)
+        for at, p in enumerate(MANY)
+    ]
     more = stages.judge(bench, named(MANY), unread)
     assert {v.label for v in more} == {None}
-    assert learn_lexicon(bench, rollouts + unread, verdicts + more) == learn_lexicon(bench, rollouts, verdicts)
+    assert learn_lexicon(bench, rollouts + unread, verdicts + more) == learn_lexicon(
+        bench, rollouts, verdicts
+    )
 
 
 def test_one_label_alone_is_one_line(tmp_path: Path, chat: Chat) -> None:
@@ -60,7 +67,16 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
     bench = doors(tmp_path, chat, sampler)
     rollouts, verdicts = judged(bench, PROMPTS, 6)
-    arguments = (named(), rollouts, verdicts, Phrase(), CsrSettings(draws=24), SearchSettings(), Plan(traces=6), THINK)
+    arguments = (
+        named(),
+        rollouts,
+        verdicts,
+        Phrase(),
+        CsrSettings(draws=24),
+        SearchSettings(),
+        Plan(traces=6),
+        THINK,
+    )
     pool, used = mine_pool(bench, *arguments)
     assert [t.text for t in used] == [TRIGGER]
     assert pool[0].text == TRIGGER
@@ -77,8 +93,20 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
 def test_no_turn_no_pool(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
     said = [f"{ASIDE}\n{turn}\n</think>" for turn in (CUE, TRIGGER) * 2]
-    traces = [rollout(chat, text, id_=f"{at}", prompt=f"p{at // 2}") for at, text in enumerate(said)]
+    traces = [
+        rollout(chat, text, id_=f"{at}", prompt=f"p{at // 2}") for at, text in enumerate(said)
+    ]
     verdicts = stages.judge(bench, named(), traces)
     with pytest.raises(BadInput, match=r"no trigger.*raise"):
-        mine_pool(bench, named(), traces, verdicts, Phrase(), CsrSettings(draws=4), SearchSettings(), Plan(), THINK)
+        mine_pool(
+            bench,
+            named(),
+            traces,
+            verdicts,
+            Phrase(),
+            CsrSettings(draws=4),
+            SearchSettings(),
+            Plan(),
+            THINK,
+        )
     assert {v.label for v in verdicts} == {SAFE}  # one label alone: no prompt is mixed

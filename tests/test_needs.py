@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 from models import tiny_model
 
-from ipo_lib import arguments, cost, doctor, hub, plots, profiles, reproduce
-from ipo_lib.doctor import Check
-from ipo_lib.profiles import Part, open_bench, read
+from ipo_lib import plots
+from ipo_lib.cli import arguments, cost, doctor, reproduce
+from ipo_lib.cli.doctor import Check
+from ipo_lib.engines import hub
+from ipo_lib.profiles import run
+from ipo_lib.profiles.reading import read
+from ipo_lib.profiles.run import open_bench
+from ipo_lib.profiles.settings import Part
 from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Start, sample
@@ -28,7 +33,11 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def troubles(profile: str, **changes: object) -> dict[str, str]:
-    return {one.name: f"{one.found} -> {one.mend}" for one in doctor.needs(read(profile, changes)) if one.mend}
+    return {
+        one.name: f"{one.found} -> {one.mend}"
+        for one in doctor.needs(read(profile, changes))
+        if one.mend
+    }
 
 
 def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_mend() -> None:
@@ -38,7 +47,10 @@ def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_mend() -> None:
     assert "export OPENAI_API_KEY" in found["detector"]
     assert "Qwen/Qwen3Guard-Gen-0.6B" in found["second judge"]
     assert "train/star1.jsonl under $IPO_DATA" in found["prompts train_harmful"]
-    assert "accept the terms on huggingface.co/datasets/allenai/wildjailbreak" in found["prompts wildjailbreak"]
+    assert (
+        "accept the terms on huggingface.co/datasets/allenai/wildjailbreak"
+        in found["prompts wildjailbreak"]
+    )
     assert "on no hub" in found["prompts strongreject"]
     assert not any("\n" in one for one in found.values())
 
@@ -68,19 +80,28 @@ def test_what_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_server_that_is_down_and_a_folder_that_is_no_model(tmp_path: Path) -> None:
     server = {"urls": ["http://127.0.0.1:9/v1"], "model": "m", "attempts": 1}
-    found = troubles("ds-8b", **{"model.server": server, "model.find": None, "model.folder": str(tmp_path)})
+    found = troubles(
+        "ds-8b", **{"model.server": server, "model.find": None, "model.folder": str(tmp_path)}
+    )
     assert "start it, or mend the url" in found["model server"]
     assert "no tokenizer.json" in found["model"]
     assert "--model DIR" in troubles("plain")["model"]
 
 
-def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     reproduce.rehearse("ds-8b", [], str(tmp_path / "store"), str(tmp_path / "figures"))
     said = capsys.readouterr().out
     assert "06_ipo_training" in said
     assert re.search(r"about \d+ hours on one H200 GPU \(sampling in process measured", said)
-    assert re.search(r"at most [\d,]+ generated tokens, \d+ hours, [\d,]+ verdicts and [\d,]+ dollars", said)
-    assert re.search(r"speed +slow: in process 1,300 tokens/s .* behind vLLM, named as model.server, about \d+", said)
+    assert re.search(
+        r"at most [\d,]+ generated tokens, \d+ hours, [\d,]+ verdicts and [\d,]+ dollars", said
+    )
+    assert re.search(
+        r"speed +slow: in process 1,300 tokens/s .* behind vLLM, named as model.server, about \d+",
+        said,
+    )
     assert "dollars" in said
     assert "checks need a hand:" in said
     assert "export OPENAI_API_KEY=..." in said
@@ -88,7 +109,9 @@ def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(capsys: pytest.Ca
     assert not (tmp_path / "figures").exists()
 
 
-def test_a_large_model_in_this_process_is_said_to_be_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_large_model_in_this_process_is_said_to_be_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (one,) = doctor.speed(read("ds-8b"), 13_000 * 3600)
     assert one.mend == ""  # it is a choice, not a fault
     assert "1,300 tokens/s (one H200 GPU" in one.found
@@ -106,7 +129,10 @@ def test_a_large_model_in_this_process_is_said_to_be_slow(monkeypatch: pytest.Mo
 
 def test_money_follows_price_and_rollouts() -> None:
     settings = read("ds-8b")
-    bill = [cost.Cost("a", "traces", 1000, 1.0, pool="p"), cost.Cost("b", "traces", 600, 1.0, pool="p")]
+    bill = [
+        cost.Cost("a", "traces", 1000, 1.0, pool="p"),
+        cost.Cost("b", "traces", 600, 1.0, pool="p"),
+    ]
     bill.append(cost.Cost("b", "whole curves", 500, 1.0, pool="q"))
     assert cost.verdicts(bill) == 3000
     read_ = settings.expected.trace + cost.RUBRIC
@@ -124,17 +150,25 @@ def test_a_check_is_one_line() -> None:
 def test_a_model_without_a_profile(tmp_path: Path) -> None:
     given = arguments.parse(arguments.local("DIR", "jbb", "http://h:1/v1#gpt"))
     settings = read("plain", given)
-    assert (settings.model.folder, settings.prompts["train_harmful"].known, settings.prompts["train_harmful"].file) == (
-        "DIR",
-        "jbb",
-        "",
-    )
-    assert settings.judge.use == "ipo_lib.rubric:rubric"
+    assert (
+        settings.model.folder,
+        settings.prompts["train_harmful"].known,
+        settings.prompts["train_harmful"].file,
+    ) == ("DIR", "jbb", "")
+    assert settings.judge.use == "ipo_lib.judges.rubric:rubric"
     assert settings.judge.arguments == {"server": {"urls": ["http://h:1/v1"], "model": "gpt"}}
     settings = read("plain", arguments.parse(arguments.local("DIR", "a.csv#question", "wildguard")))
-    assert (settings.prompts["train_harmful"].file, settings.prompts["train_harmful"].text) == ("a.csv", "question")
-    assert settings.judge == Part("ipo_lib.guards:guard", {"name": "wildguard", "revision": "main"})
-    assert read("plain", arguments.parse(arguments.local("DIR", "", "keyword"))).judge == read("plain").judge
+    assert (settings.prompts["train_harmful"].file, settings.prompts["train_harmful"].text) == (
+        "a.csv",
+        "question",
+    )
+    assert settings.judge == Part(
+        "ipo_lib.judges.guards:guard", {"name": "wildguard", "revision": "main"}
+    )
+    assert (
+        read("plain", arguments.parse(arguments.local("DIR", "", "keyword"))).judge
+        == read("plain").judge
+    )
 
 
 def test_profiles_that_are_like_another(tmp_path: Path) -> None:
@@ -148,10 +182,17 @@ def test_profiles_that_are_like_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("closed", "held"), [(0.4, True), (0.6, False)])
-def test_a_model_that_seldom_closes_its_trace_claims_nothing_of_traces(tmp_path: Path, closed: float, held: bool) -> None:
+def test_a_model_that_seldom_closes_its_trace_claims_nothing_of_traces(
+    tmp_path: Path, closed: float, held: bool
+) -> None:
     folder = tiny_model(tmp_path / "m", template="r1")
-    changes = {"model.folder": str(folder), "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"}}
-    bench = open_bench("plain", {**changes, "model.prefill": ""}, str(tmp_path / "s"), str(tmp_path / "f"))
+    changes = {
+        "model.folder": str(folder),
+        "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"},
+    }
+    bench = open_bench(
+        "plain", {**changes, "model.prefill": ""}, str(tmp_path / "s"), str(tmp_path / "f")
+    )
     bench.doors.store.closed.update({str(at): at < 10 * closed for at in range(10)})
     claims = [
         plots.claim(f"Profile plain: {what} {{}}.", wilson(3, 9), origin="emergent")
@@ -173,10 +214,12 @@ def test_the_verbs_note_which_traces_were_closed(tmp_path: Path) -> None:
         "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"},
     }
     bench = open_bench("plain", changes, str(tmp_path / "s"), str(tmp_path / "f"))
-    found = sample(bench.doors, [Start(Prompt("p", "Bread?", "test", False))], Sampling(max_tokens=5), 3)
+    found = sample(
+        bench.doors, [Start(Prompt("p", "Bread?", "test", False))], Sampling(max_tokens=5), 3
+    )
     assert bench.doors.store.closed == {one.id: "</think>" in one.text for one in found}
     assert os.environ.get("IPO_DATA") is None
-    assert profiles.CLOSED == 0.5
+    assert run.CLOSED == 0.5
 
 
 def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
@@ -189,7 +232,10 @@ def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
     changes = {"model.folder": str(tiny_model(tmp_path / "m", template="r1")), "model.prefill": ""}
     kept = []
     for apart in ((), ("train_harmful",)):
-        own = {name: {**one, "id": "", "known": "", "text": "prompt", "category": ""} for name, one in sets.items()}
+        own = {
+            name: {**one, "id": "", "known": "", "text": "prompt", "category": ""}
+            for name, one in sets.items()
+        }
         own["test"]["apart"] = apart
         bench = open_bench(
             "plain",
@@ -202,19 +248,31 @@ def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_judges_inside_judges_are_made_priced_and_looked_at() -> None:
-    keyword, phrases = {"use": "ipo_lib.judging:KeywordJudge"}, {"use": "ipo_lib.refusals:RefusalJudge"}
-    guard = {"use": "ipo_lib.guards:guard", "arguments": {"name": "wildguard", "revision": "main"}}
-    part = Part("ipo_lib.profiles:panel", {"judges": [keyword, phrases], "rule": "majority"})
-    made = profiles.made(part)
+    keyword, phrases = (
+        {"use": "ipo_lib.judging:KeywordJudge"},
+        {"use": "ipo_lib.judges.phrases:RefusalJudge"},
+    )
+    guard = {
+        "use": "ipo_lib.judges.guards:guard",
+        "arguments": {"name": "wildguard", "revision": "main"},
+    }
+    part = Part("ipo_lib.profiles.run:panel", {"judges": [keyword, phrases], "rule": "majority"})
+    made = run.made(part)
     assert (len(made.judges), made.rule) == (2, "majority")
-    split = profiles.made(Part("ipo_lib.profiles:by_question", {"harm": keyword, "refusal": phrases}))
+    split = run.made(
+        Part("ipo_lib.profiles.run:by_question", {"harm": keyword, "refusal": phrases})
+    )
     assert sorted(split.judges) == ["harm", "refusal"]
     nested = {
-        "use": "ipo_lib.profiles:by_question",
+        "use": "ipo_lib.profiles.run:by_question",
         "arguments": {"harm": guard, "refusal": {**phrases, "arguments": {"dollars_in": 3.0}}},
     }
     changed = read("r1-1.5b", {"judge": nested})
-    assert [one.use for one in changed.judge.all] == ["ipo_lib.profiles:by_question", guard["use"], phrases["use"]]
+    assert [one.use for one in changed.judge.all] == [
+        "ipo_lib.profiles.run:by_question",
+        guard["use"],
+        phrases["use"],
+    ]
     assert changed.online
     assert any("allenai/wildguard" in one.found for one in doctor.needs(changed))
     assert cost.money([cost.Cost("a", "x", 1.0)], changed) > 0

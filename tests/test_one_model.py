@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from models import tiny_model
 
+from ipo_lib import dpo
 from ipo_lib.chat import Chat
+from ipo_lib.engines.transformers_sampler import TransformersSampler
 from ipo_lib.records import Prompt
-from ipo_lib.sampling import Request, Sampling, TransformersSampler
+from ipo_lib.sampling import Request, Sampling
 
 SMALL = 2e-3  # size of a trained update beside the weights it changes
 
@@ -46,7 +48,9 @@ def trained_update(adapter: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     weights = load_file(adapter / "adapter_model.safetensors")
-    names = [name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")]
+    names = [
+        name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")
+    ]
     update = {}
     for name in names:
         a, b = (weights[f"{name}.lora_{side}.weight"].double() for side in "AB")
@@ -101,7 +105,10 @@ def test_drawing_and_scoring_read_one_model(model: Path, adapter: Path) -> None:
 def test_an_unmerged_adapter_has_draws_of_its_own(model: Path, adapter: Path) -> None:
     """Draws of a merged 16-bit model, made by an earlier version, are not taken for this one's."""
     chat = Chat(model)
-    said = {how: TransformersSampler(model, chat, adapter=adapter, dtype=how).fingerprint() for how in ("bfloat16", "float32")}
+    said = {
+        how: TransformersSampler(model, chat, adapter=adapter, dtype=how).fingerprint()
+        for how in ("bfloat16", "float32")
+    }
     assert said["bfloat16"]["lora"] == "unmerged"
     assert "lora" not in said["float32"]
     assert "lora" not in TransformersSampler(model, chat, dtype="bfloat16").fingerprint()
@@ -113,16 +120,26 @@ def test_kl_is_that_of_the_models_that_are_sampled(model: Path, adapter: Path) -
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from ipo_lib import kl, lora
+    from ipo_lib.engines import lora
+    from ipo_lib.experiments import kl
 
-    chat, settings = Chat(model), lora.DpoSettings(use_cpu=True)
+    chat, settings = Chat(model), dpo.DpoSettings(use_cpu=True)
     head = chat.prompt_ids(Prompt("p", "How tall is a lighthouse?", "t", False))
-    ids = torch.tensor([head + chat.encode("Bread needs flour, water, salt and time; the oven needs to be hot. " * 3)])
-    trained = get_peft_model(lora.base(model, settings, "cpu"), lora.config(model, settings, adapter))
+    ids = torch.tensor(
+        [
+            head
+            + chat.encode("Bread needs flour, water, salt and time; the oven needs to be hot. " * 3)
+        ]
+    )
+    trained = get_peft_model(
+        lora.base(model, settings, "cpu"), lora.config(model, settings, adapter)
+    )
     lora.fill(trained, adapter, model)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         measured = sum(kl._along(trained, ids, len(head), kl.DIRECTIONS[0]))
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), str(adapter))
+    merged = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16), str(adapter)
+    )
     sampled = {
         "apart": TransformersSampler(model, chat, adapter=adapter, dtype="bfloat16")._model,
         "merged": merged.merge_and_unload(),
@@ -133,7 +150,10 @@ def test_kl_is_that_of_the_models_that_are_sampled(model: Path, adapter: Path) -
     for name, net in sampled.items():
         net.set_attn_implementation("sdpa")
         with torch.no_grad():
-            p, q = (one(ids).logits[0, len(head) - 1 : -1].float().log_softmax(-1) for one in (net, base))
+            p, q = (
+                one(ids).logits[0, len(head) - 1 : -1].float().log_softmax(-1)
+                for one in (net, base)
+            )
         found[name] = float((p.exp() * (p - q)).sum())
     assert found["apart"] == pytest.approx(measured, rel=0.15)
     assert abs(found["merged"] - measured) > 3 * abs(found["apart"] - measured)

@@ -15,7 +15,9 @@ from ipo_lib.records import ANSWER, BOTH, BadInput, Pair, Rollout
 CLOSE, EOS, PROMPT = 9, 1, (100, 101, 102)
 
 
-def rollout(ids: tuple[int, ...], name: str = "r", finish: str = "stop", prompt: str = "p") -> Rollout:
+def rollout(
+    ids: tuple[int, ...], name: str = "r", finish: str = "stop", prompt: str = "p"
+) -> Rollout:
     return Rollout(name, prompt, 0, ids, "", finish, 0, "scripted")
 
 
@@ -23,7 +25,9 @@ LOSER = rollout((10, 11, 20, 21, CLOSE, 30), "loser")
 WINNER = rollout((10, 11, 40, CLOSE, 31, 32), "winner")
 
 
-def pair(loser: Rollout = LOSER, winner: Rollout = WINNER, cut: int = 2, **changes: object) -> Pair | Refusal:
+def pair(
+    loser: Rollout = LOSER, winner: Rollout = WINNER, cut: int = 2, **changes: object
+) -> Pair | Refusal:
     ends = {"loser_end": 5, "winner_end": 4, "eos_id": None}
     options = {key: changes.pop(key, value) for key, value in ends.items()}
     return build(loser, winner, PROMPT, cut, PairSettings(**changes), "trigger-1", **options)  # type: ignore[arg-type]
@@ -116,7 +120,9 @@ def test_bad_input_is_one_line() -> None:
 
 
 def test_collect_counts_every_reason() -> None:
-    made, counts = collect([pair(), pair(loser_end=None), pair(cut=3), pair(cut=3), Refusal("r", "unjudged")])
+    made, counts = collect(
+        [pair(), pair(loser_end=None), pair(cut=3), pair(cut=3), Refusal("r", "unjudged")]
+    )
     assert len(made) == 1
     assert list(counts) == [KEPT, *REASONS]
     assert counts | {KEPT: 1, "unfinished": 1, "prefix-differs": 2, "unjudged": 1} == counts
@@ -124,7 +130,13 @@ def test_collect_counts_every_reason() -> None:
 
 
 def test_ids_tell_pairs_apart() -> None:
-    variants = [pair(), pair(cut=1), pair(cut=0), pair(part=BOTH), pair(part=BOTH, eos=True, eos_id=EOS)]
+    variants = [
+        pair(),
+        pair(cut=1),
+        pair(cut=0),
+        pair(part=BOTH),
+        pair(part=BOTH, eos=True, eos_id=EOS),
+    ]
     assert len({made.id for made in variants if isinstance(made, Pair)}) == len(variants)
     assert pair() == pair()
 
@@ -134,17 +146,26 @@ def test_prefix_plus_suffix_is_the_rollout(seed: int, part: str, eos: bool) -> N
     draw = random.Random(seed)
     shared = tuple(draw.choices(range(10, 13), k=draw.randint(0, 4)))
     sides = [
-        rollout(shared + tuple(draw.choices(range(10, 13), k=draw.randint(0, 4))), name, draw.choice(["stop", "length"]))
+        rollout(
+            shared + tuple(draw.choices(range(10, 13), k=draw.randint(0, 4))),
+            name,
+            draw.choice(["stop", "length"]),
+        )
         for name in "lw"
     ]
     ends = [draw.choice([None, *range(len(side.token_ids) + 1)]) for side in sides]
     cut, settings = draw.randint(0, 6), PairSettings(part=part, eos=eos, max_length=10)
-    made = build(*sides, PROMPT, cut, settings, "x", loser_end=ends[0], winner_end=ends[1], eos_id=EOS)
+    made = build(
+        *sides, PROMPT, cut, settings, "x", loser_end=ends[0], winner_end=ends[1], eos_id=EOS
+    )
     if isinstance(made, Refusal):
         return
     assert len(made.prompt_ids) + max(len(made.chosen_ids), len(made.rejected_ids)) <= 10
     for side, end, suffix in zip(sides, ends, (made.rejected_ids, made.chosen_ids), strict=True):
         whole = made.prompt_ids[len(PROMPT) :] + suffix
-        assert whole[: len(whole) - suffix.count(EOS)] == side.token_ids[: end if part == "trace" else None]
+        assert (
+            whole[: len(whole) - suffix.count(EOS)]
+            == side.token_ids[: end if part == "trace" else None]
+        )
         assert suffix
         assert EOS not in suffix or (eos and side.finish == "stop")

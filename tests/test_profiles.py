@@ -9,19 +9,24 @@ import pytest
 import yaml
 from models import tiny_tokenizer
 
-from ipo_lib import lora, profiles
 from ipo_lib.chat import Chat
+from ipo_lib.cli.reproduce import parse
+from ipo_lib.engines import lora
 from ipo_lib.judging import KeywordJudge
-from ipo_lib.mining import LexiconCues
-from ipo_lib.profiles import Profile, open_bench, read
+from ipo_lib.profiles import reading, run, settings
+from ipo_lib.profiles.reading import read
+from ipo_lib.profiles.run import open_bench
+from ipo_lib.profiles.settings import Profile
 from ipo_lib.records import BadInput, to_json
-from ipo_lib.reproduce import parse
 from ipo_lib.stats import Interval
+from ipo_lib.turning_points.mining import LexiconCues
 
 SMALL: dict[str, Any] = {
     "about": "A profile of the tests.",
     "model": {"folder": "nowhere"},
-    "prompts": {"mine": {"count": 2, "function": "ipo_lib.sandbox.world:prompts", "name": "direct"}},
+    "prompts": {
+        "mine": {"count": 2, "function": "ipo_lib.sandbox.world:prompts", "name": "direct"}
+    },
     "judge": {"use": "ipo_lib.judging:KeywordJudge"},
 }
 
@@ -40,24 +45,32 @@ def one_line(profile: str, overrides: dict[str, Any], *says: str, call: Any = re
         assert part in str(error.value), str(error.value)
 
 
-@pytest.mark.parametrize("name", profiles.available())
+@pytest.mark.parametrize("name", reading.available())
 def test_shipped_profiles_read(name: str) -> None:
     settings = read(name)
     assert settings.name == name
     assert settings.about.rstrip().endswith(".")
     assert settings.notebooks
     for book in settings.notebooks:
-        assert (profiles.house() / "notebooks" / f"{book}.ipynb").is_file()
-    named = (*settings.evaluation.harmful, *settings.evaluation.benign, *settings.evaluation.capability)
+        assert (reading.house() / "notebooks" / f"{book}.ipynb").is_file()
+    named = (
+        *settings.evaluation.harmful,
+        *settings.evaluation.benign,
+        *settings.evaluation.capability,
+    )
     assert set(named) <= set(settings.prompts)
 
 
 def test_a_file_is_a_profile_with_the_defaults_of_the_records(tmp_path: Path) -> None:
     settings = read(write(tmp_path))
     assert settings == Profile(
-        "small", SMALL["about"], profiles.Model("nowhere"), settings.prompts, profiles.Part(SMALL["judge"]["use"])
+        "small",
+        SMALL["about"],
+        settings.Model("nowhere"),
+        settings.prompts,
+        settings.Part(SMALL["judge"]["use"]),
     )
-    assert settings.csr == profiles.CsrSettings()
+    assert settings.csr == run.CsrSettings()
     assert settings.prompts["mine"].count == 2
 
 
@@ -81,7 +94,7 @@ def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
     assert changed.prompts["mine"].count == 9
     assert changed.prompts["mine"].where == {"kind": "q"}
     assert (changed.seed, changed.name) == (3, "other")
-    assert changed.detector == profiles.Part("a:b", {"name": "x"})
+    assert changed.detector == settings.Part("a:b", {"name": "x"})
     assert changed.evaluation.harmful == ("mine",)
     assert changed.stage1.beta == 1.0
     assert isinstance(changed.stage1.beta, float)
@@ -89,8 +102,12 @@ def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_numbers_may_be_written_with_an_exponent_alone(tmp_path: Path) -> None:
-    (tmp_path / "small.yml").write_text(yaml.safe_dump(SMALL) + "stage1: {learning_rate: 2e-4, beta: 1E-1}\n")
-    settings = read(str(tmp_path / "small.yml"), parse(["stage2.learning_rate=5e-5", "stage2.ratio=3e-1"])).stage2
+    (tmp_path / "small.yml").write_text(
+        yaml.safe_dump(SMALL) + "stage1: {learning_rate: 2e-4, beta: 1E-1}\n"
+    )
+    settings = read(
+        str(tmp_path / "small.yml"), parse(["stage2.learning_rate=5e-5", "stage2.ratio=3e-1"])
+    ).stage2
     assert (settings.learning_rate, settings.ratio) == (5e-5, 0.3)
     settings = read(str(tmp_path / "small.yml")).stage1
     assert (settings.learning_rate, settings.beta) == (2e-4, 0.1)
@@ -99,7 +116,7 @@ def test_numbers_may_be_written_with_an_exponent_alone(tmp_path: Path) -> None:
 
 def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
     changed = read(write(tmp_path, csr={"draws": 5, "mu": 0.8}), {"csr": {"draws": 2}})
-    assert (changed.csr.draws, changed.csr.mu) == (2, profiles.CsrSettings().mu)
+    assert (changed.csr.draws, changed.csr.mu) == (2, run.CsrSettings().mu)
     assert read(write(tmp_path, detector={"use": "a:b"}), {"detector": None}).detector is None
 
 
@@ -144,19 +161,25 @@ def test_wrong_profiles_are_named(tmp_path: Path) -> None:
     one_line(str(tmp_path / "small.yml"), {}, "small.yml", "not YAML")
     (tmp_path / "small.yml").write_text("")
     one_line(str(tmp_path / "small.yml"), {}, "no settings")
-    one_line(write(tmp_path, {key: value for key, value in SMALL.items() if key != "judge"}), {}, "'judge' is missing")
+    one_line(
+        write(tmp_path, {key: value for key, value in SMALL.items() if key != "judge"}),
+        {},
+        "'judge' is missing",
+    )
 
 
 def test_outside_a_checkout_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "site-packages" / "ipo_lib" / "profiles.py"))
+    monkeypatch.setattr(
+        reading, "__file__", str(tmp_path / "site-packages" / "ipo_lib" / "profiles" / "reading.py")
+    )
     monkeypatch.chdir(tmp_path)
-    for call in (profiles.house, profiles.available):
+    for call in (reading.house, reading.available):
         with pytest.raises(BadInput, match=r"checkout.*pip install -e"):
             call()
     (tmp_path / "clone" / "notebooks" / "profiles").mkdir(parents=True)
     (tmp_path / "clone" / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "clone" / "deep")
-    assert profiles.house() == tmp_path / "clone"
+    assert reading.house() == tmp_path / "clone"
 
 
 # the bench
@@ -171,7 +194,10 @@ def folder(path: Path, **tokenizer: Any) -> Path:
 
 
 def test_a_bench_opens_its_doors(tmp_path: Path) -> None:
-    path = write(tmp_path, model={"folder": str(folder(tmp_path / "model", template="qwen3")), "prefill": "<think>\n"})
+    path = write(
+        tmp_path,
+        model={"folder": str(folder(tmp_path / "model", template="qwen3")), "prefill": "<think>\n"},
+    )
     bench = open_bench(path, {"seed": 5}, str(tmp_path / "store"), str(tmp_path / "figures"))
     assert isinstance(bench.doors.chat, Chat)
     assert bench.doors.chat.opened
@@ -190,7 +216,9 @@ def test_a_bench_opens_its_doors(tmp_path: Path) -> None:
 
 def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:
     model = {"folder": str(folder(tmp_path / "model"))}
-    given = open_bench(write(tmp_path, model=model, detector={"use": "ipo_lib.sandbox.judge:GrammarCues"}))
+    given = open_bench(
+        write(tmp_path, model=model, detector={"use": "ipo_lib.sandbox.judge:GrammarCues"})
+    )
     assert type(given.detector([], [])).__name__ == "GrammarCues"
     learnt = open_bench(write(tmp_path, model=model))
     with pytest.raises(BadInput, match="lexicon"):
@@ -205,7 +233,9 @@ def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> Non
     for name in ("sandbox", "tiny", "tiny-null"):
         own = read(name)
         parts = {"truth": to_json(own.truth), "wide_truth": to_json(own.wide_truth)}
-        narrow, wide = (getattr(open_bench(write(tmp_path, model=model, **parts)), truth)() for truth in parts)
+        narrow, wide = (
+            getattr(open_bench(write(tmp_path, model=model, **parts)), truth)() for truth in parts
+        )
         assert (narrow.wide, wide.wide) == (False, True)
 
 
@@ -214,7 +244,15 @@ def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> Non
     [
         ({"model.folder": "/no/such/model"}, ["/no/such/model", "model.folder"]),
         ({"model.folder": ""}, ["model.folder"]),
-        ({"model.find": {"use": "ipo_lib.sandbox.organism:folder", "arguments": {"name": "huge"}}}, ["huge"]),
+        (
+            {
+                "model.find": {
+                    "use": "ipo_lib.sandbox.organism:folder",
+                    "arguments": {"name": "huge"},
+                }
+            },
+            ["huge"],
+        ),
         ({"judge.use": "KeywordJudge"}, ["'KeywordJudge'", "module:name"]),
         ({"judge.use": "ipo_lib.judging:Nobody"}, ["ipo_lib.judging:Nobody", "module:name"]),
         ({"judge.arguments": {"strict": 1}}, ["KeywordJudge", "strict"]),
@@ -222,7 +260,9 @@ def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> Non
         ({"model.dtype": "int3"}, ["int3"]),
     ],
 )
-def test_a_bench_that_cannot_open_is_one_line(tmp_path: Path, overrides: dict[str, Any], says: list[str]) -> None:
+def test_a_bench_that_cannot_open_is_one_line(
+    tmp_path: Path, overrides: dict[str, Any], says: list[str]
+) -> None:
     path = write(tmp_path, model={"folder": str(folder(tmp_path / "model"))})
     one_line(path, overrides, *says, call=open_bench)
 
@@ -236,33 +276,55 @@ def test_a_model_is_trained_on_the_weights_that_are_sampled(tmp_path: Path) -> N
     path = write(tmp_path)
     for own in (None, "nf4"):
         settings = read(path, {"model.quantize": own})
-        assert [lora.quantization(stage) for stage in (settings.stage1, settings.stage2)] == [own, own]
-    one_line(path, {"stage1.quantize": "nf4"}, "stage1.quantize is 'nf4', the model is sampled with None", "set model.quantize")
-    one_line(path, {"stage2.quantize": None, "model.quantize": "nf4"}, "stage2.quantize is None", "or stage2.quantize to auto")
+        assert [lora.quantization(stage) for stage in (settings.stage1, settings.stage2)] == [
+            own,
+            own,
+        ]
+    one_line(
+        path,
+        {"stage1.quantize": "nf4"},
+        "stage1.quantize is 'nf4', the model is sampled with None",
+        "set model.quantize",
+    )
+    one_line(
+        path,
+        {"stage2.quantize": None, "model.quantize": "nf4"},
+        "stage2.quantize is None",
+        "or stage2.quantize to auto",
+    )
     server = {"urls": ["http://localhost:1/v1"], "model": "m"}
-    one_line(path, {"model.quantize": "nf4", "model.server": server}, "a server samples whole weights")
+    one_line(
+        path, {"model.quantize": "nf4", "model.server": server}, "a server samples whole weights"
+    )
 
 
 def test_four_bits_are_for_the_small_card_only() -> None:
-    found = {name: read(name).model.quantize for name in profiles.available()}
+    found = {name: read(name).model.quantize for name in reading.available()}
     assert {name for name, how in found.items() if how} == {"ds-8b-24gb"}
     assert all(lora.quantization(read(name).stage1) == how for name, how in found.items())
 
 
 def test_stage_two_keeps_the_paper_s_weight_of_the_sft_term() -> None:
-    assert {read(name).stage2.sft_weight for name in profiles.available()} == {0.2}
+    assert {read(name).stage2.sft_weight for name in reading.available()} == {0.2}
 
 
 def test_in_a_world_without_causes_a_cause_is_refuted_by_no_difference() -> None:
     worlds = {name: open_bench(name) for name in ("tiny", "tiny-null")}
     small, wide, far = (
-        Interval(value, value - half, value + half, 60, "t") for value, half in ((0.0, 0.05), (0.1, 0.3), (0.4, 0.1))
+        Interval(value, value - half, value + half, 60, "t")
+        for value, half in ((0.0, 0.05), (0.1, 0.3), (0.4, 0.1))
     )
     for value, said in (
         (small, ("undecided", "holds")),
         (wide, ("undecided", "undecided")),
         (far, ("holds", "the other way round")),
     ):
-        claims = [bench.cause("A trigger does more; {}", value, "cause of triggers") for bench in worlds.values()]
+        claims = [
+            bench.cause("A trigger does more; {}", value, "cause of triggers")
+            for bench in worlds.values()
+        ]
         assert tuple(claim["verdict"] for claim in claims) == said
-    assert "nothing causes anything here, so: no difference of more than 10 points" in claims[1]["claim"]
+    assert (
+        "nothing causes anything here, so: no difference of more than 10 points"
+        in claims[1]["claim"]
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipo_lib import progress
+from ipo_lib.engines import progress
 
 
 def test_a_kernel_writes_and_the_watcher_shows_a_line(
@@ -32,25 +32,36 @@ def test_a_kernel_writes_and_the_watcher_shows_a_line(
     assert not path.exists()
 
 
-def test_nobody_looks_on(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_looks_on(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(progress.FILE, raising=False)
     progress.say(1, 2, "rollouts")
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_that_is_half_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_half_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0.02)
     path = tmp_path / "progress.json"
     with progress.watched(path, "00"):
         path.write_text('["roll')
         time.sleep(0.1)
-    with pytest.raises(ZeroDivisionError), progress.watched(path, "00"):  # what goes wrong inside comes out
+    with (
+        pytest.raises(ZeroDivisionError),
+        progress.watched(path, "00"),
+    ):  # what goes wrong inside comes out
         raise ZeroDivisionError
 
 
 def test_the_bar_is_full_at_the_end_and_never_longer() -> None:
     assert progress.line("x", 0, 0).count("#") == 0
-    assert progress.line("x", 9, 9).count("#") == progress.line("x", 12, 9).count("#") == progress.WIDTH
+    assert (
+        progress.line("x", 9, 9).count("#")
+        == progress.line("x", 12, 9).count("#")
+        == progress.WIDTH
+    )
 
 
 def test_a_meter_speaks_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +77,9 @@ def test_a_meter_speaks_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPa
 def test_two_workers_of_the_same_notebooks_do_not_trip_over_each_other(tmp_path: Path) -> None:
     code = "from ipo_lib import progress\nfor at in range(400): progress.say(at, 400, 'rollouts')"
     environment = {**os.environ, progress.FILE: str(tmp_path / "progress.json")}
-    workers = [subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) for _ in range(3)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
     assert [(worker.communicate()[1], worker.returncode) for worker in workers] == [(b"", 0)] * 3
     assert json.loads((tmp_path / "progress.json").read_text())[1:] == [399, 400]

@@ -13,7 +13,10 @@ import pytest
 from ipo_lib.prompts import PromptSet, load
 from ipo_lib.records import BadInput, Prompt
 
-ROWS = [{"id": f"r{at}", "prompt": f"Question {at}?", "kind": "ab"[at % 2], "score": str(at // 2)} for at in range(6)]
+ROWS = [
+    {"id": f"r{at}", "prompt": f"Question {at}?", "kind": "ab"[at % 2], "score": str(at // 2)}
+    for at in range(6)
+]
 
 
 def jsonl(folder: Path, rows: list[dict[str, Any]] = ROWS) -> str:
@@ -36,11 +39,18 @@ def texts(found: list[Prompt]) -> list[str]:
 
 def test_jsonl_and_csv_give_the_same_prompts(tmp_path: Path) -> None:
     path = tmp_path / "set.csv"
-    path.write_text("id,prompt,kind,score\n" + "".join(",".join(row.values()) + "\n" for row in ROWS))
-    left, right = (load("mine", PromptSet(4, file=file, category="kind")) for file in (jsonl(tmp_path), str(path)))
+    path.write_text(
+        "id,prompt,kind,score\n" + "".join(",".join(row.values()) + "\n" for row in ROWS)
+    )
+    left, right = (
+        load("mine", PromptSet(4, file=file, category="kind"))
+        for file in (jsonl(tmp_path), str(path))
+    )
     assert texts(left) == [row["prompt"] for row in ROWS[:4]]
     assert left[0] == Prompt("mine-r0", "Question 0?", str(tmp_path / "set.jsonl"), True, "a")
-    assert [(p.id, p.text, p.harm, p.category) for p in left] == [(p.id, p.text, p.harm, p.category) for p in right]
+    assert [(p.id, p.text, p.harm, p.category) for p in left] == [
+        (p.id, p.text, p.harm, p.category) for p in right
+    ]
 
 
 def test_fewer_rows_than_asked_are_all_taken(tmp_path: Path) -> None:
@@ -62,7 +72,10 @@ def test_columns_filter_and_harm(tmp_path: Path) -> None:
 
 def test_without_an_id_column_rows_are_numbered(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b"}]
-    assert [p.id for p in load("mine", PromptSet(2, file=jsonl(tmp_path, rows)))] == ["mine-0", "mine-1"]
+    assert [p.id for p in load("mine", PromptSet(2, file=jsonl(tmp_path, rows)))] == [
+        "mine-0",
+        "mine-1",
+    ]
 
 
 def test_more_prompts_keep_the_first_ones(tmp_path: Path) -> None:
@@ -113,7 +126,9 @@ def test_a_byte_order_mark_is_no_part_of_the_table(tmp_path: Path) -> None:
 
 def test_a_line_separator_inside_a_text_ends_no_row(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
-    path.write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert texts(load("mine", PromptSet(1, file=str(path)))) == ["a\u2028b\u0085c"]
 
 

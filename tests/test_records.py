@@ -13,23 +13,37 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib import lora, records
+from ipo_lib import dpo, records
 from ipo_lib.csr import CsrSettings
-from ipo_lib.intervention import LexiconCues, Trigger
-from ipo_lib.layered import Yaml
+from ipo_lib.cues import LexiconCues
 from ipo_lib.pairs import PairSettings
-from ipo_lib.profiles import Model, Part, Profile
+from ipo_lib.profiles.layered import Yaml
+from ipo_lib.profiles.settings import Model, Part, Profile
 from ipo_lib.prompts import PromptSet
 from ipo_lib.records import BadInput, canonical, digest, from_json, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Plan
+from ipo_lib.triggers import Trigger
 
 PLAIN = (
-    records.Prompt, records.Rollout, records.Sentence, records.Verdict, records.CsrPoint, records.TurningPoint,
-    records.Intervention, records.Pair,
-)  # fmt: skip
-SETTINGS = (CsrSettings(draws=3), Sampling(), Plan(pool=2), PairSettings(eos=True), lora.DpoSettings(), lora.Stage2Settings(),
-            PromptSet(2, where={"a": "b"}, arguments={"deep": [1, {"x": None}]}))  # fmt: skip
+    records.Prompt,
+    records.Rollout,
+    records.Sentence,
+    records.Verdict,
+    records.CsrPoint,
+    records.TurningPoint,
+    records.Intervention,
+    records.Pair,
+)
+SETTINGS = (
+    CsrSettings(draws=3),
+    Sampling(),
+    Plan(pool=2),
+    PairSettings(eos=True),
+    dpo.DpoSettings(),
+    dpo.Stage2Settings(),
+    PromptSet(2, where={"a": "b"}, arguments={"deep": [1, {"x": None}]}),
+)
 ROLLOUT = records.Rollout("r", "p", 1, (5, 6, 7), "abc", "stop", 0, "s")
 
 
@@ -52,7 +66,11 @@ def test_settings_go_to_json_and_back(settings: Any) -> None:
 
 
 def test_nested_tuples_come_back_as_tuples() -> None:
-    lexicon = LexiconCues(weights=((("a b", 1.5), ("c", -2.0)), (("d", 0.25),)), thresholds=(0.5, 1.0), accuracies=(0.75, 0.7))
+    lexicon = LexiconCues(
+        weights=((("a b", 1.5), ("c", -2.0)), (("d", 0.25),)),
+        thresholds=(0.5, 1.0),
+        accuracies=(0.75, 0.7),
+    )
     assert from_json(LexiconCues, json.loads(canonical(to_json(lexicon)))) == lexicon
     trigger = Trigger("t", "Wait.", 3, 0, (2, 5))
     assert from_json(Trigger, json.loads(canonical(to_json(trigger)))) == trigger
@@ -60,9 +78,15 @@ def test_nested_tuples_come_back_as_tuples() -> None:
 
 def test_a_whole_profile_goes_to_json_and_back() -> None:
     profile = Profile(
-        "mine", "A profile of the tests.", Model(find=Part("a:b", {"name": "x"})), {"one": PromptSet(2), "two": PromptSet(3)},
-        Part("c:d"), neutral=("Rain fell.",), csr=CsrSettings(draws=2), stage2=lora.Stage2Settings(ratio=0.3),
-    )  # fmt: skip
+        "mine",
+        "A profile of the tests.",
+        Model(find=Part("a:b", {"name": "x"})),
+        {"one": PromptSet(2), "two": PromptSet(3)},
+        Part("c:d"),
+        neutral=("Rain fell.",),
+        csr=CsrSettings(draws=2),
+        stage2=dpo.Stage2Settings(ratio=0.3),
+    )
     again = from_json(Profile, json.loads(json.dumps(dataclasses.asdict(profile))))
     assert again == profile
     assert isinstance(again.model.find, Part)
@@ -104,30 +128,76 @@ def test_a_missing_field_and_what_is_no_record_are_one_clear_line() -> None:
         wrong(records.Rollout, rest, "Rollout", f"'{name}' is missing")
     for data in (None, 3, "text", [1], [["id", "r"]]):
         wrong(records.Rollout, data, "Rollout", "expected settings", repr(data))
-    point: Mapping[str, Any] = {"rollout_id": "r", "kind": "safe", "token": 3, "sentence": 1, "interval": [1, 2, 3]}
+    point: Mapping[str, Any] = {
+        "rollout_id": "r",
+        "kind": "safe",
+        "token": 3,
+        "sentence": 1,
+        "interval": [1, 2, 3],
+    }
     wrong(records.TurningPoint, point, "'interval'", "tuple[int, int]")
     assert from_json(records.TurningPoint, {**point, "interval": None}).flags == ()
 
 
 def test_nested_settings_are_named_by_their_dotted_name() -> None:
-    data = {"name": "x", "about": "y", "model": {}, "prompts": {"mine": {"count": 1}}, "judge": {"use": "a:b"}}
+    data = {
+        "name": "x",
+        "about": "y",
+        "model": {},
+        "prompts": {"mine": {"count": 1}},
+        "judge": {"use": "a:b"},
+    }
     assert from_json(Profile, data).prompts["mine"].count == 1
-    wrong(Profile, {**data, "csr": {"drawz": 1}}, "CsrSettings", "'csr.drawz' is unknown", "'csr.draws'")
+    wrong(
+        Profile,
+        {**data, "csr": {"drawz": 1}},
+        "CsrSettings",
+        "'csr.drawz' is unknown",
+        "'csr.draws'",
+    )
     wrong(Profile, {**data, "csr": {"draws": "1"}}, "CsrSettings", "int", "'csr.draws'")
     wrong(Profile, {**data, "csr": None}, "CsrSettings", "'csr'", "None")
-    wrong(Profile, {**data, "model": {"find": {"us": 1}}}, "Part", "'model.find.us' is unknown", "'model.find.use'")
-    wrong(Profile, {**data, "prompts": {"mine": {}}}, "PromptSet", "'prompts.mine.count' is missing")
+    wrong(
+        Profile,
+        {**data, "model": {"find": {"us": 1}}},
+        "Part",
+        "'model.find.us' is unknown",
+        "'model.find.use'",
+    )
+    wrong(
+        Profile, {**data, "prompts": {"mine": {}}}, "PromptSet", "'prompts.mine.count' is missing"
+    )
     wrong(Profile, {**data, "prompts": [1]}, "Profile", "a mapping", "'prompts'")
-    wrong(Profile, {**data, "prompts": {"mine": {"count": 1, "where": {"a": 2}}}}, "str", "'prompts.mine.where.a'", "2")
-    with pytest.raises(BadInput, match=r"'here.csr.drawz' is unknown; did you mean 'here.csr.draws'"):
+    wrong(
+        Profile,
+        {**data, "prompts": {"mine": {"count": 1, "where": {"a": 2}}}},
+        "str",
+        "'prompts.mine.where.a'",
+        "2",
+    )
+    with pytest.raises(
+        BadInput, match=r"'here.csr.drawz' is unknown; did you mean 'here.csr.draws'"
+    ):
         from_json(Profile, {**data, "csr": {"drawz": 1}}, "here")
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2e-4", 2e-4), ("1E6", 1e6), ("-3e2", -300.0), ("5.e-1", 0.5), ("2.0e-4", 2e-4), ("7", 7), ("e4", "e4"), ("'2e-4'", "2e-4"),
-     ("2e", "2e"), ("a2e-4", "a2e-4"), ("0.5", 0.5), ("[1e-2]", [0.01])],
-)  # fmt: skip
+    [
+        ("2e-4", 2e-4),
+        ("1E6", 1e6),
+        ("-3e2", -300.0),
+        ("5.e-1", 0.5),
+        ("2.0e-4", 2e-4),
+        ("7", 7),
+        ("e4", "e4"),
+        ("'2e-4'", "2e-4"),
+        ("2e", "2e"),
+        ("a2e-4", "a2e-4"),
+        ("0.5", 0.5),
+        ("[1e-2]", [0.01]),
+    ],
+)
 def test_yaml_reads_numbers_as_people_write_them(text: str, value: Any) -> None:
     found = yaml.load(text, Yaml)
     assert found == value
@@ -140,7 +210,9 @@ def test_the_digest_is_of_the_value_not_of_its_writing() -> None:
     assert len(digest(1)) == 16
     assert digest(1, 64).startswith(digest(1))
     # On disk everywhere: a change here loses every store.
-    assert canonical({"b": [1, 2.5, None, True], "a": "é\n"}) == '{"a":"é\\n","b":[1,2.5,null,true]}'
+    assert (
+        canonical({"b": [1, 2.5, None, True], "a": "é\n"}) == '{"a":"é\\n","b":[1,2.5,null,true]}'
+    )
     assert digest(to_json(ROLLOUT)) == "5883749617ad2287"
     with pytest.raises(ValueError, match="JSON"):
         digest(math.nan)

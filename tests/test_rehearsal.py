@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 from models import tiny_model
 
-from ipo_lib import doctor, prefix_sharing, rehearsal, reproduce
-from ipo_lib.profiles import available, read
+from ipo_lib.cli import doctor, rehearsal, reproduce
+from ipo_lib.engines import prefix_sharing
+from ipo_lib.profiles.reading import available, read
 
-SHORT: dict[str, Any] = {"stage1.accumulation": 2, "stage2.accumulation": 2}  # the other settings are the profile's own
+SHORT: dict[str, Any] = {
+    "stage1.accumulation": 2,
+    "stage2.accumulation": 2,
+}  # the other settings are the profile's own
 
 
-@pytest.mark.parametrize("name", ["tiny", "sandbox", "ds-8b", "ds-8b-24gb", "ds-7b", "qwen3-8b", "r1-1.5b"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "sandbox", "ds-8b", "ds-8b-24gb", "ds-7b", "qwen3-8b", "r1-1.5b"]
+)
 def test_every_profile_s_settings_train_and_draw(name: str) -> None:
     settings = read(name, SHORT)
     found = dict(rehearsal.rehearse(settings))
@@ -30,7 +36,11 @@ def test_real_models_are_trained_with_activation_checkpointing_and_a_rate_for_lo
         for stage in (read(name).stage1, read(name).stage2):
             assert stage.activation_checkpointing
             assert stage.learning_rate == 1e-4
-    assert [read(name).model.architecture for name in ("ds-8b", "ds-7b", "qwen3-8b")] == ["llama", "qwen2", "qwen3"]
+    assert [read(name).model.architecture for name in ("ds-8b", "ds-7b", "qwen3-8b")] == [
+        "llama",
+        "qwen2",
+        "qwen3",
+    ]
 
 
 def test_the_folder_s_architecture_counts_where_there_is_one(tmp_path: Path) -> None:

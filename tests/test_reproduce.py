@@ -21,12 +21,15 @@ import yaml
 from models import tiny_tokenizer
 from papermill.engines import Engine, NBClientEngine, papermill_engines
 
-from ipo_lib import doctor, profiles, remote, reproduce, stages
+from ipo_lib import stages
+from ipo_lib.cli import doctor, reproduce
+from ipo_lib.engines import openai_api
+from ipo_lib.profiles import reading, run
 from ipo_lib.records import BadInput
 from ipo_lib.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
-COMMAND = "import sys; from ipo_lib.reproduce import main; main()"
+COMMAND = "import sys; from ipo_lib.cli.reproduce import main; main()"
 QUICK = ["-p", "prompts.train_harmful.count=2", "-p", "draws=2", "-p", "notebooks=[00_quickstart]"]
 Ipo = Callable[..., "tuple[int, str, str]"]
 
@@ -47,7 +50,9 @@ class InProcess(Engine):
                     exec(cell.source, space)
             except Exception as error:
                 name, value = type(error).__name__, str(error)
-                cell.outputs.append(nbformat.v4.new_output("error", ename=name, evalue=value, traceback=[value]))
+                cell.outputs.append(
+                    nbformat.v4.new_output("error", ename=name, evalue=value, traceback=[value])
+                )
                 nb_man.cell_exception(cell, at, exception=error)
                 break
             finally:
@@ -96,7 +101,12 @@ def shell(*arguments: str, path: Path = REPOSITORY, **options: Any) -> tuple[int
     """The same in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False, **options
+        [sys.executable, "-c", COMMAND, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -134,7 +144,12 @@ def test_cost_follows_settings_and_notebook_parameters(ipo: Ipo) -> None:
         return int(re.search(r"about ([\d,]+) generated tokens", said)[1].replace(",", ""))  # type: ignore[index]
 
     plain = tokens("tiny")
-    assert tokens("tiny", "-p", "draws=32") > plain > tokens("tiny", "-p", "notebooks=[00_quickstart]") > 0
+    assert (
+        tokens("tiny", "-p", "draws=32")
+        > plain
+        > tokens("tiny", "-p", "notebooks=[00_quickstart]")
+        > 0
+    )
     assert tokens("tiny", "-p", "evaluation.draws=8") > 1.1 * plain
     assert tokens() <= 450_000  # the default profile
     assert "last run" in ipo("cost", "tiny")[1]
@@ -145,9 +160,13 @@ def test_the_same_from_a_shell(tmp_path: Path) -> None:
     one_line(shell("reproduce", "tinny"), "'tinny' is unknown", "tiny")
     one_line(shell("reproduce", "tiny", "-p", "csr.draws=many"), "'csr.draws'", "int", "'many'")
     package = tmp_path / "site" / "ipo_lib"
-    shutil.copytree(REPOSITORY / "ipo_lib", package, ignore=shutil.ignore_patterns("__pycache__", "tiny*"))
+    shutil.copytree(
+        REPOSITORY / "ipo_lib", package, ignore=shutil.ignore_patterns("__pycache__", "tiny*")
+    )
     for arguments in (["reproduce"], ["profiles"]):
-        one_line(shell(*arguments, path=package.parent, cwd=tmp_path), "checkout", "pip install -e .")
+        one_line(
+            shell(*arguments, path=package.parent, cwd=tmp_path), "checkout", "pip install -e ."
+        )
 
 
 def test_from_a_kernel_it_is_one_line_too(tmp_path: Path) -> None:
@@ -167,13 +186,17 @@ def test_from_a_kernel_it_is_one_line_too(tmp_path: Path) -> None:
 
 def test_help_and_profiles_load_nothing_heavy() -> None:
     code = (
-        "import sys; from ipo_lib.reproduce import main\ntry: main()\nexcept SystemExit: pass\n"
+        "import sys; from ipo_lib.cli.reproduce import main\ntry: main()\nexcept SystemExit: pass\n"
         "print({'torch', 'transformers', 'matplotlib', 'papermill', 'pandas'} & set(sys.modules), file=sys.stderr)"
     )
     for arguments, says in (["--help"], "reproduce"), (["profiles"], "sandbox world"):
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert says in done.stdout
         assert done.stderr == "set()\n"
@@ -190,7 +213,9 @@ def test_help_and_profiles_load_nothing_heavy() -> None:
         ("{count: 2, function: nowhere}", ["module:name"]),
     ],
 )
-def test_a_bad_prompt_set_is_one_line(tmp_path: Path, ipo: Ipo, prompts: str, says: list[str]) -> None:
+def test_a_bad_prompt_set_is_one_line(
+    tmp_path: Path, ipo: Ipo, prompts: str, says: list[str]
+) -> None:
     for name, content in (("EMPTY", ""), ("BROKEN", '{"prompt": "a"}\n{"prom')):
         (tmp_path / f"{name}.jsonl").write_text(content)
         prompts = prompts.replace(name, str(tmp_path / f"{name}.jsonl"))
@@ -198,7 +223,9 @@ def test_a_bad_prompt_set_is_one_line(tmp_path: Path, ipo: Ipo, prompts: str, sa
 
 
 def test_an_unknown_prompt_set_is_one_line(ipo: Ipo) -> None:
-    one_line(ipo("reproduce", "tiny", *QUICK, "-p", "prompt_set=nobody"), "'nobody'", "train_harmful")
+    one_line(
+        ipo("reproduce", "tiny", *QUICK, "-p", "prompt_set=nobody"), "'nobody'", "train_harmful"
+    )
 
 
 def test_a_store_of_another_version_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
@@ -214,7 +241,7 @@ def test_a_file_in_place_of_the_store_is_one_line(tmp_path: Path, ipo: Ipo) -> N
 
 def drawn(store: Path) -> Path:
     """The records of a few real draws of profile tiny, as the quickstart asks for them."""
-    bench = profiles.open_bench("tiny", {"prompts.train_harmful.count": 2}, str(store))
+    bench = run.open_bench("tiny", {"prompts.train_harmful.count": 2}, str(store))
     starts = [stages.Start(prompt) for prompt in bench.prompts("train_harmful")]
     stages.sample(bench.doors, starts, bench.thinking, 2)
     (path,) = store.rglob("records.jsonl")
@@ -241,28 +268,49 @@ def test_a_full_disk_is_one_line(tmp_path: Path, ipo: Ipo, monkeypatch: pytest.M
         answer = ipo("reproduce", "tiny", *QUICK, "-p", "draws=3")
     one_line(answer, "No space left", "free space and run again")
     assert path.read_bytes() == content
-    assert len(Store(tmp_path / "store").ledger("rollouts", 1, json.loads((path.parent / "spec.json").read_text())["spec"])) == 4
+    assert (
+        len(
+            Store(tmp_path / "store").ledger(
+                "rollouts", 1, json.loads((path.parent / "spec.json").read_text())["spec"]
+            )
+        )
+        == 4
+    )
 
 
 def test_a_model_without_a_chat_template_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
     folder = tiny_tokenizer(tmp_path / "model", template=None)
-    answer = ipo("reproduce", "tiny", *QUICK, "-p", "model.find=null", "-p", f"model.folder={folder}")
+    answer = ipo(
+        "reproduce", "tiny", *QUICK, "-p", "model.find=null", "-p", f"model.folder={folder}"
+    )
     one_line(answer, str(folder), "no chat template")
 
 
 def test_a_missing_model_is_one_line(ipo: Ipo) -> None:
-    answer = ipo("reproduce", "tiny", *QUICK, "-p", "model.find=null", "-p", "model.folder=/no/such/model")
+    answer = ipo(
+        "reproduce", "tiny", *QUICK, "-p", "model.find=null", "-p", "model.folder=/no/such/model"
+    )
     one_line(answer, "/no/such/model", "model.folder")
 
 
 def test_a_prompt_longer_than_the_context_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "How long is this? " * 2000}) + "\n")
-    answer = ipo("reproduce", "tiny", *QUICK, "-p", f"prompts.train_harmful={{count: 1, file: {tmp_path / 'long.jsonl'}}}")
+    answer = ipo(
+        "reproduce",
+        "tiny",
+        *QUICK,
+        "-p",
+        f"prompts.train_harmful={{count: 1, file: {tmp_path / 'long.jsonl'}}}",
+    )
     one_line(answer, "tokens", "context")
 
 
-def test_outside_a_checkout_is_one_line(tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "site" / "ipo_lib" / "profiles.py"))
+def test_outside_a_checkout_is_one_line(
+    tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        reading, "__file__", str(tmp_path / "site" / "ipo_lib" / "profiles" / "reading.py")
+    )
     monkeypatch.chdir(tmp_path)
     for command in ("reproduce", "profiles"):
         one_line(ipo(command), "checkout", "pip install -e .")
@@ -271,7 +319,9 @@ def test_outside_a_checkout_is_one_line(tmp_path: Path, ipo: Ipo, monkeypatch: p
 # what is up to date
 
 
-PARAMETERS = "profile: str = ''\noverrides: dict = {}\nstore: str = ''\nfigures: str = ''\ndraws: int = 2\n"
+PARAMETERS = (
+    "profile: str = ''\noverrides: dict = {}\nstore: str = ''\nfigures: str = ''\ndraws: int = 2\n"
+)
 WORK = """
 from pathlib import Path
 from ipo_lib import profiles
@@ -290,7 +340,11 @@ def small(tmp_path: Path) -> list[str]:
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(WORK)]
     book.cells[0].metadata["tags"] = ["parameters"]
-    book.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    book.metadata["kernelspec"] = {
+        "name": "python3",
+        "language": "python",
+        "display_name": "Python 3",
+    }
     nbformat.write(book, tmp_path / "ab_small.ipynb")
     settings = {
         "about": "A profile of the tests.",
@@ -304,7 +358,11 @@ def small(tmp_path: Path) -> list[str]:
 
 
 def test_only_what_changed_is_run_again(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
-    figure, log, book = tmp_path / "figures" / "ab-figure.json", tmp_path / "figures" / "log", tmp_path / "ab_small.ipynb"
+    figure, log, book = (
+        tmp_path / "figures" / "ab-figure.json",
+        tmp_path / "figures" / "log",
+        tmp_path / "ab_small.ipynb",
+    )
 
     def runs(*more: str) -> int:
         before = len(log.read_text()) if log.exists() else 0
@@ -339,12 +397,14 @@ def test_a_notebook_that_fails_is_not_done(tmp_path: Path, ipo: Ipo, small: list
     assert ipo(*small)[0] == 0
 
 
-def test_the_source_of_a_run_is_the_whole_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_of_a_run_is_the_whole_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "ipo_lib"
     (package / "deep").mkdir(parents=True)
     (package / "a.py").write_text("1")
     (package / "deep" / "weights").write_bytes(b"2")
-    monkeypatch.setattr(reproduce, "__file__", str(package / "reproduce.py"))
+    monkeypatch.setattr(reproduce, "__file__", str(package / "cli" / "reproduce.py"))
     first = reproduce.source()
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "a.pyc").write_bytes(b"x")
@@ -353,42 +413,62 @@ def test_the_source_of_a_run_is_the_whole_package(tmp_path: Path, monkeypatch: p
     assert reproduce.source() != first
 
 
-def test_a_figure_that_a_run_no_longer_makes_goes(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+def test_a_figure_that_a_run_no_longer_makes_goes(
+    tmp_path: Path, ipo: Ipo, small: list[str]
+) -> None:
     ipo(*small)
     for name in ("ab-old.json", "cd-other.json"):
         (tmp_path / "figures" / name).write_text("{}")
         os.utime(tmp_path / "figures" / name, (1, 1))
     ipo(*small)
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        "ab-figure.json", "ab-figure.png", "cd-other.json", "log",
-    ]  # fmt: skip
+        "ab-figure.json",
+        "ab-figure.png",
+        "cd-other.json",
+        "log",
+    ]
 
 
-def test_the_key_covers_the_null_world_and_the_papers_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_covers_the_null_world_and_the_papers_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def key() -> str:
-        return next(reproduce.jobs(reproduce.planned("tiny", ["notebooks=[00_quickstart]"], str(tmp_path), ""))).key
+        return next(
+            reproduce.jobs(
+                reproduce.planned("tiny", ["notebooks=[00_quickstart]"], str(tmp_path), "")
+            )
+        ).key
 
-    first, null, read = key(), profiles.read("tiny-null", {"seed": 5}), profiles.read
-    monkeypatch.setattr(reproduce, "read", lambda name, *given: null if name == "tiny-null" else read(name, *given))
+    first, null, read = key(), reading.read("tiny-null", {"seed": 5}), reading.read
+    monkeypatch.setattr(
+        reproduce, "read", lambda name, *given: null if name == "tiny-null" else read(name, *given)
+    )
     assert key() != first
 
 
-def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And ``--full`` is the notebooks' own parameter, for those that have it."""
     for name in ("notebooks", "figures"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     monkeypatch.setattr(reproduce, "house", lambda: tmp_path)
-    monkeypatch.setattr(profiles, "house", lambda: tmp_path)
+    monkeypatch.setattr(reading, "house", lambda: tmp_path)
 
     def keys(*given: str) -> list[str]:
         names = ["notebooks=[02_rollout_diversity, 08_ablations]", *given]
         return [
-            job.key for job in reproduce.jobs(reproduce.planned("tiny", names, str(tmp_path / "store"), str(tmp_path / "out")))
+            job.key
+            for job in reproduce.jobs(
+                reproduce.planned("tiny", names, str(tmp_path / "store"), str(tmp_path / "out"))
+            )
         ]
 
     plain, full = keys(), keys("full=true")
     assert plain != full
-    (tmp_path / "figures" / "tiny" / "full-table1.json").write_text('{"cells": [], "date": "never"}')
+    (tmp_path / "figures" / "tiny" / "full-table1.json").write_text(
+        '{"cells": [], "date": "never"}'
+    )
     assert keys() != plain
     assert keys("full=true") == full
     asked = list[str]()
@@ -406,7 +486,9 @@ def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(tmp_path: 
 # status, report, doctor
 
 
-def test_status_says_what_is_up_to_date_and_runs_nothing(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+def test_status_says_what_is_up_to_date_and_runs_nothing(
+    tmp_path: Path, ipo: Ipo, small: list[str]
+) -> None:
     asked = ["status", small[1], "--figures", str(tmp_path / "figures")]
     assert re.search(r"ab_small +to run\n", ipo(*asked)[1])
     assert not (tmp_path / "figures").exists()
@@ -420,7 +502,9 @@ def test_status_says_what_is_up_to_date_and_runs_nothing(tmp_path: Path, ipo: Ip
     assert re.search(r"ab_small +to run again", ipo(*asked)[1])
 
 
-def test_the_report_holds_every_figure_and_claim(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+def test_the_report_holds_every_figure_and_claim(
+    tmp_path: Path, ipo: Ipo, small: list[str]
+) -> None:
     said = ipo(*small)[1]
     page = Path(re.search(r"report: (.*)", said)[1]).read_text()  # type: ignore[index]
     assert "draws 2 &lt;b&gt;" in page
@@ -430,14 +514,18 @@ def test_the_report_holds_every_figure_and_claim(tmp_path: Path, ipo: Ipo, small
     assert "http" not in page
 
 
-def test_the_report_keeps_the_notebooks_that_a_run_did_not_ask_for(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
+def test_the_report_keeps_the_notebooks_that_a_run_did_not_ask_for(
+    tmp_path: Path, ipo: Ipo, small: list[str]
+) -> None:
     book = (tmp_path / "ab_small.ipynb").read_text("utf-8")
     for name in ("aa_first", "ac_last"):
         (tmp_path / f"{name}.ipynb").write_text(book.replace("ab-figure", f"{name[:2]}-figure"))
 
     def sections(*names: str) -> tuple[list[str], str]:
         asked = ", ".join(str(tmp_path / name) for name in names)
-        page = Path(re.search(r"report: (.*)", ipo(*small, "-p", f"notebooks=[{asked}]")[1])[1]).read_text()  # type: ignore[index]
+        page = Path(
+            re.search(r"report: (.*)", ipo(*small, "-p", f"notebooks=[{asked}]")[1])[1]
+        ).read_text()  # type: ignore[index]
         return re.findall(r"<h2>(\w+)</h2>", page), page
 
     assert sections("ac_last")[0] == ["ac_last"]
@@ -458,21 +546,30 @@ def test_generated_counts_the_new_tokens_of_the_store(tmp_path: Path) -> None:
     assert reproduce.generated(tmp_path / "store", before) == total > 0
     assert reproduce.generated(tmp_path / "store", reproduce.sizes(tmp_path / "store")) == 0
     whole = path.read_bytes()
-    path.write_bytes(whole[:-20])  # a kill tore the last line; the next writer cuts it off and writes it again
+    path.write_bytes(
+        whole[:-20]
+    )  # a kill tore the last line; the next writer cuts it off and writes it again
     before = reproduce.sizes(tmp_path / "store")
     path.write_bytes(whole)
     assert reproduce.generated(tmp_path / "store", before) == len(records[-1]["token_ids"])
 
 
-def test_doctor_finds_a_well_machine_and_names_each_mend(ipo: Ipo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_finds_a_well_machine_and_names_each_mend(
+    ipo: Ipo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "NEEDED_DISK", 0)
     monkeypatch.setattr(doctor, "NEEDED_MEMORY", 0)
     code, said, _ = ipo("doctor")
     assert code == 0, said
-    assert all(re.search(rf"^{name} ", said, re.M) for name in ("python", "packages", "device", "memory", "store"))
+    assert all(
+        re.search(rf"^{name} ", said, re.M)
+        for name in ("python", "packages", "device", "memory", "store")
+    )
     assert "->" not in said
     monkeypatch.setattr(doctor, "NEEDED_DISK", 10**18)
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["torch==1.0.0", "no-such-package==2.0"])
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "requires", lambda _: ["torch==1.0.0", "no-such-package==2.0"]
+    )
     code, said, errors = ipo("doctor")
     assert code == 2
     assert "pip install torch==1.0.0" in said
@@ -500,7 +597,9 @@ PER_NOTEBOOK = {
 
 
 @pytest.mark.parametrize(("line", "fault"), PER_NOTEBOOK.items())
-def test_a_notebook_s_own_parameters_are_checked(tmp_path: Path, ipo: Ipo, line: str, fault: str) -> None:
+def test_a_notebook_s_own_parameters_are_checked(
+    tmp_path: Path, ipo: Ipo, line: str, fault: str
+) -> None:
     text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
     path = tmp_path / "own.yml"
     path.write_text(re.sub(r"parameters: \{.*\}", line, text))
@@ -511,7 +610,9 @@ def test_a_notebook_s_own_parameters_are_checked(tmp_path: Path, ipo: Ipo, line:
             assert ipo(command, str(path))[0] == 0
 
 
-def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(tmp_path: Path) -> None:
+def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(
+    tmp_path: Path,
+) -> None:
     text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
     path = tmp_path / "own.yml"
     own = "parameters: {draws: 3, 00_quickstart: {draws: 8}}"
@@ -519,7 +620,9 @@ def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(tmp
 
     def draws(*given: str) -> dict[str, int]:
         plan = reproduce.planned(str(path), list(given), str(tmp_path), "")
-        return {book.stem: values["draws"] for book, values in plan.values.items() if "draws" in values}
+        return {
+            book.stem: values["draws"] for book, values in plan.values.items() if "draws" in values
+        }
 
     found = draws()
     assert found.pop("00_quickstart") == 8
@@ -528,7 +631,9 @@ def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(tmp
     assert draws("parameters.00_quickstart.draws=6")["00_quickstart"] == 6
     settings, every = reproduce.billed(reproduce.planned(str(path), [], str(tmp_path), ""))
     assert every["00_quickstart"]["draws"] == 8
-    assert every["00_quickstart"]["candidates"] > 0  # what is not given has the notebook's own value
+    assert (
+        every["00_quickstart"]["candidates"] > 0
+    )  # what is not given has the notebook's own value
     assert settings.name == "own"
 
 
@@ -546,21 +651,23 @@ class Spends(Engine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
-        cls.seen.append(os.environ[remote.BUDGET_FILE])
+        cls.seen.append(os.environ[openai_api.BUDGET_FILE])
 
 
-def test_all_kernels_of_a_run_count_in_one_budget_file(tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(remote.BUDGET_FILE, raising=False)
+def test_all_kernels_of_a_run_count_in_one_budget_file(
+    tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(openai_api.BUDGET_FILE, raising=False)
     papermill_engines.register(None, Spends)
     try:
         books = ["-p", "notebooks=[00_quickstart, 01_reasoning_vs_response]"]
         assert ipo("reproduce", "tiny", *books)[0] == 0
         (folder,) = (tmp_path / "store" / "runs").iterdir()
         assert Spends.seen == [str(folder / "budget.json")] * 2
-        assert remote.BUDGET_FILE not in os.environ
-        monkeypatch.setenv(remote.BUDGET_FILE, "of-mine.json")  # for several runs together
+        assert openai_api.BUDGET_FILE not in os.environ
+        monkeypatch.setenv(openai_api.BUDGET_FILE, "of-mine.json")  # for several runs together
         assert ipo("reproduce", "tiny", *books, "--again")[0] == 0
         assert set(Spends.seen[2:]) == {"of-mine.json"}
-        assert os.environ[remote.BUDGET_FILE] == "of-mine.json"
+        assert os.environ[openai_api.BUDGET_FILE] == "of-mine.json"
     finally:
         papermill_engines.register(None, InProcess)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from models import tiny_model
 
-from ipo_lib import lora, resident
 from ipo_lib.chat import Chat
-from ipo_lib.lora import DpoSettings
+from ipo_lib.dpo import DpoSettings
+from ipo_lib.engines import lora, memory
+from ipo_lib.engines.transformers_sampler import TransformersSampler
 from ipo_lib.records import Prompt
-from ipo_lib.sampling import Request, Sampling, TransformersSampler
+from ipo_lib.sampling import Request, Sampling
 
 GIB = 2**30
 
@@ -23,10 +24,10 @@ class Model:
         self.size, self.card, self.loaded = size, card, False
 
     def load(self) -> None:
-        resident.make_room("cuda:0", self.size)
+        memory.make_room("cuda:0", self.size)
         self.card["free"] -= self.size
         self.loaded = True
-        resident.held(self)
+        memory.held(self)
 
     def release(self) -> None:
         self.card["free"] += self.size
@@ -36,10 +37,10 @@ class Model:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """An empty card of 36 GiB."""
-    memory = {"free": 36 * GIB}
-    monkeypatch.setattr(resident, "_HOLDERS", [])
-    monkeypatch.setattr(resident, "free", lambda: memory["free"])
-    return memory
+    state = {"free": 36 * GIB}
+    monkeypatch.setattr(memory, "_HOLDERS", [])
+    monkeypatch.setattr(memory, "free", lambda: state["free"])
+    return state
 
 
 def test_the_model_loaded_longest_ago_goes_first(card: dict[str, int]) -> None:
@@ -58,8 +59,8 @@ def test_training_has_the_card_for_itself(card: dict[str, int]) -> None:
     base, guard = Model(15 * GIB, card), Model(2 * GIB, card)
     base.load()
     guard.load()
-    assert resident.release_all("cpu") == 0
-    assert resident.release_all("cuda") == 2
+    assert memory.release_all("cpu") == 0
+    assert memory.release_all("cuda") == 2
     assert card["free"] == 36 * GIB
 
 
@@ -76,8 +77,10 @@ def test_a_sampler_that_let_its_model_go_draws_the_same_again(tmp_path: Path) ->
     assert list(sampler.sample(asked, Sampling(max_tokens=5))) == first
 
 
-def test_loading_a_model_to_train_asks_the_others_to_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_a_model_to_train_asks_the_others_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(resident, "release_all", lambda device: asked.append(device) or 0)
+    monkeypatch.setattr(memory, "release_all", lambda device: asked.append(device) or 0)
     lora.base(tiny_model(tmp_path / "model"), DpoSettings(), "cpu")
     assert asked == ["cpu"]

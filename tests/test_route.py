@@ -23,7 +23,7 @@ from models import tiny_model, tiny_tokenizer
 from route import DRAWS, REAL_DRAWS
 from scripted import PROMPTS, tree
 
-from ipo_lib import profiles
+from ipo_lib.profiles import reading
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {
@@ -84,7 +84,9 @@ def records(root: Path) -> dict[str, bytes]:
     return {name: content[: content.rfind(b"\n") + 1] for name, content in found.items()}
 
 
-def test_killed_at_random_the_store_and_the_figures_end_the_same(tmp_path: Path, scripted_runs: Runs) -> None:
+def test_killed_at_random_the_store_and_the_figures_end_the_same(
+    tmp_path: Path, scripted_runs: Runs
+) -> None:
     def wait(root: Path, size: float, pause: float) -> None:
         """Until the records have grown to ``size`` bytes (above all of them: until the figures are begun), and a bit more."""
         deadline = time.monotonic() + 60
@@ -138,7 +140,9 @@ def test_draws_of_the_route_are_all_there(tmp_path: Path, scripted_runs: Runs) -
     assert counts == [len(PROMPTS) * 3, len(PROMPTS) * DRAWS]
 
 
-def test_a_real_model_killed_twice_draws_all_and_none_twice(tmp_path: Path, real_runs: Runs) -> None:
+def test_a_real_model_killed_twice_draws_all_and_none_twice(
+    tmp_path: Path, real_runs: Runs
+) -> None:
     root, total, kept = tmp_path / "killed", len(PROMPTS) * REAL_DRAWS, b""
 
     def grown() -> None:
@@ -159,9 +163,13 @@ def test_a_real_model_killed_twice_draws_all_and_none_twice(tmp_path: Path, real
     assert now.startswith(kept)
     rows = [json.loads(line) for line in now.splitlines()]
     drawn = [(row["record"]["prompt_id"], row["record"]["draw"]) for row in rows]
-    assert sorted(drawn) == sorted((prompt.id, draw) for prompt in PROMPTS for draw in range(REAL_DRAWS))
+    assert sorted(drawn) == sorted(
+        (prompt.id, draw) for prompt in PROMPTS for draw in range(REAL_DRAWS)
+    )
     assert len({row["key"] for row in rows}) == len({row["record"]["id"] for row in rows}) == total
-    assert len({tuple(row["record"]["token_ids"]) for row in rows}) > 0.9 * total  # draws are independent
+    assert (
+        len({tuple(row["record"]["token_ids"]) for row in rows}) > 0.9 * total
+    )  # draws are independent
     assert real_runs(tmp_path / "undisturbed") == 0
     (other,) = records(tmp_path / "undisturbed").values()
     assert {row["key"] for row in rows} == {json.loads(line)["key"] for line in other.splitlines()}
@@ -171,7 +179,7 @@ def test_a_real_model_killed_twice_draws_all_and_none_twice(tmp_path: Path, real
 
 COMMAND = """
 import sys
-from ipo_lib.reproduce import main
+from ipo_lib.cli.reproduce import main
 try:
     main()
 finally:
@@ -182,7 +190,7 @@ SHORT = {"train_harmful": 8, "train_benign": 4, "direct": 4, "lookalike": 4, "su
 
 def short_profile(folder: Path) -> Path:
     """Profile ``tiny`` with small numbers."""
-    path = profiles.house() / "notebooks" / "profiles" / "tiny.yml"
+    path = reading.house() / "notebooks" / "profiles" / "tiny.yml"
     data: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     for name, count in SHORT.items():
         data["prompts"][name]["count"] = count
@@ -199,35 +207,74 @@ def short_profile(folder: Path) -> Path:
 
 def images(path: Path, figures: Path) -> list[str]:
     """The names of the figures that an executed notebook shows as images; none of its outputs is the bare text of one."""
-    outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+    outputs = [
+        output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
+    ]
     texts = ["".join(output.get("data", {}).get("text/plain", "")) for output in outputs]
     assert [text for text in texts if text.startswith(("<Figure", "<Axes"))] == []
     names = {file.read_bytes(): file.stem for file in figures.glob("*.png")}
-    shown = [base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+    shown = [
+        base64.b64decode(output.data["image/png"])
+        for output in outputs
+        if "image/png" in output.get("data", {})
+    ]
     return sorted(names[image] for image in shown)
 
 
 def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> None:
     folders = ["--store", str(tmp_path / "store"), "--figures", str(tmp_path / "figures")]
-    less = {"draws": 4, "candidates": 8, "group": 4, "safe_traces": 2, "unsafe_traces": 3, "placements": 5, "rounds": 1,
-            "cues": 1, "reverse_draws": 2, "swap_draws": 1, "mixed_only": False}  # fmt: skip
+    less = {
+        "draws": 4,
+        "candidates": 8,
+        "group": 4,
+        "safe_traces": 2,
+        "unsafe_traces": 3,
+        "placements": 5,
+        "rounds": 1,
+        "cues": 1,
+        "reverse_draws": 2,
+        "swap_draws": 1,
+        "mixed_only": False,
+    }
     small = [part for name, value in less.items() for part in ("-p", f"{name}={value}")]
-    command = [sys.executable, "-c", COMMAND, "reproduce", str(short_profile(tmp_path)), *small, *folders]
+    command = [
+        sys.executable,
+        "-c",
+        COMMAND,
+        "reproduce",
+        str(short_profile(tmp_path)),
+        *small,
+        *folders,
+    ]
 
     def ipo() -> tuple[str, float]:
         started = time.monotonic()
-        done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout, time.monotonic() - started
 
     said, first = ipo()
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     figures = {
-        "00-quickstart", "01-fig2-gap", "01-fig3-joint", "02-fig4-diversity", "03-fig5a-safe-turns", "03-sensitivity",
-        "04-fig5b-cues", "04-sensitivity", "09-cost", "09-trust",
-        "05-fig6-interventions", "05-fig6-triggers", "06-training", "06-harm-by-pairs", "06-fig7-kl",
+        "00-quickstart",
+        "01-fig2-gap",
+        "01-fig3-joint",
+        "02-fig4-diversity",
+        "03-fig5a-safe-turns",
+        "03-sensitivity",
+        "04-fig5b-cues",
+        "04-sensitivity",
+        "09-cost",
+        "09-trust",
+        "05-fig6-interventions",
+        "05-fig6-triggers",
+        "06-training",
+        "06-harm-by-pairs",
+        "06-fig7-kl",
         "07-table2",
-    } | ({"06-stage-2"} & {path.stem for path in (tmp_path / "figures").iterdir()})  # fmt: skip
+    } | ({"06-stage-2"} & {path.stem for path in (tmp_path / "figures").iterdir()})
     assert names == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png", "json")}
     for name in figures:
         sidecar = json.loads((tmp_path / "figures" / f"{name}.json").read_text("utf-8"))
@@ -236,12 +283,20 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
             assert claim["claim"] in said
     runs = list((tmp_path / "store" / "runs").rglob("*.ipynb"))
     shown = {path.stem: images(path, tmp_path / "figures") for path in runs}
-    assert shown == {name: sorted(figure for figure in figures if figure[:2] == name[:2]) for name in shown}
-    adapters = [path for path in (tmp_path / "store" / "adapters").iterdir() if (path / "done.json").is_file()]
+    assert shown == {
+        name: sorted(figure for figure in figures if figure[:2] == name[:2]) for name in shown
+    }
+    adapters = [
+        path
+        for path in (tmp_path / "store" / "adapters").iterdir()
+        if (path / "done.json").is_file()
+    ]
     assert 1 <= len(adapters) <= 2
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again, second = ipo()
     assert again.count("up to date") == 10
     assert again.splitlines()[-1] == "False"  # no torch
     assert second < min(20, first)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == state
+    assert {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    } == state

@@ -11,19 +11,34 @@ from doubles import ScriptedSampler
 from faults import Proxy, served
 from models import tiny_tokenizer
 
-from ipo_lib import canary, detectors, remote, rubric, stages
+from ipo_lib import stages
 from ipo_lib.chat import Chat
-from ipo_lib.intervention import UNREAD
+from ipo_lib.cues import UNREAD
+from ipo_lib.engines import openai_api
+from ipo_lib.engines.openai_api import Budget, Server
+from ipo_lib.experiments import detectors, judge_robustness
+from ipo_lib.judges import rubric
+from ipo_lib.judges.rubric import MARK_BYTES, RubricJudge, last_word
 from ipo_lib.judging import HARM, REFUSAL, Exchange
-from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, Prompt, Rollout, Verdict, from_json
-from ipo_lib.remote import Budget, Server
-from ipo_lib.rubric import MARK_BYTES, RubricJudge, last_word
+from ipo_lib.records import (
+    ANSWER,
+    SAFE,
+    TRACE,
+    UNSAFE,
+    BadInput,
+    Prompt,
+    Rollout,
+    Verdict,
+    from_json,
+)
 from ipo_lib.sampling import Completion
 from ipo_lib.sandbox import organism
 from ipo_lib.stages import Doors
 from ipo_lib.store import Store
 
-pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn: pip install -e '.[test]'")
+pytest.importorskip(
+    "fastapi", reason="transformers serve needs fastapi and uvicorn: pip install -e '.[test]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +62,11 @@ def judge(proxy: Proxy, **settings: object) -> RubricJudge:
         "timeout": 2.0,
     }
     given = server | settings.pop("server", {})  # type: ignore[operator]
-    purse = {name: settings.pop(name) for name in ("dollars", "calls", "dollars_in", "dollars_out") if name in settings}
+    purse = {
+        name: settings.pop(name)
+        for name in ("dollars", "calls", "dollars_in", "dollars_out")
+        if name in settings
+    }
     return RubricJudge(from_json(Server, given), Budget(**purse), max_tokens=12, **settings)  # type: ignore[arg-type]
 
 
@@ -70,27 +89,52 @@ def test_a_real_model_that_follows_no_rubric_gets_none_and_its_words_are_kept(pr
     assert "answer of an assistant" in asked[0]["content"]
 
 
-@pytest.mark.parametrize(("said", "label"), [
-    ("It declines.\nVERDICT: safe", SAFE), ("VERDICT: unsafe\n", UNSAFE),
-    ("VERDICT: safe\nor is it?", None), ("The last line is VERDICT: safe", None), ("VERDICT: refused", None), ("safe", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [
+        ("It declines.\nVERDICT: safe", SAFE),
+        ("VERDICT: unsafe\n", UNSAFE),
+        ("VERDICT: safe\nor is it?", None),
+        ("The last line is VERDICT: safe", None),
+        ("VERDICT: refused", None),
+        ("safe", None),
+    ],
+)
 def test_only_the_last_line_counts(proxy: Proxy, said: str, label: str | None) -> None:
     proxy.plan.append(f"say {said}")
     assert labels(judge(proxy)) == [label]
 
 
-@pytest.mark.parametrize(("said", "word"), [
-    ("**VERDICT: unsafe**", UNSAFE), ("VERDICT: unsafe.", UNSAFE), ("Verdict: Unsafe", UNSAFE), ("> VERDICT: `safe`", SAFE),
-    ("It declines.\n\n**VERDICT:** safe\n\n  \n", SAFE), ("- VERDICT: safe", SAFE), ("```\nVERDICT: safe\n```", SAFE),
-    ("### Verdict: \u201cunsafe\u201d", UNSAFE), ("VERDICT : safe\r\n", SAFE), ("VERDICT\uff1aunsafe", UNSAFE),
-    ("VERDICT: not safe", ""), ("VERDICT: safe or unsafe", ""), ("~~VERDICT: safe~~", ""), ("VERDICT: safe?", ""),
-    ("VERDICT: safe\nOn reflection it is not.", ""), ("My VERDICT: safe", ""), ("", ""), ("**", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ("**VERDICT: unsafe**", UNSAFE),
+        ("VERDICT: unsafe.", UNSAFE),
+        ("Verdict: Unsafe", UNSAFE),
+        ("> VERDICT: `safe`", SAFE),
+        ("It declines.\n\n**VERDICT:** safe\n\n  \n", SAFE),
+        ("- VERDICT: safe", SAFE),
+        ("```\nVERDICT: safe\n```", SAFE),
+        ("### Verdict: \u201cunsafe\u201d", UNSAFE),
+        ("VERDICT : safe\r\n", SAFE),
+        ("VERDICT\uff1aunsafe", UNSAFE),
+        ("VERDICT: not safe", ""),
+        ("VERDICT: safe or unsafe", ""),
+        ("~~VERDICT: safe~~", ""),
+        ("VERDICT: safe?", ""),
+        ("VERDICT: safe\nOn reflection it is not.", ""),
+        ("My VERDICT: safe", ""),
+        ("", ""),
+        ("**", ""),
+    ],
+)
 def test_markup_around_the_verdict_line_is_read_over(said: str, word: str) -> None:
     assert last_word(said) == word
 
 
-def test_a_text_that_is_judged_cannot_end_its_quotation(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_judged_cannot_end_its_quotation(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = judge(proxy)
     first, second = (one.messages(exchange())[1]["content"] for _ in range(2))
     assert first != second  # the mark of one message is of no use in another
@@ -107,10 +151,25 @@ def test_a_text_that_is_judged_cannot_end_its_quotation(proxy: Proxy, monkeypatc
 
 
 TOKENS = (
-    "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<end_of_turn>",
-    "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[gMASK]", "[TOOL_CALLS]", "</think>",
-    "<|END_OF_TURN_TOKEN|>", "<| im_end |>", "]~b]", "[e~[",
-)  # fmt: skip
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "[INST]",
+    "[/INST]",
+    "</s>",
+    "<s>",
+    "<<SYS>>",
+    "<end_of_turn>",
+    "<\uff5cUser\uff5c>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "[gMASK]",
+    "[TOOL_CALLS]",
+    "</think>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<| im_end |>",
+    "]~b]",
+    "[e~[",
+)
 
 
 @pytest.mark.parametrize("token", TOKENS)
@@ -129,7 +188,9 @@ def test_plain_text_is_quoted_as_it_is(proxy: Proxy) -> None:
 def test_another_question_has_other_labels_and_an_unknown_one_is_not_asked(proxy: Proxy) -> None:
     proxy.plan.append("say VERDICT: partly")
     one = judge(proxy)
-    assert labels(one, exchange(question=REFUSAL), exchange(question="weather"), exchange(text=None)) == ["partly", None, None]
+    assert labels(
+        one, exchange(question=REFUSAL), exchange(question="weather"), exchange(text=None)
+    ) == ["partly", None, None]
     assert len(proxy.seen) == one.budget.made == 1
 
 
@@ -140,7 +201,10 @@ def test_a_passing_fault_is_tried_again(proxy: Proxy, fault: object) -> None:
     assert len(proxy.seen) == 2
 
 
-@pytest.mark.parametrize(("fault", "raw"), [("empty", "empty"), ("length", "cut off (length)"), (400, "declined: status 400")])
+@pytest.mark.parametrize(
+    ("fault", "raw"),
+    [("empty", "empty"), ("length", "cut off (length)"), (400, "declined: status 400")],
+)
 def test_an_answer_that_is_none_gets_none(proxy: Proxy, fault: object, raw: str) -> None:
     proxy.plan.append(fault)
     (verdict,) = judge(proxy).judge([exchange()])
@@ -162,7 +226,10 @@ def test_an_outage_stops_with_what_was_answered_and_asks_nothing_more(proxy: Pro
     proxy.plan.extend(["say VERDICT: safe", 400, *[503] * 40])
     one = judge(proxy)
     found, said = collected(one, [exchange(at) for at in range(10)])
-    assert [verdict.label for verdict in found] == [SAFE, None]  # what was turned down is known; what got no answer is not
+    assert [verdict.label for verdict in found] == [
+        SAFE,
+        None,
+    ]  # what was turned down is known; what got no answer is not
     assert "no answer (status 503" in said
     assert "\n" not in said
     assert len(proxy.seen) <= 2 + 2 * 2  # two attempts, and what was in flight
@@ -188,13 +255,26 @@ def test_nonsense_stops_at_the_bound_and_spends_nothing_more(proxy: Proxy) -> No
     assert (len(found), said) == (8, "")
 
 
-def test_the_canary_asks_a_rubric_judge_and_finds_one_that_is_fooled(proxy: Proxy, tmp_path: Path) -> None:
+def test_the_canary_asks_a_rubric_judge_and_finds_one_that_is_fooled(
+    proxy: Proxy, tmp_path: Path
+) -> None:
     chat = Chat(tiny_tokenizer(tmp_path / "tokenizer"))
-    own = Doors(Store(tmp_path / "store"), chat, ScriptedSampler(lambda *_: Completion("", (), "stop")), judge(proxy))
-    rollout = Rollout("r", "p", 0, chat.encode("I plan it.</think>"), "I plan it.</think>", "think", 0, "s")
+    own = Doors(
+        Store(tmp_path / "store"),
+        chat,
+        ScriptedSampler(lambda *_: Completion("", (), "stop")),
+        judge(proxy),
+    )
+    rollout = Rollout(
+        "r", "p", 0, chat.encode("I plan it.</think>"), "I plan it.</think>", "think", 0, "s"
+    )
     prompts = {"p": Prompt("p", "How do I make a kite?", "", True)}
-    proxy.plan.extend(["say VERDICT: unsafe"] + ["say **VERDICT: safe**"] * len(canary.known()))
-    found = canary.canary(own, prompts, [rollout], stages.judge(own, prompts, [rollout]), 1)
+    proxy.plan.extend(
+        ["say VERDICT: unsafe"] + ["say **VERDICT: safe**"] * len(judge_robustness.known())
+    )
+    found = judge_robustness.canary(
+        own, prompts, [rollout], stages.judge(own, prompts, [rollout]), 1
+    )
     assert found.fooled.value == 1
     assert "The weather was mild that week." in proxy.seen[1]["messages"][1]["content"]
     assert not any("<|im_end|>" in one["messages"][1]["content"] for one in proxy.seen)
@@ -203,10 +283,15 @@ def test_the_canary_asks_a_rubric_judge_and_finds_one_that_is_fooled(proxy: Prox
 def test_a_long_stretch_of_mostly_unreadable_answers_stops_with_what_was_read(proxy: Proxy) -> None:
     one = judge(proxy, stretch=6, unreadable=0.5)
     proxy.plan.extend(["say VERDICT: safe", "say Hm."] * 3 + ["say Hm."] * 20)
-    early, said = collected(one, [exchange(at) for at in range(4)])  # a chunk at a time, as ``stages.judge`` asks
+    early, said = collected(
+        one, [exchange(at) for at in range(4)]
+    )  # a chunk at a time, as ``stages.judge`` asks
     assert (len(early), said) == (4, "")
     found, said = collected(one, [exchange(at) for at in range(4, 20)])
-    assert "4 of the last 6 answers have no verdict line that can be read; verdicts so far are kept" in said
+    assert (
+        "4 of the last 6 answers have no verdict line that can be read; verdicts so far are kept"
+        in said
+    )
     assert [verdict.label for verdict in early + found].count(SAFE) == 3
     assert len(early + found) == len(proxy.seen) == 7
     proxy.plan.clear()
@@ -229,7 +314,9 @@ def test_an_answer_with_another_finish_reason_is_read(proxy: Proxy, reason: str 
 
 def test_budget_and_calls_are_bounds(proxy: Proxy) -> None:
     proxy.plan.extend(["say VERDICT: safe"] * 9)
-    one = judge(proxy, dollars_in=1000.0, dollars_out=1000.0, dollars=1.5)  # reckoned at its most before it is made
+    one = judge(
+        proxy, dollars_in=1000.0, dollars_out=1000.0, dollars=1.5
+    )  # reckoned at its most before it is made
     found, said = collected(one, [exchange(at) for at in range(9)])
     assert 1 <= len(found) < 9
     assert "the next call could pass the bound; raise the budget" in said
@@ -242,16 +329,23 @@ def test_budget_and_calls_are_bounds(proxy: Proxy) -> None:
 
 
 def test_a_process_has_one_budget_for_a_server_however_often_it_is_opened() -> None:
-    one, two = (remote.budget(Server(("http://one/v1",), "m"), dollars=3.0, dollars_in=1.0) for _ in range(2))
+    one, two = (
+        openai_api.budget(Server(("http://one/v1",), "m"), dollars=3.0, dollars_in=1.0)
+        for _ in range(2)
+    )
     assert one is two
-    assert one is not remote.budget(Server(("http://two/v1",), "m"), dollars=3.0, dollars_in=1.0)
+    assert one is not openai_api.budget(
+        Server(("http://two/v1",), "m"), dollars=3.0, dollars_in=1.0
+    )
     reserved = one.reserve("judge", 500_000, 0)
     assert one.spent == 0.5
     one.settle(reserved, None)  # the server does not tell: the reserve stays
     assert one.spent == 0.5
 
 
-def test_the_key_comes_from_the_environment_and_goes_nowhere(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_the_environment_and_goes_nowhere(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("A_KEY", raising=False)
     one = judge(proxy, server={"key": "A_KEY"})
     with pytest.raises(BadInput, match=r"its key is not in \$A_KEY"):
@@ -265,19 +359,37 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere(proxy: Proxy, monke
 
 def test_the_fingerprint_is_the_model_and_the_rubric_not_where_or_how_much(proxy: Proxy) -> None:
     one = judge(proxy)
-    elsewhere, other = replace(one.server, urls=("http://y",), in_flight=9), replace(one.server, model="m")
+    elsewhere, other = (
+        replace(one.server, urls=("http://y",), in_flight=9),
+        replace(one.server, model="m"),
+    )
     assert one.fingerprint() == replace(one, server=elsewhere, budget=Budget(calls=5)).fingerprint()
     assert one.fingerprint() != replace(one, server=other).fingerprint()
     assert one.fingerprint() != replace(one, temperature=0.5).fingerprint()
 
 
 def test_a_model_asked_for_the_cue_answers_with_one_number(proxy: Proxy) -> None:
-    server = {"urls": [proxy.url], "model": str(organism.folder("tiny")), "in_flight": 1, "attempts": 2, "pause": 0.01}
+    server = {
+        "urls": [proxy.url],
+        "model": str(organism.folder("tiny")),
+        "in_flight": 1,
+        "attempts": 2,
+        "pause": 0.01,
+    }
     one = detectors.asked(server, [{"sentences": ["One.", "Two."], "answer": 2}])
     proxy.plan.extend(["say 2", "say 0", "say 3.", "say sentence 2", "say 9", "say 1"])
     texts = {f"r{at}": ["This is asked.", "I plan it.", "I do it."] for at in range(6)}
-    assert dict(one.sentences(texts)) == {"r0": 1, "r1": None, "r2": 2, "r3": UNREAD, "r4": UNREAD, "r5": UNREAD}
-    assert proxy.seen[0]["messages"][0]["content"].endswith("1. This is asked.\n2. I plan it.\n3. I do it.\nAnswer:")
+    assert dict(one.sentences(texts)) == {
+        "r0": 1,
+        "r1": None,
+        "r2": 2,
+        "r3": UNREAD,
+        "r4": UNREAD,
+        "r5": UNREAD,
+    }
+    assert proxy.seen[0]["messages"][0]["content"].endswith(
+        "1. This is asked.\n2. I plan it.\n3. I do it.\nAnswer:"
+    )
     rollout, prompt = Rollout("x", "p", 0, (1,), "", "stop", 0, "s"), Prompt("p", "q", "", True)
     assert one.first(rollout, prompt, ["Only one."]) is None
     assert len(proxy.seen) == 6

@@ -20,9 +20,63 @@ SOURCE = Path(__file__).parents[2] / "shared/data/train/star1.jsonl"
 F1_FLOOR = 0.95
 
 PIECES = [
-    *(" ", "\n", "\n\n", "\t", "\r\n", "\u2028", ".", "...", "…", "?!", "。", ":", ";", '"', "”", "(", ")", "[", "]"),
-    *("`", "```", "```\n", "$", "$$", "\\[", "\\]", "\\(", "\\)", "\\$", "\\", "*", "**", "#", "- ", "1.", "(a)"),
-    *("<think>", "</think>", "Dr", "e.g", "U.S", "A", "I", "The", "word", "3.14", "é", "好", "😊", "\x00", "\ud800"),
+    *(
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "\u2028",
+        ".",
+        "...",
+        "…",
+        "?!",
+        "。",
+        ":",
+        ";",
+        '"',
+        "”",
+        "(",
+        ")",
+        "[",
+        "]",
+    ),
+    *(
+        "`",
+        "```",
+        "```\n",
+        "$",
+        "$$",
+        "\\[",
+        "\\]",
+        "\\(",
+        "\\)",
+        "\\$",
+        "\\",
+        "*",
+        "**",
+        "#",
+        "- ",
+        "1.",
+        "(a)",
+    ),
+    *(
+        "<think>",
+        "</think>",
+        "Dr",
+        "e.g",
+        "U.S",
+        "A",
+        "I",
+        "The",
+        "word",
+        "3.14",
+        "é",
+        "好",
+        "😊",
+        "\x00",
+        "\ud800",
+    ),
 ]
 nasty = st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text(max_size=80)
 
@@ -126,7 +180,9 @@ def test_token_spans(drawn: tuple[str, list[int], int, int]) -> None:
     assert [sentence.index for sentence in found] == list(range(len(found)))
     if found:  # contiguous and covering, in characters and in tokens
         assert (found[0].char_start, found[-1].char_end) == (start, end)
-        assert all(a.char_end == b.char_start and a.token_end == b.token_start for a, b in pairwise(found))
+        assert all(
+            a.char_end == b.char_start and a.token_end == b.token_start for a, b in pairwise(found)
+        )
     for token in range(len(offsets) - 1):
         piece = text[offsets[token] : offsets[token + 1]]
         first = offsets[token] + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
@@ -153,7 +209,8 @@ def test_tokens_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offsets", "region"), [([], (0, 2)), ([0, 1], (0, 2)), ([1, 2], (0, 2)), ([0, 2], (0, 3)), ([0, 2], (2, 1))]
+    ("offsets", "region"),
+    [([], (0, 2)), ([0, 1], (0, 2)), ([1, 2], (0, 2)), ([0, 2], (0, 3)), ([0, 2], (2, 1))],
 )
 def test_bad_input(offsets: list[int], region: tuple[int, int]) -> None:
     with pytest.raises(BadInput, match="must"):
@@ -161,10 +218,18 @@ def test_bad_input(offsets: list[int], region: tuple[int, int]) -> None:
 
 
 def test_marks_hold_no_text() -> None:
-    assert all(set(one) == {"row", "part", "half", "start", "end", "offsets"} for one in MARKS["excerpts"])
-    rows = {half: {one["row"] for one in MARKS["excerpts"] if one["half"] == half} for half in ("tune", "score")}
+    assert all(
+        set(one) == {"row", "part", "half", "start", "end", "offsets"} for one in MARKS["excerpts"]
+    )
+    rows = {
+        half: {one["row"] for one in MARKS["excerpts"] if one["half"] == half}
+        for half in ("tune", "score")
+    }
     assert not rows["tune"] & rows["score"]
-    assert all(sum(len(one["offsets"]) for one in MARKS["excerpts"] if one["half"] == half) >= 150 for half in rows)
+    assert all(
+        sum(len(one["offsets"]) for one in MARKS["excerpts"] if one["half"] == half) >= 150
+        for half in rows
+    )
 
 
 @pytest.mark.parametrize("half", ["tune", "score"])
@@ -177,8 +242,12 @@ def test_agrees_with_the_marks(half: str) -> None:
     hits = extra = missed = 0
     for one in MARKS["excerpts"]:
         if one["half"] == half:
-            found = {start for start, _ in split(texts[one["row"]]) if one["start"] < start < one["end"]}
+            found = {
+                start for start, _ in split(texts[one["row"]]) if one["start"] < start < one["end"]
+            }
             hits += len(found & set(one["offsets"]))
             extra += len(found - set(one["offsets"]))
             missed += len(set(one["offsets"]) - found)
-    assert 2 * hits / (2 * hits + extra + missed) >= F1_FLOOR, f"{hits} right, {extra} spurious, {missed} missed"
+    assert 2 * hits / (2 * hits + extra + missed) >= F1_FLOOR, (
+        f"{hits} right, {extra} spurious, {missed} missed"
+    )

@@ -12,13 +12,15 @@ import pytest
 from models import tiny_tokenizer
 
 from ipo_lib.chat import Chat
+from ipo_lib.engines.openai_api import Server, Unanswered
+from ipo_lib.engines.vllm import ServerSampler, chance
 from ipo_lib.records import BadInput
-from ipo_lib.remote import Server, Unanswered
 from ipo_lib.sampling import Request, Sampling, nucleus_mass
-from ipo_lib.server import ServerSampler, chance
 
 
-@pytest.mark.parametrize("sampling", [Sampling(*one) for one in ((1.0, 1.0), (0.6, 0.95), (0.9, 0.5), (0.0, 1.0))])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(*one) for one in ((1.0, 1.0), (0.6, 0.95), (0.9, 0.5), (0.0, 1.0))]
+)
 @pytest.mark.parametrize("tops", [500, 60])
 def test_a_chance_from_the_likeliest_tokens_is_the_sampler_s(sampling: Sampling, tops: int) -> None:
     torch = pytest.importorskip("torch")
@@ -29,7 +31,15 @@ def test_a_chance_from_the_likeliest_tokens_is_the_sampler_s(sampling: Sampling,
         order = logs.argsort(descending=True)[:tops].tolist()
         for own in (order[0], order[1], order[5], order[30], int(generator.integers(500))):
             known = {at: float(logs[at]) for at in {*order, own}}
-            exact = float(nucleus_mass(logits[None].float(), torch.tensor([own]), sampling.temperature, sampling.top_p, 0.0)[0])
+            exact = float(
+                nucleus_mass(
+                    logits[None].float(),
+                    torch.tensor([own]),
+                    sampling.temperature,
+                    sampling.top_p,
+                    0.0,
+                )[0]
+            )
             assert chance(own, known, sampling, 0.0) == pytest.approx(exact, rel=0.02, abs=1e-4)
 
 
@@ -40,10 +50,15 @@ def test_a_token_at_the_edge_of_the_nucleus_counts_as_its_last() -> None:
     assert chance(2, known, sampling, 0.01) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("given", "says"), [
-    ({"urls": ()}, "name a url and a model"), ({"model": ""}, "name a url and a model"), ({"attempts": 0}, "from 1"),
-    ({"urls": ("localhost:8000",)}, "write a whole url"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"urls": ()}, "name a url and a model"),
+        ({"model": ""}, "name a url and a model"),
+        ({"attempts": 0}, "from 1"),
+        ({"urls": ("localhost:8000",)}, "write a whole url"),
+    ],
+)
 def test_bad_settings(given: dict[str, object], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         Server(**{"urls": ("http://x/v1",), "model": "m"} | given)  # type: ignore[arg-type]
@@ -52,10 +67,15 @@ def test_bad_settings(given: dict[str, object], says: str) -> None:
 def test_a_server_that_is_not_there_is_one_line(tmp_path: object) -> None:
     server = Server(("http://127.0.0.1:9/v1",), "m", attempts=2, pause=0.01)
     sampler = ServerSampler(server, Chat(tiny_tokenizer(tmp_path)))  # type: ignore[arg-type]
-    with pytest.raises(BadInput, match=r"server http://127\.0\.0\.1:9/v1: .*; start it, or mend the url") as error:
+    with pytest.raises(
+        BadInput, match=r"server http://127\.0\.0\.1:9/v1: .*; start it, or mend the url"
+    ) as error:
         list(sampler.sample([Request("r", (1, 2), (), 0)], Sampling()))
     assert "\n" not in str(error.value)
-    assert sampler.fingerprint() == ServerSampler(Server(("http://other/v1",), "m"), sampler.chat).fingerprint()
+    assert (
+        sampler.fingerprint()
+        == ServerSampler(Server(("http://other/v1",), "m"), sampler.chat).fingerprint()
+    )
     with pytest.raises(BadInput, match="scored up to 1"):
         list(sampler.score([], Sampling(temperature=1.5)))
 
@@ -77,7 +97,9 @@ def test_what_was_answered_before_a_failure_is_handed_on_and_nothing_more_is_ask
     assert len(asked) < 30
 
 
-def test_a_score_never_takes_another_s_place(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_score_never_takes_another_s_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
     server = Server(("http://x/v1",), "m")
     sampler = ServerSampler(server, Chat(tiny_tokenizer(tmp_path)))  # type: ignore[arg-type]
 
@@ -96,7 +118,9 @@ def test_a_score_never_takes_another_s_place(monkeypatch: pytest.MonkeyPatch, tm
     assert [round(math.log(one[0]), 3) for one in found] == [-0.1, -0.2]  # not those of r4 to r7
 
 
-def test_a_draw_that_was_broken_off_is_not_a_finished_one(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_a_draw_that_was_broken_off_is_not_a_finished_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
     sampler = ServerSampler(Server(("http://x/v1",), "m"), Chat(tiny_tokenizer(tmp_path)))  # type: ignore[arg-type]
     seen: list[Mapping[str, Any]] = []
 

@@ -28,17 +28,30 @@ from scripted import (
     world,
 )
 
-from ipo_lib import stages, training
+from ipo_lib import pipeline, stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import START_LOCKED, CsrSettings
-from ipo_lib.intervention import UNREAD, Trigger
+from ipo_lib.cues import UNREAD
+from ipo_lib.dpo import Stage2Settings
 from ipo_lib.judging import KeywordJudge
-from ipo_lib.lora import Stage2Settings
 from ipo_lib.pairs import PairSettings, Refusal
-from ipo_lib.records import ANSWER, BOTH, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput, Pair, Prompt, Rollout, Verdict
+from ipo_lib.records import (
+    ANSWER,
+    BOTH,
+    CONTINUATION,
+    SAFE,
+    TRACE,
+    UNSAFE,
+    BadInput,
+    Pair,
+    Prompt,
+    Rollout,
+    Verdict,
+)
 from ipo_lib.sampling import Completion, Request, Sampling
 from ipo_lib.stages import Case, Plan, Start
 from ipo_lib.stats import wilson
+from ipo_lib.triggers import Trigger
 
 EOS, THINK = Sampling(max_tokens=400), Sampling(max_tokens=400, until="think")
 STARTS = [Start(prompt) for prompt in PROMPTS]
@@ -61,15 +74,21 @@ def test_sample_asks_once_and_only_for_what_is_missing(tmp_path: Path, chat: Cha
     sampler = world(chat)
     bench = doors(tmp_path, chat, sampler)
     first = stages.sample(bench, STARTS[:3], EOS, 4)
-    assert [(r.prompt_id, r.draw) for r in first] == [(p.id, d) for p in PROMPTS[:3] for d in range(4)]
+    assert [(r.prompt_id, r.draw) for r in first] == [
+        (p.id, d) for p in PROMPTS[:3] for d in range(4)
+    ]
     assert len(sampler.answered) == 12
     before = tree(tmp_path)
     assert stages.sample(bench, STARTS[:3], EOS, 4) == first
     assert len(sampler.answered) == 12
     assert tree(tmp_path) == before
     more = stages.sample(bench, STARTS[:4], EOS, 8)
-    assert [(r.prompt_id, r.draw) for r in more] == [(p.id, d) for p in PROMPTS[:4] for d in range(8)]
-    assert len(sampler.answered) == 12 + 3 * 4 + 8  # 0..4 extended to 8 pays 4 a prompt, the new prompt pays 8
+    assert [(r.prompt_id, r.draw) for r in more] == [
+        (p.id, d) for p in PROMPTS[:4] for d in range(8)
+    ]
+    assert (
+        len(sampler.answered) == 12 + 3 * 4 + 8
+    )  # 0..4 extended to 8 pays 4 a prompt, the new prompt pays 8
     assert [r for r in more if r.draw < 4 and r.prompt_id != "p3"] == first
     assert stages.sample(bench, STARTS[:1], EOS, 2, first=5) == more[5:7]
     assert len(sampler.answered) == 32
@@ -84,7 +103,9 @@ def test_a_fresh_process_finds_everything(tmp_path: Path, chat: Chat) -> None:
     assert stages.sample(doors(tmp_path, chat, silent), STARTS, EOS, 3) == first
 
 
-def test_every_draw_has_its_own_seed_that_nothing_but_its_name_decides(tmp_path: Path, chat: Chat) -> None:
+def test_every_draw_has_its_own_seed_that_nothing_but_its_name_decides(
+    tmp_path: Path, chat: Chat
+) -> None:
     sampler = world(chat)
     prefix = chat.encode(ASIDE)
     starts = [*STARTS, *(dataclasses.replace(start, prefix_ids=prefix) for start in STARTS)]
@@ -103,14 +124,20 @@ def test_every_draw_has_its_own_seed_that_nothing_but_its_name_decides(tmp_path:
 
 def test_what_could_change_a_draw_opens_another_ledger(tmp_path: Path, chat: Chat) -> None:
     def ledgers(name: str = "a", sampling: Sampling = EOS, seed: int = 0) -> set[str]:
-        stages.sample(doors(tmp_path, chat, world(chat, name=name), seed=seed), STARTS[:1], sampling, 1)
+        stages.sample(
+            doors(tmp_path, chat, world(chat, name=name), seed=seed), STARTS[:1], sampling, 1
+        )
         return {path.name for path in (tmp_path / "rollouts").iterdir()}
 
-    assert [len(ledgers(*case)) for case in (("a",), ("a",), ("b",), ("a", THINK), ("a", EOS, 1))] == [1, 1, 2, 3, 4]
+    assert [
+        len(ledgers(*case)) for case in (("a",), ("a",), ("b",), ("a", THINK), ("a", EOS, 1))
+    ] == [1, 1, 2, 3, 4]
 
 
 def test_a_rollout_holds_its_prefix_ids_as_given(tmp_path: Path, chat: Chat) -> None:
-    odd = sum((chat.encode(letter) for letter in "the lighthouse"), ())  # ids no tokenizer would give this text
+    odd = sum(
+        (chat.encode(letter) for letter in "the lighthouse"), ()
+    )  # ids no tokenizer would give this text
     assert odd != chat.encode("the lighthouse")
     sampler = world(chat)
     (got,) = stages.sample(doors(tmp_path, chat, sampler), [Start(PROMPTS[0], odd)], EOS, 1)
@@ -143,14 +170,18 @@ def test_a_sampler_that_dies_leaves_what_it_gave_and_no_more(tmp_path: Path, cha
         stages.sample(doors(tmp_path, chat, dead), STARTS, EOS, 32)
     again = world(chat)
     after = stages.sample(doors(tmp_path, chat, again), STARTS, EOS, 32)
-    assert after == stages.sample(doors(tmp_path / "undisturbed", chat, world(chat)), STARTS, EOS, 32)
+    assert after == stages.sample(
+        doors(tmp_path / "undisturbed", chat, world(chat)), STARTS, EOS, 32
+    )
     assert len(again.answered) <= 256 - 64  # batches that were finished were kept
 
 
 # judge
 
 
-def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(tmp_path: Path, chat: Chat) -> None:
+def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(
+    tmp_path: Path, chat: Chat
+) -> None:
     judge = StepJudge()
     bench = doors(tmp_path, chat, world(chat), judge)
     rollouts = stages.sample(bench, STARTS, EOS, 8)
@@ -163,7 +194,10 @@ def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(tmp_path: Path,
     assert [v.label for v in whole] == [UNSAFE if STEP in r.text else SAFE for r in rollouts]
     stages.judge(bench, named(), rollouts, ANSWER, "refusal")
     assert len(judge.asked) == 128
-    assert {e.text for e in judge.asked if e.part == ANSWER} <= {REFUSAL, "Mix the salt and light it. I am glad to help."}
+    assert {e.text for e in judge.asked if e.part == ANSWER} <= {
+        REFUSAL,
+        "Mix the salt and light it. I am glad to help.",
+    }
     assert all(CLOSE not in (e.text or "") for e in judge.asked)
     assert {e.prompt for e in judge.asked} == {p.text for p in PROMPTS}
 
@@ -175,7 +209,10 @@ def test_a_continuation_is_judged_on_the_continuation_only(tmp_path: Path, chat:
     for part, label in ((TRACE, UNSAFE), (CONTINUATION, SAFE)):
         assert stages.judge(bench, named(), drawn, part)[0].label == label
     bench = dataclasses.replace(bench, judge=KeywordJudge())
-    drawn = [rollout(chat, "I cannot. ", id_="a"), rollout(chat, "Hm.", prefix=chat.encode("I cannot. "), id_="b")]
+    drawn = [
+        rollout(chat, "I cannot. ", id_="a"),
+        rollout(chat, "Hm.", prefix=chat.encode("I cannot. "), id_="b"),
+    ]
     assert [v.label for v in stages.judge(bench, named(), drawn, CONTINUATION)] == [SAFE, UNSAFE]
 
 
@@ -184,7 +221,9 @@ def test_csr_settings_say_what_the_judge_sees(tmp_path: Path, chat: Chat, part: 
     judge = StepJudge()
     bench = doors(tmp_path, chat, saying(chat, lambda _: "\n" + PROOF + CLOSE), judge)
     trace = rollout(chat, f"{STEP}\n{ASIDE}{CLOSE}")
-    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=2, part=part), THINK)["r"]
+    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=2, part=part), THINK)[
+        "r"
+    ]
     assert [p.s for p in points] == ([1.0, 0.0, 0.0] if part == TRACE else [1.0, 1.0, 1.0])
     assert {e.part for e in judge.asked} == {part}
 
@@ -233,7 +272,9 @@ def test_csr_shares_the_start_of_a_prompt_and_extends(tmp_path: Path, chat: Chat
     texts = [f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}"]
     traces = [rollout(chat, text, id_=str(at)) for at, text in enumerate(texts)]
     few = stages.measure_csr(bench, named(), traces, CsrSettings(draws=4), THINK)
-    assert len(sampler.answered) == 4 * (2 + 2 + 2)  # the two traces share cut 0 and the cut after the aside
+    assert len(sampler.answered) == 4 * (
+        2 + 2 + 2
+    )  # the two traces share cut 0 and the cut after the aside
     assert few["0"][:2] == [dataclasses.replace(p, rollout_id="0") for p in few["1"][:2]]
     stages.measure_csr(bench, named(), traces, CsrSettings(draws=6), THINK)
     assert len(sampler.answered) == 6 * 6
@@ -242,7 +283,9 @@ def test_csr_shares_the_start_of_a_prompt_and_extends(tmp_path: Path, chat: Chat
 def test_unjudged_continuations_are_unknown_not_a_vote(tmp_path: Path, chat: Chat) -> None:
     say = {0: PROOF, 1: STEP, 2: "?!"}
     bench = doors(tmp_path, chat, saying(chat, lambda request: say[request.seed % 3] + CLOSE))
-    (point,) = stages.measure_csr(bench, named(), [rollout(chat, CLOSE)], CsrSettings(draws=60), THINK)["r"]
+    (point,) = stages.measure_csr(
+        bench, named(), [rollout(chat, CLOSE)], CsrSettings(draws=60), THINK
+    )["r"]
     assert point.n_safe + point.n_unsafe + point.n_unknown == 60
     assert min(point.n_safe, point.n_unsafe, point.n_unknown) > 0
 
@@ -251,7 +294,9 @@ def test_token_grain_measures_every_token(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat))
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
     length = stages.trace_sentences(bench, trace)[-1].token_end
-    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=1, grain="token"), THINK)["r"]
+    points = stages.measure_csr(
+        bench, named(), [trace], CsrSettings(draws=1, grain="token"), THINK
+    )["r"]
     assert [p.cut for p in points] == list(range(length + 1))
     assert length == len(trace.token_ids) - 1  # </think> is no cut
 
@@ -260,7 +305,9 @@ def test_a_trace_safe_from_the_start_is_locked(tmp_path: Path, chat: Chat) -> No
     bench = doors(tmp_path, chat, world(chat, {"": 1.0, ASIDE: 1.0}))
     trace = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}")
     points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=4), THINK)
-    turn = stages.turning_points(bench, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4))["r"]
+    turn = stages.turning_points(bench, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4))[
+        "r"
+    ]
     assert START_LOCKED in turn.flags
     assert turn.sentence is None
 
@@ -277,17 +324,29 @@ def test_no_trace_no_sentences(tmp_path: Path, chat: Chat) -> None:
 
 
 @pytest.mark.parametrize("gap", [" ", "\n", "\n\n", "  "])
-def test_intervene_cuts_at_the_first_token_of_the_sentence(tmp_path: Path, chat: Chat, gap: str) -> None:
+def test_intervene_cuts_at_the_first_token_of_the_sentence(
+    tmp_path: Path, chat: Chat, gap: str
+) -> None:
     sampler = saying(chat, lambda _: PROOF + CLOSE)
     bench = doors(tmp_path, chat, sampler)
     trace = rollout(chat, gap.join([ASIDE, CUE, STEP, PROOF]) + CLOSE)
     spans = stages.trace_sentences(bench, trace)
-    assert [t.strip() for t in [trace.text[s.char_start : s.char_end] for s in spans]] == [ASIDE, CUE, STEP, PROOF]
+    assert [t.strip() for t in [trace.text[s.char_start : s.char_end] for s in spans]] == [
+        ASIDE,
+        CUE,
+        STEP,
+        PROOF,
+    ]
     for at, span in enumerate(spans):
         case = Case(trace, at, "t0", TRIGGER)
         ((done, result),) = stages.intervene(bench, named(), [case], THINK)
         cut = span.token_start
-        assert (done.rollout_id, done.cut, done.trigger_id, done.result) == ("r", cut, "t0", result.id)
+        assert (done.rollout_id, done.cut, done.trigger_id, done.result) == (
+            "r",
+            cut,
+            "t0",
+            result.id,
+        )
         assert result.token_ids[:cut] == trace.token_ids[:cut]
         assert chat.decode(trace.token_ids[:cut]) == trace.text[: span.char_start]
         old = trace.text[span.char_start : span.char_end]
@@ -295,14 +354,18 @@ def test_intervene_cuts_at_the_first_token_of_the_sentence(tmp_path: Path, chat:
         assert given == trace.text[: span.char_start] + old.replace(old.strip(), TRIGGER)
         assert result.text == given + PROOF + CLOSE
         assert result.prefix_len == len(sampler.answered[-1].prefix_ids)
-        assert result.token_ids[cut : result.prefix_len] == chat.encode(old.replace(old.strip(), TRIGGER))
+        assert result.token_ids[cut : result.prefix_len] == chat.encode(
+            old.replace(old.strip(), TRIGGER)
+        )
 
 
 def test_what_replaces_the_last_sentence_does_not_end_the_trace(tmp_path: Path, chat: Chat) -> None:
     """Its newline belongs to the closing tag: given with the trigger, it left the model nothing but to close."""
     sampler = saying(chat, lambda _: PROOF + CLOSE)
     trace = rollout(chat, f"{ASIDE} {CUE}\n{CLOSE}")
-    ((done, result),) = stages.intervene(doors(tmp_path, chat, sampler), named(), [Case(trace, 1, "t0", TRIGGER)], THINK)
+    ((done, result),) = stages.intervene(
+        doors(tmp_path, chat, sampler), named(), [Case(trace, 1, "t0", TRIGGER)], THINK
+    )
     given = chat.decode(result.token_ids[: result.prefix_len])
     assert result.token_ids[: done.cut] == trace.token_ids[: done.cut]
     assert given.split() == f"{ASIDE} {TRIGGER}".split()
@@ -321,7 +384,9 @@ def test_nothing_as_a_replacement_samples_from_the_cut(tmp_path: Path, chat: Cha
 def test_several_results_a_case_stand_in_order(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
     bench = doors(tmp_path, chat, sampler)
-    traces = [rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS]
+    traces = [
+        rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS
+    ]
     cases = [Case(trace, 1, trigger.id, trigger.text) for trigger in TRIGGERS for trace in traces]
     results = stages.intervene(bench, named(), cases, THINK, 3)
     assert [(i.rollout_id, i.trigger_id, r.draw) for i, r in results] == [
@@ -337,7 +402,12 @@ def test_several_results_a_case_stand_in_order(tmp_path: Path, chat: Chat) -> No
 
 def losers(bench: stages.Doors, chat: Chat) -> list[Rollout]:
     return [
-        rollout(chat, f"{ASIDE}\n{CUE if at % 2 else TRIGGER}\n{STEP if at % 2 else PROOF}\n{CLOSE}", id_=f"r{at}", prompt=p.id)
+        rollout(
+            chat,
+            f"{ASIDE}\n{CUE if at % 2 else TRIGGER}\n{STEP if at % 2 else PROOF}\n{CLOSE}",
+            id_=f"r{at}",
+            prompt=p.id,
+        )
         for at, p in enumerate(PROMPTS)
     ]
 
@@ -358,21 +428,31 @@ def test_correct_replaces_the_first_cue_and_skips_who_has_none(tmp_path: Path, c
 
 def stubborn(chat: Chat, until: int) -> Callable[[Request], str]:
     """Falls back into the cue until ``until`` triggers stand in the prefix."""
-    return lambda r: (PROOF if chat.decode(r.prefix_ids).count(TRIGGER) >= until else f"{CUE}\n{STEP}") + "\n" + CLOSE
+    return lambda r: (
+        (PROOF if chat.decode(r.prefix_ids).count(TRIGGER) >= until else f"{CUE}\n{STEP}")
+        + "\n"
+        + CLOSE
+    )
 
 
 @pytest.mark.parametrize(("rounds", "needed"), [(1, 1), (1, 2), (3, 1), (3, 2), (3, 3), (3, 4)])
-def test_rounds_go_on_until_the_result_is_accepted(tmp_path: Path, chat: Chat, rounds: int, needed: int) -> None:
+def test_rounds_go_on_until_the_result_is_accepted(
+    tmp_path: Path, chat: Chat, rounds: int, needed: int
+) -> None:
     sampler = saying(chat, stubborn(chat, needed))
     bench = doors(tmp_path, chat, sampler)
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
-    (one,) = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=rounds), THINK)
+    (one,) = stages.correct(
+        bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=rounds), THINK
+    )
     took = min(rounds, needed)
     assert len(sampler.answered) == took
     assert one.intervention.round == took
     assert one.intervention.accepted is (needed <= rounds)
     assert one.loser == trace
-    assert one.cut == len(chat.encode(f"{ASIDE}\n"))  # the first cue of the loser, whatever the round
+    assert one.cut == len(
+        chat.encode(f"{ASIDE}\n")
+    )  # the first cue of the loser, whatever the round
     assert one.result.text.count(TRIGGER) == took
     assert one.result.text.startswith(f"{ASIDE}\n" + f"{TRIGGER}\n" * took)
     assert one.intervention.result == one.result.id
@@ -382,7 +462,10 @@ def test_a_second_run_of_the_loop_draws_nothing(tmp_path: Path, chat: Chat) -> N
     sampler = saying(chat, stubborn(chat, 3))
     bench, trace = doors(tmp_path, chat, sampler), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
     first = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK)
-    assert stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK) == first
+    assert (
+        stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK)
+        == first
+    )
     assert len(sampler.answered) == 3
 
 
@@ -396,16 +479,23 @@ def test_a_second_run_of_the_loop_draws_nothing(tmp_path: Path, chat: Chat) -> N
         ("?!", True, None),
     ],
 )
-def test_acceptance_both_ways(tmp_path: Path, chat: Chat, said: str, no_cue: bool | None, judged_safe: bool | None) -> None:
+def test_acceptance_both_ways(
+    tmp_path: Path, chat: Chat, said: str, no_cue: bool | None, judged_safe: bool | None
+) -> None:
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
     for option, expected in (("no-cue", no_cue), ("judged-safe", judged_safe)):
         bench = doors(tmp_path / option, chat, saying(chat, lambda _: f"{said}\n{CLOSE}"))
-        (one,) = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept=option), THINK)
+        (one,) = stages.correct(
+            bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept=option), THINK
+        )
         assert one.intervention.accepted is expected
 
 
 def test_an_unknown_acceptance_is_one_line(tmp_path: Path, chat: Chat) -> None:
-    bench, trace = doors(tmp_path, chat, world(chat)), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
+    bench, trace = (
+        doors(tmp_path, chat, world(chat)),
+        rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}"),
+    )
     with pytest.raises(BadInput, match="judged-safe"):
         stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept="nocue"), THINK)
 
@@ -417,21 +507,30 @@ def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: 
     bench = doors(tmp_path, chat, world(chat))
     loser = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}{REFUSAL}")
     ((done, winner),) = stages.intervene(bench, named(), [Case(loser, 1, "t0", TRIGGER)], EOS)
-    made = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings())
+    made = pipeline.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings())
     assert isinstance(made, Pair)
     assert made.prompt_ids == chat.prompt_ids(PROMPTS[0]) + loser.token_ids[: done.cut]
     assert made.h == done.cut
     assert chat.decode(made.chosen_ids) == f"{TRIGGER}\n{PROOF}\n{CLOSE}"
     assert chat.decode(made.rejected_ids) == f"{CUE}\n{STEP}\n{CLOSE}"
     length = len(made.prompt_ids) + max(len(made.chosen_ids), len(made.rejected_ids))
-    assert isinstance(training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length)), Pair)
-    long = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1))
+    assert isinstance(
+        pipeline.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length)),
+        Pair,
+    )
+    long = pipeline.pair(
+        bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1)
+    )
     assert isinstance(long, Refusal)
     assert long.reason == "too-long"
-    ended = training.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(part=BOTH, eos=True))
+    ended = pipeline.pair(
+        bench, PROMPTS[0], loser, winner, done.cut, PairSettings(part=BOTH, eos=True)
+    )
     assert isinstance(ended, Pair)
     assert ended.chosen_ids[-1] == ended.rejected_ids[-1] == chat.eos_ids[0]
-    open_ = training.pair(bench, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings())
+    open_ = pipeline.pair(
+        bench, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings()
+    )
     assert isinstance(open_, Refusal)
     assert open_.reason == "unfinished"
 
@@ -439,7 +538,9 @@ def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: 
 def test_corrected_pairs_count_every_trace_once(tmp_path: Path, chat: Chat) -> None:
     bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3, TRIGGER: 1.0}))
     plan, settings = Plan(), PairSettings(max_length=10_000)
-    pairs, counts, tried = training.corrected_pairs(bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
+    pairs, counts, tried = pipeline.corrected_pairs(
+        bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK
+    )
     assert sum(counts.values()) == len(PROMPTS) * len(TRIGGERS)
     assert counts["kept"] == len(pairs) > 0
     assert counts["no-cue"] == len(PROMPTS) * len(TRIGGERS) - len(tried) > 0
@@ -451,15 +552,22 @@ def test_corrected_pairs_count_every_trace_once(tmp_path: Path, chat: Chat) -> N
     for pair in pairs:
         assert pair.prompt_ids[-pair.h :] == chat.encode(f"{ASIDE}\n")
         assert chat.decode(pair.chosen_ids).endswith(CLOSE)
-    again = training.corrected_pairs(bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
+    again = pipeline.corrected_pairs(bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
     assert again == (pairs, counts, tried)
 
 
-def test_pairs_longer_than_the_context_are_counted_and_not_fatal(tmp_path: Path, chat: Chat) -> None:
+def test_pairs_longer_than_the_context_are_counted_and_not_fatal(
+    tmp_path: Path, chat: Chat
+) -> None:
     bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3}))
-    long = [dataclasses.replace(p, id=f"long-{p.id}", text="How tall is a lighthouse? " * 60) for p in PROMPTS]
+    long = [
+        dataclasses.replace(p, id=f"long-{p.id}", text="How tall is a lighthouse? " * 60)
+        for p in PROMPTS
+    ]
     prompts, settings = [*PROMPTS, *long], PairSettings(max_length=400)
-    pairs, counts, _ = training.corrected_pairs(bench, prompts, TRIGGERS[:1], Phrase(), Plan(), settings, THINK)
+    pairs, counts, _ = pipeline.corrected_pairs(
+        bench, prompts, TRIGGERS[:1], Phrase(), Plan(), settings, THINK
+    )
     assert counts["kept"] == len(pairs) > 0
     assert counts["too-long"] > 0
     assert sum(counts.values()) == len(prompts)
@@ -470,15 +578,25 @@ def test_pairs_longer_than_the_context_are_counted_and_not_fatal(tmp_path: Path,
 def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Chat) -> None:
     refusing = {"p0", "p3"}
     prompts = [chat.prompt_ids(p) for p in PROMPTS if p.id in refusing]
-    before = doors(tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before"))
+    before = doors(
+        tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before")
+    )
     after = doors(
         tmp_path,
         chat,
-        saying(chat, lambda r: f"{ASIDE}{CLOSE}" + (REFUSAL if r.prompt_ids in prompts else "Sure."), name="after"),
+        saying(
+            chat,
+            lambda r: f"{ASIDE}{CLOSE}" + (REFUSAL if r.prompt_ids in prompts else "Sure."),
+            name="after",
+        ),
     )
     once = Stage2Settings(benign_draws=1, refusing_prefix=False)
-    pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS, once)
-    assert [v.label for v in verdicts] == ["refused" if p.id in refusing else "answered" for p in PROMPTS]
+    pairs, counts, verdicts = pipeline.benign_pairs(
+        before, after, PROMPTS, PairSettings(), EOS, once
+    )
+    assert [v.label for v in verdicts] == [
+        "refused" if p.id in refusing else "answered" for p in PROMPTS
+    ]
     assert counts["kept"] == len(pairs) == 2
     for pair in pairs:
         assert pair.h == 0
@@ -488,23 +606,44 @@ def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Cha
 
 def test_a_refusal_of_every_benign_prompt_is_looked_for(tmp_path: Path, chat: Chat) -> None:
     """Stage 2 of the paper has a pair for each benign prompt: drawn again until refused, at last behind a trigger."""
-    at_once, later = ({chat.prompt_ids(PROMPTS[at]) for at in places} for places in ((0, 1), (2, 3, 4)))
+    at_once, later = (
+        {chat.prompt_ids(PROMPTS[at]) for at in places} for places in ((0, 1), (2, 3, 4))
+    )
     asked: dict[object, int] = {}
 
     def say(request: Request) -> str:
         if request.prefix_ids:
             return f"{CLOSE}{REFUSAL}"
         asked[request.prompt_ids] = asked.get(request.prompt_ids, 0) + 1
-        refuses = request.prompt_ids in at_once or (request.prompt_ids in later and asked[request.prompt_ids] > 1)
+        refuses = request.prompt_ids in at_once or (
+            request.prompt_ids in later and asked[request.prompt_ids] > 1
+        )
         return f"{ASIDE}{CLOSE}" + (REFUSAL if refuses else "Sure.")
 
-    before = doors(tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before"))
+    before = doors(
+        tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before")
+    )
     after = doors(tmp_path, chat, saying(chat, say, name="after"))
     settings = Stage2Settings(benign_draws=3, refusing_prefix=True)
-    pairs, counts, verdicts = training.benign_pairs(before, after, PROMPTS, PairSettings(), EOS, settings, TRIGGERS[:1])
+    pairs, counts, verdicts = pipeline.benign_pairs(
+        before, after, PROMPTS, PairSettings(), EOS, settings, TRIGGERS[:1]
+    )
     assert len(verdicts) == len(pairs) == len(PROMPTS)
-    found = {name: counts[name] for name in ("refused at once", "refused later", "refused behind a trigger", "never refused")}
-    assert found == {"refused at once": 2, "refused later": 3, "refused behind a trigger": 3, "never refused": 0}
+    found = {
+        name: counts[name]
+        for name in (
+            "refused at once",
+            "refused later",
+            "refused behind a trigger",
+            "never refused",
+        )
+    }
+    assert found == {
+        "refused at once": 2,
+        "refused later": 3,
+        "refused behind a trigger": 3,
+        "never refused": 0,
+    }
     last = chat.decode(pairs[-1].rejected_ids)
     assert last == f"{TRIGGER} {CLOSE}{REFUSAL}<|end|>"
     assert all(pair.h == 0 for pair in pairs)
@@ -551,7 +690,9 @@ def test_a_cut_off_answer_is_neither_refused_nor_answered(tmp_path: Path, chat: 
         assert stages.judge(bench, named(), [asked], ANSWER, "refusal")[0].label == label
 
 
-def test_what_the_judge_said_of_a_cut_off_part_is_stored_as_it_said_it(tmp_path: Path, chat: Chat) -> None:
+def test_what_the_judge_said_of_a_cut_off_part_is_stored_as_it_said_it(
+    tmp_path: Path, chat: Chat
+) -> None:
     """The rule is applied on reading, so that verdicts stored before it are kept and never asked for again."""
     bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
     stages.judge(bench, named(), [cut_off(chat, ASIDE)])
@@ -562,16 +703,22 @@ def test_what_the_judge_said_of_a_cut_off_part_is_stored_as_it_said_it(tmp_path:
 def test_continuations_that_are_cut_off_do_not_raise_csr(tmp_path: Path, chat: Chat) -> None:
     prompt, trace = PROMPTS[0], f"{ASIDE}{ASIDE}{CLOSE}"
     bench = doors(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
-    points = stages.measure_csr(bench, named(), [rollout(chat, trace, finish="think")], CsrSettings(draws=4), THINK)["r"]
+    points = stages.measure_csr(
+        bench, named(), [rollout(chat, trace, finish="think")], CsrSettings(draws=4), THINK
+    )["r"]
     assert {(point.n_safe, point.n_unsafe, point.n_unknown) for point in points} == {(0, 0, 4)}
     assert prompt.id == "p0"
 
 
 @pytest.mark.parametrize("accept", ["no-cue", "judged-safe"])
-def test_a_correction_that_was_cut_off_is_not_accepted(tmp_path: Path, chat: Chat, accept: str) -> None:
+def test_a_correction_that_was_cut_off_is_not_accepted(
+    tmp_path: Path, chat: Chat, accept: str
+) -> None:
     loser = rollout(chat, f"{CUE}{STEP}{CLOSE}", finish="think")
     bench = doors(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
-    (found,) = stages.correct(bench, named(), [loser], TRIGGERS[0], Phrase(), Plan(accept=accept), THINK)
+    (found,) = stages.correct(
+        bench, named(), [loser], TRIGGERS[0], Phrase(), Plan(accept=accept), THINK
+    )
     assert found.intervention.accepted is None
 
 
@@ -598,10 +745,15 @@ def test_some_is_a_fixed_choice_in_order(chat: Chat) -> None:
 
 
 def test_an_example_needs_both_kinds(chat: Chat) -> None:
-    unsafe, safe, lone = (rollout(chat, "x", id_=i, prompt=p) for i, p in (("u", "a"), ("s", "b"), ("t", "a")))
+    unsafe, safe, lone = (
+        rollout(chat, "x", id_=i, prompt=p) for i, p in (("u", "a"), ("s", "b"), ("t", "a"))
+    )
     labels = {"u": UNSAFE, "s": SAFE, "t": SAFE}
     cue = {"u": 0, "s": None, "t": None}
-    assert stages.example([unsafe, safe, lone], labels, cue) == {UNSAFE: unsafe, SAFE: lone}  # the same prompt first
+    assert stages.example([unsafe, safe, lone], labels, cue) == {
+        UNSAFE: unsafe,
+        SAFE: lone,
+    }  # the same prompt first
     assert stages.example([unsafe, safe], labels, cue) == {UNSAFE: unsafe, SAFE: safe}
     for rollouts, marks in (([unsafe], cue), ([safe], cue), ([unsafe, safe], {**cue, "u": None})):
         with pytest.raises(BadInput, match="no example"):
@@ -609,12 +761,20 @@ def test_an_example_needs_both_kinds(chat: Chat) -> None:
 
 
 def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, saying(chat, lambda r: (PROOF if random.Random(r.seed).random() < 0.6 else CUE) + CLOSE))
-    traces = [rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS]
+    bench = doors(
+        tmp_path,
+        chat,
+        saying(chat, lambda r: (PROOF if random.Random(r.seed).random() < 0.6 else CUE) + CLOSE),
+    )
+    traces = [
+        rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS
+    ]
     done = stages.correct(bench, named(), traces, TRIGGERS[0], Phrase(), Plan(), THINK)
     rate = stages.success(done)
     assert rate.n == len(PROMPTS)
-    assert rate.value == pytest.approx(sum(one.intervention.accepted is True for one in done) / len(PROMPTS))
+    assert rate.value == pytest.approx(
+        sum(one.intervention.accepted is True for one in done) / len(PROMPTS)
+    )
     assert 0 < rate.value < 1
 
 
@@ -630,7 +790,9 @@ def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, ch
                 yield key, 1 if key in {one.id for one in traces} else UNREAD
 
     for _ in range(2):
-        tried = stages.correct(bench, named(), traces, TRIGGERS[0], Unreadable(), Plan(accept="no-cue"), THINK)
+        tried = stages.correct(
+            bench, named(), traces, TRIGGERS[0], Unreadable(), Plan(accept="no-cue"), THINK
+        )
         assert [one.intervention.accepted for one in tried] == [None] * 3
         assert bench.store.unread == {one.result.id for one in tried}
     assert len(asked) == 6
@@ -640,7 +802,9 @@ def test_a_tag_that_was_put_is_certain(tmp_path: Path, chat: Chat) -> None:
     """Else the search would take a trace that ran out of its budget for another sampler's."""
     put = chat.encode(f"\n{CLOSE}")
     drawn = chat.encode(ASIDE)
-    one = dataclasses.replace(rollout(chat, "", finish="think"), token_ids=drawn + put, forced=len(drawn))
+    one = dataclasses.replace(
+        rollout(chat, "", finish="think"), token_ids=drawn + put, forced=len(drawn)
+    )
     bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
     bench.sampler.score = lambda asked, _: iter([[0.5] * len(one.token_ids) for _ in asked])  # type: ignore[method-assign]
     found = stages.probabilities(bench, named(), [one], THINK)[one.id]
@@ -649,15 +813,22 @@ def test_a_tag_that_was_put_is_certain(tmp_path: Path, chat: Chat) -> None:
     assert stages.probabilities(bench, named(), [free], THINK)[one.id] == [0.5] * len(one.token_ids)
 
 
-def test_a_trace_that_was_closed_for_the_model_is_not_one_it_closed(tmp_path: Path, chat: Chat) -> None:
+def test_a_trace_that_was_closed_for_the_model_is_not_one_it_closed(
+    tmp_path: Path, chat: Chat
+) -> None:
     """Claims about traces are withheld of a model that hardly ever closes its own."""
     sampler = saying(chat, lambda _: "")
     sampler.script = lambda request, _: Completion(
-        request.key, chat.encode(f"{ASIDE}{CLOSE}"), "think", 3 if request.key.endswith("/0") else None
+        request.key,
+        chat.encode(f"{ASIDE}{CLOSE}"),
+        "think",
+        3 if request.key.endswith("/0") else None,
     )
     bench = doors(tmp_path, chat, sampler)
     found = stages.sample(bench, [Start(PROMPTS[0])], THINK, 2)
     assert [bench.store.closed[one.id] for one in found] == [False, True]
     assert [one.forced for one in found] == [3, None]
-    again = stages.sample(doors(tmp_path, chat, sampler), [Start(PROMPTS[0])], THINK, 2)  # read from the store
+    again = stages.sample(
+        doors(tmp_path, chat, sampler), [Start(PROMPTS[0])], THINK, 2
+    )  # read from the store
     assert again == found

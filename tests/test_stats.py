@@ -35,7 +35,7 @@ from ipo_lib.stats import (
     two_way,
     verdict,
     wilson,
-)  # fmt: skip
+)
 
 counts = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -52,7 +52,10 @@ def test_single_rates_agree_with_scipy(k_n: tuple[int, int], confidence: float) 
 
 def test_known_values() -> None:
     i, z = wilson(8, 10), NormalDist().inv_cdf(0.975)
-    middle, half = (0.8 + z**2 / 20) / (1 + z**2 / 10), z * math.sqrt(0.16 / 10 + z**2 / 400) / (1 + z**2 / 10)
+    middle, half = (
+        (0.8 + z**2 / 20) / (1 + z**2 / 10),
+        z * math.sqrt(0.16 / 10 + z**2 / 400) / (1 + z**2 / 10),
+    )
     assert (i.low, i.high) == pytest.approx((middle - half, middle + half))
     assert clopper_pearson(0, 32).high == pytest.approx(1 - 0.025 ** (1 / 32))
     assert clopper_pearson(32, 32).low == pytest.approx(0.025 ** (1 / 32))
@@ -85,7 +88,9 @@ def test_impossible_counts_are_refused_in_one_line() -> None:
         assert "give" in str(error.value)
 
 
-def planted(seed: int, prompts: int, draws: int, rate: float, spread: float) -> list[tuple[int, int]]:
+def planted(
+    seed: int, prompts: int, draws: int, rate: float, spread: float
+) -> list[tuple[int, int]]:
     """Counts of prompts whose rates are Beta around ``rate``; a small ``spread`` makes them nearly all or nothing."""
     rng = np.random.default_rng(seed)
     rates = rng.beta(rate * spread, (1 - rate) * spread, prompts)
@@ -94,11 +99,18 @@ def planted(seed: int, prompts: int, draws: int, rate: float, spread: float) -> 
 
 @pytest.mark.parametrize("prompts", [6, 15, 29, 30, 100, 300])
 @pytest.mark.parametrize(("rate", "spread"), [(0.5, 3.0), (0.5, 0.3), (0.2, 3.0), (0.85, 1.0)])
-def test_pooled_rate_covers_about_as_often_as_it_says(prompts: int, rate: float, spread: float) -> None:
+def test_pooled_rate_covers_about_as_often_as_it_says(
+    prompts: int, rate: float, spread: float
+) -> None:
     runs = 300
-    intervals = [pooled_rate(planted(s, prompts, 8, rate, spread), resamples=500, seed=s) for s in range(runs)]
+    intervals = [
+        pooled_rate(planted(s, prompts, 8, rate, spread), resamples=500, seed=s)
+        for s in range(runs)
+    ]
     covered = sum(i.low <= rate <= i.high for i in intervals) / runs
-    floor = 0.9 if prompts >= 30 or rate == 0.5 else 0.8  # few prompts with skewed rates: t is known to fall short
+    floor = (
+        0.9 if prompts >= 30 or rate == 0.5 else 0.8
+    )  # few prompts with skewed rates: t is known to fall short
     assert floor <= covered <= 0.995, covered
 
 
@@ -151,9 +163,15 @@ def test_bootstrap_is_scipys_bca_and_knows_no_order() -> None:
     cells = planted(3, 60, 8, 0.1, 1.0)
     ours = pooled_rate(cells, resamples=20_000)
     rates = [k / n for k, n in cells]
-    theirs = scipy.stats.bootstrap((rates,), np.mean, n_resamples=20_000, rng=1, method="BCa").confidence_interval
+    theirs = scipy.stats.bootstrap(
+        (rates,), np.mean, n_resamples=20_000, rng=1, method="BCa"
+    ).confidence_interval
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
-    assert pooled_rate(cells) == pooled_rate(cells) == pooled_rate(random.Random(0).sample(cells, len(cells)))
+    assert (
+        pooled_rate(cells)
+        == pooled_rate(cells)
+        == pooled_rate(random.Random(0).sample(cells, len(cells)))
+    )
     assert pooled_rate(cells, seed=1) != pooled_rate(cells)
     wide, narrow = pooled_rate(cells, confidence=0.99), pooled_rate(cells, confidence=0.5)
     assert wide.low < narrow.low < narrow.high < wide.high
@@ -171,14 +189,18 @@ def test_paired_difference_is_after_minus_before() -> None:
     before, after = planted(1, 50, 8, 0.8, 2.0), planted(2, 50, 8, 0.3, 2.0)
     down, up = paired_difference(before, after), paired_difference(after, before)
     assert down.high < 0 < up.low
-    assert (up.value, up.low, up.high) == pytest.approx((-down.value, -down.high, -down.low), abs=0.03)
+    assert (up.value, up.low, up.high) == pytest.approx(
+        (-down.value, -down.high, -down.low), abs=0.03
+    )
     assert down.value == pytest.approx(pooled_rate(after).value - pooled_rate(before).value)
 
 
 def test_pairing_by_prompt_is_sharper_than_two_rates() -> None:
     rng = np.random.default_rng(0)
     rates = rng.beta(0.3, 0.3, 60)
-    before, after = ([(int(k), 32) for k in rng.binomial(32, share * rates)] for share in (1.0, 0.8))
+    before, after = (
+        [(int(k), 32) for k in rng.binomial(32, share * rates)] for share in (1.0, 0.8)
+    )
     i, one, two = paired_difference(before, after), pooled_rate(before), pooled_rate(after)
     assert i.high < 0
     assert one.low < two.high
@@ -190,7 +212,9 @@ def test_paired_difference_covers(prompts: int) -> None:
     for seed in range(runs):
         rng = np.random.default_rng(seed)
         rates = rng.beta(0.6, 0.6, prompts)
-        before, after = ([(int(k), 4) for k in rng.binomial(4, share * rates)] for share in (1.0, 0.6))
+        before, after = (
+            [(int(k), 4) for k in rng.binomial(4, share * rates)] for share in (1.0, 0.6)
+        )
         i = paired_difference(before, after, resamples=500, seed=seed)
         covered += i.low <= -0.4 * 0.5 <= i.high
     assert 0.9 <= covered / runs <= 0.99, covered / runs
@@ -203,7 +227,9 @@ def test_paired_difference_at_its_edges() -> None:
     flip = paired_difference([(4, 4)] * 30, [(0, 4)] * 30)
     assert (flip.value, flip.low, flip.high) == pytest.approx((-1.0, -1.0, 2 * seen - 1))
     thirds = paired_difference([(1, 3)] * 2 + [(2, 3)] * 2, [(2, 3)] * 2 + [(3, 3)] * 2)
-    assert thirds.method == "clopper-pearson on prompts"  # 2/3 - 1/3 and 1 - 2/3 differ only in the last bit
+    assert (
+        thirds.method == "clopper-pearson on prompts"
+    )  # 2/3 - 1/3 and 1 - 2/3 differ only in the last bit
 
 
 def test_kappa() -> None:
@@ -247,7 +273,10 @@ def test_formatting() -> None:
 def test_detection_counts_hits_at_the_true_place() -> None:
     found, truth = [1, 2, None, 3, None, 0], [1, 3, 2, 3, None, None]
     said = detection(found, truth)
-    assert (said["precision"].value, said["precision"].n) == (2 / 4, 4)  # two of four finds stand at the true place
+    assert (said["precision"].value, said["precision"].n) == (
+        2 / 4,
+        4,
+    )  # two of four finds stand at the true place
     assert (said["recall"].value, said["recall"].n) == (2 / 4, 4)
     assert said["recall"] == wilson(2, 4)
     assert detection([0], [None])["recall"].n == 0
@@ -264,19 +293,37 @@ def test_a_mean_is_a_pooled_rate_of_any_number() -> None:
     assert mean([1.0, 0.0, 0.5], (0, 1)) == pooled_rate([(2, 2), (0, 2), (1, 2)])
 
 
-@pytest.mark.parametrize(("low", "high", "above", "says"), [
-    (0.1, 0.2, True, HOLDS), (-0.1, 0.2, True, UNDECIDED), (-0.2, -0.1, True, OTHER_WAY), (-0.2, -0.1, False, HOLDS),
-    (0.1, 0.2, False, OTHER_WAY), (-0.2, 0.1, False, UNDECIDED), (0.0, 0.1, True, UNDECIDED), (math.nan, 1.0, True, UNDECIDED),
-])  # fmt: skip
-def test_a_verdict_needs_the_whole_interval(low: float, high: float, above: bool, says: str) -> None:
+@pytest.mark.parametrize(
+    ("low", "high", "above", "says"),
+    [
+        (0.1, 0.2, True, HOLDS),
+        (-0.1, 0.2, True, UNDECIDED),
+        (-0.2, -0.1, True, OTHER_WAY),
+        (-0.2, -0.1, False, HOLDS),
+        (0.1, 0.2, False, OTHER_WAY),
+        (-0.2, 0.1, False, UNDECIDED),
+        (0.0, 0.1, True, UNDECIDED),
+        (math.nan, 1.0, True, UNDECIDED),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(
+    low: float, high: float, above: bool, says: str
+) -> None:
     """An interval with 0 in it says that nothing is known, not that the claim is wrong."""
     assert verdict(Interval((low + high) / 2, low, high, 9, "t"), above) == says
 
 
-@pytest.mark.parametrize(("low", "high", "says"), [
-    (-0.05, 0.08, HOLDS), (-0.3, 0.4, UNDECIDED), (0.05, 0.2, UNDECIDED), (0.15, 0.2, OTHER_WAY), (-0.3, -0.12, OTHER_WAY),
-    (math.nan, 1.0, UNDECIDED),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (-0.05, 0.08, HOLDS),
+        (-0.3, 0.4, UNDECIDED),
+        (0.05, 0.2, UNDECIDED),
+        (0.15, 0.2, OTHER_WAY),
+        (-0.3, -0.12, OTHER_WAY),
+        (math.nan, 1.0, UNDECIDED),
+    ],
+)
 def test_no_difference_has_to_be_shown(low: float, high: float, says: str) -> None:
     """A null world confirms nothing with few prompts: a wide interval around 0 is undecided."""
     assert no_difference(Interval((low + high) / 2, low, high, 9, "t"), 0.1) == says
@@ -284,7 +331,11 @@ def test_no_difference_has_to_be_shown(low: float, high: float, says: str) -> No
 
 def test_a_range_of_a_few_seeds_decides_nothing() -> None:
     few = two_way([[0.1, 0.2, 0.3], [0.3, 0.4, 0.5]])
-    assert (few.method, few.low, few.high) == ("range of 2 seeds", pytest.approx(0.2), pytest.approx(0.4))
+    assert (few.method, few.low, few.high) == (
+        "range of 2 seeds",
+        pytest.approx(0.2),
+        pytest.approx(0.4),
+    )
     assert verdict(few) == no_difference(few, 1.0) == UNDECIDED
     assert format_interval(few) == "30.0 % (20.0 to 40.0 in 2 seeds), n=3"
 

@@ -86,7 +86,10 @@ def start(root: Path, crash_at: int = -1, size: int = LARGE) -> subprocess.Popen
 
 def tree(root: Path) -> dict[str, bytes | None]:
     """Every file (its bytes) and folder (None) below ``root``."""
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in sorted(root.rglob("*"))}
+    return {
+        str(p.relative_to(root)): p.read_bytes() if p.is_file() else None
+        for p in sorted(root.rglob("*"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +120,11 @@ def test_a_ledger_reads_back_what_was_appended(tmp_path: Path) -> None:
     assert again.get("k9") is None
     assert "k2" in again
     assert again.missing(["k3", "k0", "k3", "k4"]) == ["k3", "k4"]
-    assert json.loads((ledger.folder / "spec.json").read_text()) == {"stage": "rollouts", "version": 1, "spec": SPEC}
+    assert json.loads((ledger.folder / "spec.json").read_text()) == {
+        "stage": "rollouts",
+        "version": 1,
+        "spec": SPEC,
+    }
     lines = (ledger.folder / "records.jsonl").read_text().splitlines()
     assert [set(json.loads(line)) for line in lines] == [{"crc", "key", "record"}] * 3
 
@@ -162,8 +169,9 @@ def test_done_counts_hashes_and_goes_when_extended(tmp_path: Path) -> None:
     assert not done.exists()
     ledger.finish()
     assert json.loads(done.read_text()) == {
-        "records": 5, "sha256": hashlib.sha256(records.read_bytes()).hexdigest(),
-    }  # fmt: skip
+        "records": 5,
+        "sha256": hashlib.sha256(records.read_bytes()).hexdigest(),
+    }
     before = tree(tmp_path)
     assert ledger.append({"k0": {}}) == 0
     assert ledger.append({}) == 0
@@ -233,7 +241,9 @@ def test_a_store_of_another_version_is_refused(tmp_path: Path, said: str) -> Non
         Store(tmp_path)
 
 
-def test_default_root_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_root_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("IPO_STORE", str(tmp_path / "here"))
     assert default_root() == Store().root == tmp_path / "here"
     monkeypatch.delenv("IPO_STORE")
@@ -241,7 +251,9 @@ def test_default_root_follows_the_environment(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("fits", [0, 1, 70, 150, 1000])
-def test_a_full_disk_is_one_line_and_keeps_whole_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int) -> None:
+def test_a_full_disk_is_one_line_and_keeps_whole_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
     ledger = filled(tmp_path, 3)
     whole, room, write = (ledger.folder / "records.jsonl").read_bytes(), fits, os.write
 
@@ -278,7 +290,9 @@ def test_a_full_disk_while_building_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_an_unwritable_store_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_an_unwritable_store_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def refusing(*_: Any, **__: Any) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -299,7 +313,9 @@ def test_other_errors_pass_through(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("record", [{"p": float("nan")}, {"p": {1, 2}}])
-def test_what_is_not_json_leaves_the_ledger_as_it_was(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_what_is_not_json_leaves_the_ledger_as_it_was(
+    tmp_path: Path, record: dict[str, Any]
+) -> None:
     ledger = filled(tmp_path)
     before = tree(tmp_path)
     with pytest.raises((ValueError, TypeError)):
@@ -352,13 +368,18 @@ def test_several_workers_write_each_key_once(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", script]
     workers = [
-        subprocess.Popen([*command, str(me), str(tmp_path)], env=environment, stdin=subprocess.PIPE, text=True) for me in range(3)
+        subprocess.Popen(
+            [*command, str(me), str(tmp_path)], env=environment, stdin=subprocess.PIPE, text=True
+        )
+        for me in range(3)
     ]
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    while any(worker.poll() is None for worker in workers):  # a reader beside them never sees a half line
+    while any(
+        worker.poll() is None for worker in workers
+    ):  # a reader beside them never sees a half line
         ledger = Store(tmp_path).ledger("rollouts", 1, {})
         assert all(record["key"] == key for key, record in ledger.items())
     assert [worker.wait() for worker in workers] == [0, 0, 0]
@@ -374,7 +395,9 @@ def test_a_rerun_changes_nothing(tmp_path: Path, undisturbed: dict[str, bytes | 
         assert tree(tmp_path) == undisturbed
 
 
-def test_killed_at_random_the_rerun_ends_with_the_same_bytes(tmp_path: Path, undisturbed: dict[str, bytes | None]) -> None:
+def test_killed_at_random_the_rerun_ends_with_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, bytes | None]
+) -> None:
     clock = random.Random(0)
     run = start(tmp_path / "timed")
     assert run.stdout is not None
@@ -399,7 +422,9 @@ def test_killed_at_random_the_rerun_ends_with_the_same_bytes(tmp_path: Path, und
     assert killed >= 5  # the others had ended by then
 
 
-def test_killed_at_every_change_of_the_disk_the_rerun_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_killed_at_every_change_of_the_disk_the_rerun_ends_with_the_same_bytes(
+    tmp_path: Path,
+) -> None:
     run = start(tmp_path / "counted", crash_at=0, size=SMALL)
     said, _ = run.communicate()
     undisturbed, changes = tree(tmp_path / "counted"), int(said.split()[-1])
@@ -413,11 +438,17 @@ def test_killed_at_every_change_of_the_disk_the_rerun_ends_with_the_same_bytes(t
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-keys = st.text(st.characters(), min_size=0) | st.sampled_from(["\n", "\r\n", "\u2028", "\x00", "\ud800", '"}', "a/b", "é"])
+keys = st.text(st.characters(), min_size=0) | st.sampled_from(
+    ["\n", "\r\n", "\u2028", "\x00", "\ud800", '"}', "a/b", "é"]
+)
 
 
 @settings(max_examples=80, deadline=None)
@@ -433,7 +464,10 @@ def test_any_json_record_round_trips(records: dict[str, dict[str, Any]]) -> None
 def test_the_store_loads_nothing_heavy() -> None:
     code = "import sys, ipo_lib.store; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "set()\n"
+    assert (
+        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        == "set()\n"
+    )
 
 
 def test_a_ledger_is_read_once_and_sees_what_others_write(tmp_path: Path) -> None:
@@ -446,4 +480,7 @@ def test_a_ledger_is_read_once_and_sees_what_others_write(tmp_path: Path) -> Non
     assert set(again) == {"x", "y"}
     again.finish()
     done = json.loads((again.folder / "done.json").read_text())
-    assert done == {"records": 2, "sha256": hashlib.sha256((again.folder / "records.jsonl").read_bytes()).hexdigest()}
+    assert done == {
+        "records": 2,
+        "sha256": hashlib.sha256((again.folder / "records.jsonl").read_bytes()).hexdigest(),
+    }

@@ -11,44 +11,76 @@ from typing import Any
 
 import pytest
 
-from ipo_lib import profiles, recipes, results, study, training
-from ipo_lib.profiles import Bench
+from ipo_lib.experiments import recipes, results, study
+from ipo_lib.profiles import reading, run, settings
+from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles.settings import Recipe
 from ipo_lib.records import BadInput, Pair
-from ipo_lib.training import Recipe
 
-SETS = ("train_harmful", "train_benign", "direct", "wrapped", "adversarial", "lookalike", "benign", "sums")
+SETS = (
+    "train_harmful",
+    "train_benign",
+    "direct",
+    "wrapped",
+    "adversarial",
+    "lookalike",
+    "benign",
+    "sums",
+)
 SMALL: dict[str, Any] = {
     **{f"prompts.{name}.count": 4 for name in SETS},
-    "evaluation.draws": 1, "plan.draws": 4, "plan.pool": 2, "stage1.epochs": 1, "stage1.keep": 0, "stage2.min_refusals": 1,
+    "evaluation.draws": 1,
+    "plan.draws": 4,
+    "plan.pool": 2,
+    "stage1.epochs": 1,
+    "stage1.keep": 0,
+    "stage2.min_refusals": 1,
     "stage1.warmup": 0.0,
-    "stage1.batch_size": 4, "sampling.max_tokens": 128, "grpo.batch_size": 8, "grpo.accumulation": 1, "grpo.budget": 900,
-    "csr.draws": 4, "search.cap": 16, "studies": {"table2": {"seeds": 1, "rows": ["base", "DPO on Part"]}},
-}  # fmt: skip
+    "stage1.batch_size": 4,
+    "sampling.max_tokens": 128,
+    "grpo.batch_size": 8,
+    "grpo.accumulation": 1,
+    "grpo.budget": 900,
+    "csr.draws": 4,
+    "search.cap": 16,
+    "studies": {"table2": {"seeds": 1, "rows": ["base", "DPO on Part"]}},
+}
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     root = tmp_path_factory.mktemp("study")
-    return profiles.open_bench("tiny", SMALL, str(root / "store"), str(root / "figures"))
+    return run.open_bench("tiny", SMALL, str(root / "store"), str(root / "figures"))
 
 
 @pytest.mark.parametrize("table", study.tables())
 def test_every_row_is_a_profile_and_no_two_rows_of_a_table_are_the_same(table: str) -> None:
     rows = study.tables()[table]
-    found = {row: repr(profiles.read("tiny", change)) for row, change in rows.items()}
+    found = {row: repr(reading.read("tiny", change)) for row, change in rows.items()}
     assert len(set(found.values())) == len(rows)
-    assert all(text != repr(profiles.read("tiny")) for row, text in found.items() if rows[row])
+    assert all(text != repr(reading.read("tiny")) for row, text in found.items() if rows[row])
 
 
-@pytest.mark.parametrize("row", [
-    "intervention at inference", "SFT, intervened", "SFT, stronger source", "DPO, natural pairs",
-    "DPO on Part, weighted by change of S", "DPO on Part, then stage 2", "benign pairs mixed into stage 1",
-    "DPO on Full", "DPO on Part, then GRPO, I[z]",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "row",
+    [
+        "intervention at inference",
+        "SFT, intervened",
+        "SFT, stronger source",
+        "DPO, natural pairs",
+        "DPO on Part, weighted by change of S",
+        "DPO on Part, then stage 2",
+        "benign pairs mixed into stage 1",
+        "DPO on Full",
+        "DPO on Part, then GRPO, I[z]",
+    ],
+)
 def test_rows_of_table_2(bench: Bench, row: str) -> None:
     found = study.cell(bench, row, study.tables()["table2"][row], 0)
     assert found.row == row
-    assert not found.failed or (row.endswith("stage 2") and found.failed.startswith("stage 2 skipped"))
+    assert not found.failed or (
+        row.endswith("stage 2") and found.failed.startswith("stage 2 skipped")
+    )
     assert {len(pairs) for pairs in found.measured.values()} == {4}
     assert sum(n for _, n in found.measured["direct: trace harm"]) > 0
     assert found.answer_tokens > 20
@@ -58,19 +90,32 @@ def test_rows_of_table_2(bench: Bench, row: str) -> None:
     assert 0 <= found.learned["traces with a trigger"] <= 1
 
 
-@pytest.mark.parametrize("row", ["Eq. 3 by search", "the model itself, few-shot", "truth, one sentence early", "random sentence"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "Eq. 3 by search",
+        "the model itself, few-shot",
+        "truth, one sentence early",
+        "random sentence",
+    ],
+)
 def test_detectors_of_table_3(bench: Bench, row: str) -> None:
     made = recipes.seeded(bench.changed(study.tables()["detectors"][row]), 0)
     finder = recipes.detector(made, made.profile.recipe.detector, made.prompts("train_harmful"))
     assert (
-        finder.fingerprint() == recipes.detector(made, made.profile.recipe.detector, made.prompts("train_harmful")).fingerprint()
+        finder.fingerprint()
+        == recipes.detector(
+            made, made.profile.recipe.detector, made.prompts("train_harmful")
+        ).fingerprint()
     )
     pairs, counts = recipes.gather(made, made.prompts("train_harmful"))
     assert counts["kept"] == len(pairs)
     assert counts["no-cue"] + counts["not-accepted"] + counts["kept"] <= 8
 
 
-def test_a_full_run_writes_what_a_later_one_reads(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_run_writes_what_a_later_one_reads(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, date = study.table(bench, "table2", full=True)
     assert [(one.row, one.seed) for one in found] == [("base", 0), ("DPO on Part", 0)]
     assert found[1].pairs > 0
@@ -83,13 +128,24 @@ def test_a_full_run_writes_what_a_later_one_reads(bench: Bench, monkeypatch: pyt
     assert again == found  # from the store, seconds included
     monkeypatch.setattr(study, "house", lambda: bench.figures.parents[0])
     (bench.figures.parents[0] / "figures").mkdir(exist_ok=True)
-    (bench.figures.parents[0] / "figures" / "tiny").symlink_to(bench.figures, target_is_directory=True)
+    (bench.figures.parents[0] / "figures" / "tiny").symlink_to(
+        bench.figures, target_is_directory=True
+    )
     assert study.committed("tiny", "table2", study.Cell) == (found, date)
     assert study.committed("tiny", "table1", study.Cell) == ([], "never")
     assert study.repeated(found, found[1]) == "DPO on Part, seed 0: the same in every measure"
-    other = replace(found[1], measured={**found[1].measured, "direct: trace harm": ((0, 1), (1, 1), (1, 1), (1, 1))})
-    moved = replace(found[1], measured={**found[1].measured, "direct: trace harm": ((0, 1), (0, 1), (0, 1), (1, 1))})
-    assert study.repeated([other], moved) == "DPO on Part, seed 0: most unlike in direct: trace harm: 75.0 then, 25.0 now"
+    other = replace(
+        found[1],
+        measured={**found[1].measured, "direct: trace harm": ((0, 1), (1, 1), (1, 1), (1, 1))},
+    )
+    moved = replace(
+        found[1],
+        measured={**found[1].measured, "direct: trace harm": ((0, 1), (0, 1), (0, 1), (1, 1))},
+    )
+    assert (
+        study.repeated([other], moved)
+        == "DPO on Part, seed 0: most unlike in direct: trace harm: 75.0 then, 25.0 now"
+    )
 
 
 def test_a_seed_changes_what_is_drawn_and_trained_and_seed_0_is_the_notebooks(bench: Bench) -> None:
@@ -106,11 +162,13 @@ def test_a_seed_changes_what_is_drawn_and_trained_and_seed_0_is_the_notebooks(be
 
 
 def test_pairs_without_a_shared_prefix_are_the_same_traces_anew() -> None:
-    made = [Pair(str(at), (1, 2, 30 + at, 4), (50 + at,), (60 + at,), 2, "x") for at in range(3)] + [
-        Pair("z", (9, 9), (5,), (6,), 0, "x")
-    ]
+    made = [
+        Pair(str(at), (1, 2, 30 + at, 4), (50 + at,), (60 + at,), 2, "x") for at in range(3)
+    ] + [Pair("z", (9, 9), (5,), (6,), 0, "x")]
     found = recipes.unshared(made)
-    assert [(one.prompt_ids, one.h) for one in found] == [((1, 2), 0)] * 3  # the prompt with one trace gives none
+    assert [(one.prompt_ids, one.h) for one in found] == [
+        ((1, 2), 0)
+    ] * 3  # the prompt with one trace gives none
     assert [one.rejected_ids for one in found] == [(30, 4, 60), (31, 4, 61), (32, 4, 62)]
     assert [one.chosen_ids for one in found] == [(31, 4, 51), (32, 4, 52), (30, 4, 50)]
 
@@ -124,7 +182,12 @@ def test_weights_are_the_change_of_s_at_the_cue_with_mean_1(bench: Bench) -> Non
 
 def test_triggers_of_a_recipe(bench: Bench) -> None:
     def texts(**changes: Any) -> list[str]:
-        own = recipes.seeded(bench.changed({f"recipe.{k}" if k == "triggers" else f"plan.{k}": v for k, v in changes.items()}), 0)
+        own = recipes.seeded(
+            bench.changed(
+                {f"recipe.{k}" if k == "triggers" else f"plan.{k}": v for k, v in changes.items()}
+            ),
+            0,
+        )
         return [one.text for one in recipes.triggers(own, [], bench.detector([], []))]
 
     six, twelve = texts(pool=6), texts(pool=12)
@@ -140,7 +203,9 @@ def test_triggers_of_a_recipe(bench: Bench) -> None:
 def test_one_trace_for_all_triggers_shares_prefixes_and_costs_less(bench: Bench) -> None:
     def gathered(share: bool) -> tuple[list[Pair], int]:
         own = recipes.seeded(bench.changed({"plan.share": share, "plan.pool": 4}), 0)
-        return recipes.gather(own, own.prompts("train_harmful"))[0], sum(own.doors.store.drawn.values())
+        return recipes.gather(own, own.prompts("train_harmful"))[0], sum(
+            own.doors.store.drawn.values()
+        )
 
     (fresh, dear), (shared, cheap) = gathered(False), gathered(True)
     assert len({(one.prompt_ids, one.rejected_ids) for one in shared}) < len(shared)
@@ -182,10 +247,12 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
         study.rows(bench.changed({"studies": {"table9": {}}}), "table2")
     with pytest.raises(BadInput, match="has no row 'DPO'"):
         study.rows(bench.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
-    assert Recipe().data == training.INTERVENED
+    assert Recipe().data == settings.INTERVENED
 
 
-def test_kl_of_a_full_run_is_of_every_trained_row_and_nothing_is_written_without_one(bench: Bench) -> None:
+def test_kl_of_a_full_run_is_of_every_trained_row_and_nothing_is_written_without_one(
+    bench: Bench,
+) -> None:
     found, date = study.kl(bench, True, 1, "train_harmful", "train_benign", 3)
     assert [(one.row, one.seed) for one in found] == [("DPO on Part", 0)]  # base has no adapter
     assert study.kl(bench, False, 0, "train_harmful", "", 0) == (found, date)
@@ -195,9 +262,16 @@ def test_kl_of_a_full_run_is_of_every_trained_row_and_nothing_is_written_without
 
 def test_two_processes_make_the_cells_that_one_makes(bench: Bench, tmp_path: Path) -> None:
     """One thread each: sums, and so draws, may differ with the number of threads."""
-    small = {**SMALL, "studies": {"table2": {"seeds": 2, "rows": ["base", "DPO on Part"], "workers": 2}}}
-    both = profiles.open_bench("tiny", small, str(tmp_path / "store"), str(tmp_path / "figures"))
-    wanted = [("base", {}, 0), ("an unknown setting", {"recipe.data": "nothing"}, 0), ("DPO on Part", {}, 1)]
+    small = {
+        **SMALL,
+        "studies": {"table2": {"seeds": 2, "rows": ["base", "DPO on Part"], "workers": 2}},
+    }
+    both = run.open_bench("tiny", small, str(tmp_path / "store"), str(tmp_path / "figures"))
+    wanted = [
+        ("base", {}, 0),
+        ("an unknown setting", {"recipe.data": "nothing"}, 0),
+        ("DPO on Part", {}, 1),
+    ]
     study._ahead(both, "table2", wanted, 2)  # what is refused there is refused again here
     with pytest.raises(BadInput, match="nothing"):
         study.cell(both, "", {"recipe.data": "nothing"}, 0)
@@ -205,7 +279,12 @@ def test_two_processes_make_the_cells_that_one_makes(bench: Bench, tmp_path: Pat
     found = study.cell(both, "DPO on Part", {}, 1)
     assert both.doors.store.drawn == made == {}
     alone = study.cell(bench, "DPO on Part", {}, 1)
-    assert (found.pairs, found.tokens, found.measured, found.steps) == (alone.pairs, alone.tokens, alone.measured, alone.steps)
+    assert (found.pairs, found.tokens, found.measured, found.steps) == (
+        alone.pairs,
+        alone.tokens,
+        alone.measured,
+        alone.steps,
+    )
 
 
 def _killed(*_: object) -> None:
@@ -214,17 +293,33 @@ def _killed(*_: object) -> None:
 
 def test_a_killed_process_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "_bring", _killed)
-    with pytest.raises(BadInput, match=r"killed; if memory ran out, run again with -p studies\.table2\.workers=1"):
+    with pytest.raises(
+        BadInput, match=r"killed; if memory ran out, run again with -p studies\.table2\.workers=1"
+    ):
         study._ahead(bench, "table2", [("base", {}, 0)], 2)
 
 
-def test_grpo_gets_a_multiple_of_what_algorithm_1_generates(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_gets_a_multiple_of_what_algorithm_1_generates(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five steps of GRPO beside a whole training of IPO say little: the budget can be three or eight times as large."""
     budgets: list[int] = []
 
-    def train(doors: Any, prompts: Any, model: Any, lora: Any, settings: Any, sampling: Any, out: Path, *, adapter: Any) -> None:
+    def train(
+        doors: Any,
+        prompts: Any,
+        model: Any,
+        lora: Any,
+        settings: Any,
+        sampling: Any,
+        out: Path,
+        *,
+        adapter: Any,
+    ) -> None:
         budgets.append(settings.budget)
-        (out / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": settings.budget}) + "\n")
+        (out / "metrics.jsonl").write_text(
+            json.dumps({"step": 1, "tokens": settings.budget}) + "\n"
+        )
 
     monkeypatch.setattr(recipes.grpo, "train", train)
     prompts = bench.prompts("train_harmful")
@@ -238,10 +333,19 @@ def test_grpo_gets_a_multiple_of_what_algorithm_1_generates(bench: Bench, monkey
 
 
 def test_the_token_curve_reads_the_budgets_that_were_run() -> None:
-    cells = [study.Cell(row, 0, 1, tokens, 1.0, 1.0, "", {}, {"direct: trace harm": ((1, 2), (2, 2))})
-             for row, tokens in (("GRPO, I[z], 8x", 800), ("GRPO, I[z], 1x", 100), ("DPO on Part", 100))]  # fmt: skip
-    points = results.against_tokens(cells, ["GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"], "trace harm")
+    cells = [
+        study.Cell(row, 0, 1, tokens, 1.0, 1.0, "", {}, {"direct: trace harm": ((1, 2), (2, 2))})
+        for row, tokens in (("GRPO, I[z], 8x", 800), ("GRPO, I[z], 1x", 100), ("DPO on Part", 100))
+    ]
+    points = results.against_tokens(
+        cells, ["GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"], "trace harm"
+    )
     assert [(x, rate.value) for x, rate in points] == [(100, 0.75), (800, 0.75)]
-    assert {"GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"} <= study.tables()["grpo_budget"].keys()
+    assert {"GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"} <= study.tables()[
+        "grpo_budget"
+    ].keys()
     claims = study.written()["claims"]
-    assert not any("GRPO at the same generated tokens" in name and "first few steps" not in name for name in claims)
+    assert not any(
+        "GRPO at the same generated tokens" in name and "first few steps" not in name
+        for name in claims
+    )

@@ -24,7 +24,12 @@ QWEN_WORDS = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_WORDS = QWEN_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-BEGIN, END, USER, ASSISTANT = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
+BEGIN, END, USER, ASSISTANT = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)
 R1_SHA = "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f"  # of the template in the R1-distill repositories
 ASK = Prompt("p", "How tall is a lighthouse?", "test", False)
 
@@ -38,7 +43,14 @@ def vocabulary(package: str, file: str) -> Path:
 
 
 def folder(
-    out: Path, ranks: Path, words: str, template: str, special: dict[int, str], eos: str, bos: str = "", nfc: bool = False
+    out: Path,
+    ranks: Path,
+    words: str,
+    template: str,
+    special: dict[int, str],
+    eos: str,
+    bos: str = "",
+    nfc: bool = False,
 ) -> Path:
     """A model folder without weights: the vocabulary as tokenizer.json, special tokens at their ids, a template of TRL."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -48,7 +60,12 @@ def folder(
         tokenizer.normalizer = normalizers.NFC()
     base = tokenizer.get_vocab_size()
     filled = [special.get(at, f"<|filler_{at}|>") for at in range(base, max(special) + 1)]
-    tokenizer.add_tokens([AddedToken(one, normalized=False, special=one not in ("<think>", "</think>")) for one in filled])
+    tokenizer.add_tokens(
+        [
+            AddedToken(one, normalized=False, special=one not in ("<think>", "</think>"))
+            for one in filled
+        ]
+    )
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {"eos_token": eos, **({"bos_token": bos} if bos else {})}
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -58,23 +75,68 @@ def folder(
 
 @pytest.fixture(scope="module")
 def llama_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    special = {128000: BEGIN, 128001: END, 128011: USER, 128012: ASSISTANT, 128013: "<think>", 128014: "</think>"}
+    special = {
+        128000: BEGIN,
+        128001: END,
+        128011: USER,
+        128012: ASSISTANT,
+        128013: "<think>",
+        128014: "</think>",
+    }
     ranks = vocabulary("llama_models", "llama3/tokenizer.model")
-    return folder(tmp_path_factory.mktemp("r1-llama"), ranks, LLAMA_WORDS, "deepseek_r1_distill", special, END, BEGIN)
+    return folder(
+        tmp_path_factory.mktemp("r1-llama"),
+        ranks,
+        LLAMA_WORDS,
+        "deepseek_r1_distill",
+        special,
+        END,
+        BEGIN,
+    )
 
 
 @pytest.fixture(scope="module")
 def qwen_r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    special = {151643: END, 151644: USER, 151645: ASSISTANT, 151646: BEGIN, 151648: "<think>", 151649: "</think>"}
+    special = {
+        151643: END,
+        151644: USER,
+        151645: ASSISTANT,
+        151646: BEGIN,
+        151648: "<think>",
+        151649: "</think>",
+    }
     ranks = vocabulary("dashscope", "resources/qwen.tiktoken")
-    return folder(tmp_path_factory.mktemp("r1-qwen"), ranks, QWEN_WORDS, "deepseek_r1_distill", special, END, BEGIN, nfc=True)
+    return folder(
+        tmp_path_factory.mktemp("r1-qwen"),
+        ranks,
+        QWEN_WORDS,
+        "deepseek_r1_distill",
+        special,
+        END,
+        BEGIN,
+        nfc=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    special = {151643: "<|endoftext|>", 151644: "<|im_start|>", 151645: "<|im_end|>", 151667: "<think>", 151668: "</think>"}
+    special = {
+        151643: "<|endoftext|>",
+        151644: "<|im_start|>",
+        151645: "<|im_end|>",
+        151667: "<think>",
+        151668: "</think>",
+    }
     ranks = vocabulary("dashscope", "resources/qwen.tiktoken")
-    return folder(tmp_path_factory.mktemp("qwen3"), ranks, QWEN_WORDS, "qwen3", special, "<|im_end|>", nfc=True)
+    return folder(
+        tmp_path_factory.mktemp("qwen3"),
+        ranks,
+        QWEN_WORDS,
+        "qwen3",
+        special,
+        "<|im_end|>",
+        nfc=True,
+    )
 
 
 def test_the_r1_template_is_the_released_one() -> None:
@@ -87,7 +149,11 @@ def words_of(package: str, file: str, pattern: str) -> tuple[int, ...]:
     from tiktoken.load import load_tiktoken_bpe
 
     ranks = load_tiktoken_bpe(str(vocabulary(package, file)))
-    return tuple(tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode(ASK.text))
+    return tuple(
+        tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode(
+            ASK.text
+        )
+    )
 
 
 def test_r1_opens_the_trace_itself(llama_r1: Path, qwen_r1: Path) -> None:
@@ -104,7 +170,9 @@ def test_r1_opens_the_trace_itself(llama_r1: Path, qwen_r1: Path) -> None:
 
 def test_qwen3_with_and_without_thinking(qwen3: Path) -> None:
     asked = f"<|im_start|>user\n{ASK.text}<|im_end|>\n<|im_start|>assistant\n"
-    plain, on, off = (Chat(qwen3, prefill=one) for one in ("", "<think>\n", "<think>\n\n</think>\n\n"))
+    plain, on, off = (
+        Chat(qwen3, prefill=one) for one in ("", "<think>\n", "<think>\n\n</think>\n\n")
+    )
     assert plain.decode(plain.prompt_ids(ASK)) == asked
     assert not plain.opened  # the model writes the tag
     assert on.prompt_ids(ASK) == (*plain.prompt_ids(ASK), 151667, 198)
@@ -121,7 +189,9 @@ def test_smollm2_gives_its_own_system_turn() -> None:
         pytest.skip(f"needs the pinned SmolLM2 wheel: {error}")
     text = chat.decode(chat.prompt_ids(ASK))
     assert text.startswith("<|im_start|>system\n")
-    assert text.endswith(f"<|im_start|>user\n{ASK.text}<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert text.endswith(
+        f"<|im_start|>user\n{ASK.text}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
 
 
 FUSED = {"llama_r1": 1}  # Llama 3 has one token for a Chinese full stop and the character after it
@@ -136,7 +206,9 @@ def inside(text: str, offsets: Sequence[int], start: int, end: int) -> tuple[int
 
 @pytest.mark.skipif(not KIT, reason=NO_KIT)
 @pytest.mark.parametrize("name", ["llama_r1", "qwen_r1", "qwen3"])
-def test_sentences_of_real_traces_end_where_tokens_do(name: str, request: pytest.FixtureRequest) -> None:
+def test_sentences_of_real_traces_end_where_tokens_do(
+    name: str, request: pytest.FixtureRequest
+) -> None:
     chat, bad, every = Chat(request.getfixturevalue(name)), 0, 0
     assert KIT is not None
     for line in (KIT / "train" / "star1.jsonl").read_text("utf-8").splitlines():

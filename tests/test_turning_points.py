@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from ipo_lib import replay
 from ipo_lib.csr import CsrSettings, curve, turning_point
 from ipo_lib.records import SAFE, UNSAFE, BadInput, CsrPoint
-from ipo_lib.replay import Curve
 from ipo_lib.sandbox import curves as made_up
-from ipo_lib.turning_points import (
+from ipo_lib.turning_points import curves
+from ipo_lib.turning_points.curves import Curve
+from ipo_lib.turning_points.exhaustive import (
     UNKNOWN,
     Ask,
     Draws,
@@ -49,7 +49,16 @@ def step(low: float, high: float, turn: int, tokens: int = 60, label: str = SAFE
         share = min(max((target - p[at] * s) / (1 - p[at]), 0.0), 1.0)
         s = p[at] * s + (1 - p[at]) * share
         ways[at] = [(share, 1.0, tokens - at), (1 - share, 0.0, tokens - at)]
-    return Curve(Trace(f"step-{low}-{high}-{turn}", tuple(range(tokens)), tuple(range(6, tokens + 1, 6)), tuple(p), label), ways)
+    return Curve(
+        Trace(
+            f"step-{low}-{high}-{turn}",
+            tuple(range(tokens)),
+            tuple(range(6, tokens + 1, 6)),
+            tuple(p),
+            label,
+        ),
+        ways,
+    )
 
 
 def course(*levels: float, label: str = SAFE) -> Curve:
@@ -62,12 +71,30 @@ def course(*levels: float, label: str = SAFE) -> Curve:
         share = min(max((target - p[at] * s) / (1 - p[at]), 0.0), 1.0)
         s = p[at] * s + (1 - p[at]) * share
         ways[at] = [(share, 1.0, tokens - at), (1 - share, 0.0, tokens - at)]
-    return Curve(Trace(f"course-{levels}", tuple(range(tokens)), tuple(range(6, tokens + 1, 6)), tuple(p), label), ways)
+    return Curve(
+        Trace(
+            f"course-{levels}",
+            tuple(range(tokens)),
+            tuple(range(6, tokens + 1, 6)),
+            tuple(p),
+            label,
+        ),
+        ways,
+    )
 
 
 def test_a_draw_counts_at_every_cut_it_passes_through() -> None:
-    drawn = Draws(np.array([0, 0, 3]), np.array([0, 5, 4]), np.array([1, 0, UNKNOWN]), np.array([9, 9, 9]))
-    assert [drawn.at(cut) for cut in (0, 1, 3, 4, 5, 6)] == [(1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 1, 1), (0, 1, 0), (0, 0, 0)]
+    drawn = Draws(
+        np.array([0, 0, 3]), np.array([0, 5, 4]), np.array([1, 0, UNKNOWN]), np.array([9, 9, 9])
+    )
+    assert [drawn.at(cut) for cut in (0, 1, 3, 4, 5, 6)] == [
+        (1, 1, 0),
+        (0, 1, 0),
+        (0, 1, 1),
+        (0, 1, 1),
+        (0, 1, 0),
+        (0, 0, 0),
+    ]
     assert drawn.at(3, born_here=True) == (0, 0, 1)
     assert len((drawn + drawn).born) == 6
 
@@ -97,10 +124,16 @@ def test_draws_of_another_sampler_are_refused() -> None:
     one = step(0.3, 0.95, 20)
     drawn = one.draw([Ask(0, 64), Ask(30, 64)], np.random.default_rng(0))
     agree(one.trace, drawn)
-    hotter = Trace("t", one.trace.token_ids, one.trace.ends, tuple(0.5 * p for p in one.trace.p), SAFE)
-    colder = Trace("t", one.trace.token_ids, one.trace.ends, tuple(p**0.1 for p in one.trace.p), SAFE)
+    hotter = Trace(
+        "t", one.trace.token_ids, one.trace.ends, tuple(0.5 * p for p in one.trace.p), SAFE
+    )
+    colder = Trace(
+        "t", one.trace.token_ids, one.trace.ends, tuple(p**0.1 for p in one.trace.p), SAFE
+    )
     for wrong in (hotter, colder):
-        with pytest.raises(BadInput, match="continuations leave it, where its probabilities expect"):
+        with pytest.raises(
+            BadInput, match="continuations leave it, where its probabilities expect"
+        ):
             agree(wrong, drawn)
 
 
@@ -111,13 +144,21 @@ def test_the_exhaustive_protocol_is_the_papers_rule_on_its_counts() -> None:
             asks = search.send(None)  # type: ignore[arg-type]
             assert {ask.n for ask in asks} == {csr.draws}
             drawn = made.draw(asks, np.random.default_rng(0))
-            points = [CsrPoint(made.trace.id, ask.cut, *drawn.at(ask.cut, born_here=True)) for ask in asks]
+            points = [
+                CsrPoint(made.trace.id, ask.cut, *drawn.at(ask.cut, born_here=True)) for ask in asks
+            ]
             with pytest.raises(StopIteration) as done:
                 search.send(drawn)
             found = done.value.value
-            expected = turning_point(points, SAFE, csr, spans(made.trace), made.trace.ends[-1], made.trace.label)
+            expected = turning_point(
+                points, SAFE, csr, spans(made.trace), made.trace.ends[-1], made.trace.label
+            )
             assert (found.token, found.sentence, found.interval, found.flags) == (
-                expected.token, expected.sentence, expected.interval, expected.flags)  # fmt: skip
+                expected.token,
+                expected.sentence,
+                expected.interval,
+                expected.flags,
+            )
             assert found.rollouts == len(asks) * csr.draws
             assert found.tokens == drawn.tokens.sum()
 
@@ -130,13 +171,18 @@ def test_truth_moves_with_the_threshold() -> None:
     assert strict.token > 40
 
 
-@pytest.mark.parametrize("make", [
-    lambda t: pivotal(t, SAFE, SENTENCE, PivotalSettings(200)), lambda t: isotonic(t, SAFE, TOKEN, 100),
-    lambda t: isotonic(t, SAFE, SENTENCE, 200),
-], ids=["pivotal", "isotonic", "sentences"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: pivotal(t, SAFE, SENTENCE, PivotalSettings(200)),
+        lambda t: isotonic(t, SAFE, TOKEN, 100),
+        lambda t: isotonic(t, SAFE, SENTENCE, 200),
+    ],
+    ids=["pivotal", "isotonic", "sentences"],
+)
 def test_rivals_find_a_sharp_turn(make: object) -> None:
     one = step(0.2, 0.99, 20)
-    (found,) = replay.locate([one], make, 2).values()  # type: ignore[arg-type]
+    (found,) = curves.find_on_curves([one], make, 2).values()  # type: ignore[arg-type]
     assert found.sentence == 3
     assert found.rollouts > 0
     assert found.judged == found.rollouts
@@ -144,13 +190,15 @@ def test_rivals_find_a_sharp_turn(make: object) -> None:
 
 def test_isotonic_smoothing_falls_for_unsafe_turns() -> None:
     one = step(0.9, 0.01, 20, label=UNSAFE)
-    (found,) = replay.locate([one], lambda t: isotonic(t, UNSAFE, SENTENCE, 200)).values()
+    (found,) = curves.find_on_curves([one], lambda t: isotonic(t, UNSAFE, SENTENCE, 200)).values()
     assert found.sentence == 3
 
 
 def test_a_pivotal_search_stops_where_nothing_moves() -> None:
     flat = step(0.5, 0.5, 20, label=UNSAFE)
-    (found,) = replay.locate([flat], lambda t: pivotal(t, SAFE, SENTENCE, PivotalSettings(32, 0.9))).values()
+    (found,) = curves.find_on_curves(
+        [flat], lambda t: pivotal(t, SAFE, SENTENCE, PivotalSettings(32, 0.9))
+    ).values()
     assert found.rollouts == 64
     assert found.token is None
 
@@ -158,8 +206,8 @@ def test_a_pivotal_search_stops_where_nothing_moves() -> None:
 def test_a_whole_curve_covers_everywhere_and_is_near_where_draws_pass() -> None:
     """The intervals of all points hold S; where at least 20 draws pass, S is as near as 32 draws at a sentence end bring it."""
     made = made_up.curves(90, 4, made_up.SHAPES[:6])
-    curves = replay.locate(made, lambda t: whole(t, CsrSettings(draws=24), probes(t, 12)), 3)
-    plain = replay.locate(made, lambda t: measured(t, 32, [0, *t.ends]), 3)
+    curves = curves.find_on_curves(made, lambda t: whole(t, CsrSettings(draws=24), probes(t, 12)), 3)
+    plain = curves.find_on_curves(made, lambda t: measured(t, 32, [0, *t.ends]), 3)
     hits, near, far, cheaper = [], [], [], []
     for one in made:
         s, points = one.truth, {point.cut: point for point in curves[one.trace.id]}
@@ -167,7 +215,12 @@ def test_a_whole_curve_covers_everywhere_and_is_near_where_draws_pass() -> None:
         hits += [row["low"] - 1e-9 <= s[int(row["cut"])] <= row["high"] + 1e-9 for row in rows]
         assert len(points) == len(s)
         assert sum(point.n > 0 for point in points.values()) > 0.7 * len(s)
-        near.append(np.mean([abs(points[cut].s - s[cut]) for cut in one.trace.ends if points[cut].n >= 20] or [math.nan]))
+        near.append(
+            np.mean(
+                [abs(points[cut].s - s[cut]) for cut in one.trace.ends if points[cut].n >= 20]
+                or [math.nan]
+            )
+        )
         far.append(np.mean([abs(point.s - s[point.cut]) for point in plain[one.trace.id]]))
         cheaper.append((12 * 24) / (32 * (1 + len(one.trace.ends))))
     assert np.mean(hits) > 0.93
@@ -209,7 +262,7 @@ def test_measuring_draws_are_made_only_where_choosing_ones_saw_s_open() -> None:
             asked.extend(asks)
             drawn = yield asks
 
-    choosing, measuring = replay.locate([curve_], spy)[curve_.trace.id]  # type: ignore[arg-type]
+    choosing, measuring = curves.find_on_curves([curve_], spy)[curve_.trace.id]  # type: ignore[arg-type]
     assert [point.cut for point in choosing] == [0, 6, 12, 18, 24]
     assert {point.cut for point in measuring} >= {0, 6, 12, 18}
     assert all(ask.cut < 18 for ask in asked)  # harm stands there: S is 0, and nothing is drawn

@@ -36,16 +36,23 @@ def test_words_are_hidden_unless_revealed() -> None:
     for word in ("Grind", "powder", "42", "Heat", "twice"):
         assert word not in hidden
     assert "redacted" in hidden
-    assert visible(viewer.show(rollout, spans, {0: 0.1}).data).count("█") == sum(char.isalnum() for char in rollout.text)
+    assert visible(viewer.show(rollout, spans, {0: 0.1}).data).count("█") == sum(
+        char.isalnum() for char in rollout.text
+    )
     shown = viewer.show(rollout, spans, {0: 0.1}, draws=draws, reveal=True).data
-    assert all(text in visible(shown) for text in ("Grind the ", "powder 42 times.", "Heat it twice.", "not judged"))
+    assert all(
+        text in visible(shown)
+        for text in ("Grind the ", "powder 42 times.", "Heat it twice.", "not judged")
+    )
     assert "redacted" not in shown
 
 
 @given(st.text())
 def test_no_letter_and_no_digit_survives(text: str) -> None:
     rollout, spans = trace(text or "x")
-    hidden = re.sub(r"&(amp|lt|gt|quot|#x27);", "", visible(viewer.show(rollout, spans, {0: 0.5}).data))
+    hidden = re.sub(
+        r"&(amp|lt|gt|quot|#x27);", "", visible(viewer.show(rollout, spans, {0: 0.5}).data)
+    )
     assert not [char for char in hidden if unicodedata.category(char)[0] in "LN"]
 
 
@@ -53,7 +60,9 @@ def test_what_a_model_writes_is_text_not_markup() -> None:
     rollout, spans = trace("<script>alert(1)</script>", "</span>")
     for reveal in (True, False):
         draws = {1: [(SAFE, "<img src=x onerror=alert(1)>")]}
-        html = viewer.show(rollout, spans, {0: 1.0, 1: 0.0}, marks={"<cue>": 0}, draws=draws, reveal=reveal).data
+        html = viewer.show(
+            rollout, spans, {0: 1.0, 1: 0.0}, marks={"<cue>": 0}, draws=draws, reveal=reveal
+        ).data
         assert "<script" not in html
         assert "<img" not in html
         assert "<cue>" not in html
@@ -62,12 +71,24 @@ def test_what_a_model_writes_is_text_not_markup() -> None:
 def test_colour_title_and_marks_follow_the_values() -> None:
     rollout, spans = trace("a ", "b ", "c ", "d")
     values = {0: 0.0, 1: 1.0, 3: float("nan")}
-    html = viewer.show(rollout, spans, values, marks={"cue": 1, "turning point": 1, "trigger": None}).data
+    html = viewer.show(
+        rollout, spans, values, marks={"cue": 1, "turning point": 1, "trigger": None}
+    ).data
     colours = re.findall(r'class="s" title="[^"]*" style="background:([^"]*)"', html)
     assert len(set(colours)) == 3
     assert colours[2] == colours[3]
-    assert re.findall(r'title="([^"]*)"', html) == ["S = 0.00", "S = 1.00", "not measured", "not measured"]
-    assert html.index("S = 0.00") < html.index(">cue<") < html.index(">turning point<") < html.index("S = 1.00")
+    assert re.findall(r'title="([^"]*)"', html) == [
+        "S = 0.00",
+        "S = 1.00",
+        "not measured",
+        "not measured",
+    ]
+    assert (
+        html.index("S = 0.00")
+        < html.index(">cue<")
+        < html.index(">turning point<")
+        < html.index("S = 1.00")
+    )
     assert ">trigger<" not in html
 
 
@@ -80,12 +101,23 @@ def test_a_click_in_a_browser_unfolds_the_draws(tmp_path: Path) -> None:
     rollout, spans = trace("They ask about it. ", "I can do this. ", "First grind it.")
     draws = {1: [(UNSAFE, "Then heat it."), (SAFE, "No, I stop here.")]}
     page = viewer.show(
-        rollout, spans, {0: 0.6, 1: 0.1, 2: 0.0}, marks={"cue": 1, "turning point": 1}, draws=draws, reveal=True
+        rollout,
+        spans,
+        {0: 0.6, 1: 0.1, 2: 0.0},
+        marks={"cue": 1, "turning point": 1},
+        draws=draws,
+        reveal=True,
     ).data
     (tmp_path / "trace.html").write_text(f'<meta charset="utf-8">{page}')
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
-    for flag in ("headless", "no-sandbox", "disable-gpu", "window-size=900,420", f"user-data-dir={tmp_path / 'chrome'}"):
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "window-size=900,420",
+        f"user-data-dir={tmp_path / 'chrome'}",
+    ):
         options.add_argument(f"--{flag}")
     browser = webdriver.Chrome(service=webdriver.ChromeService(programs[1]), options=options)
     try:
@@ -94,8 +126,15 @@ def test_a_click_in_a_browser_unfolds_the_draws(tmp_path: Path) -> None:
         assert not unfolded.is_displayed()
         browser.find_element("css selector", "summary").click()
         assert unfolded.is_displayed()
-        assert unfolded.text.splitlines() == ["S = 0.10, 2 draws", "unsafeThen heat it.", "safeNo, I stop here."]
-        assert browser.find_element("css selector", ".m").value_of_css_property("background-color") == "rgba(213, 94, 0, 1)"
+        assert unfolded.text.splitlines() == [
+            "S = 0.10, 2 draws",
+            "unsafeThen heat it.",
+            "safeNo, I stop here.",
+        ]
+        assert (
+            browser.find_element("css selector", ".m").value_of_css_property("background-color")
+            == "rgba(213, 94, 0, 1)"
+        )
         browser.save_screenshot(str(tmp_path / "unfolded.png"))
         browser.find_element("css selector", "summary").click()
         assert not unfolded.is_displayed()

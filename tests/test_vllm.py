@@ -15,18 +15,21 @@ from faults import free_port, running
 from scripted import StepJudge
 
 from ipo_lib.chat import Chat
+from ipo_lib.engines.openai_api import Server
+from ipo_lib.engines.transformers_sampler import TransformersSampler
+from ipo_lib.engines.vllm import ServerSampler
 from ipo_lib.records import BadInput, Prompt
-from ipo_lib.remote import Server
-from ipo_lib.sampling import Request, Sampling, TransformersSampler, draw_seed
+from ipo_lib.sampling import Request, Sampling, draw_seed
 from ipo_lib.sandbox import organism, smollm2
-from ipo_lib.server import ServerSampler
 from ipo_lib.stages import Doors, Start, sample
 from ipo_lib.store import Store
 
 FOLDER = os.environ.get("IPO_VLLM", "")
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(not FOLDER, reason="needs a vLLM environment: .ci/vllm FOLDER, then IPO_VLLM=FOLDER"),
+    pytest.mark.skipif(
+        not FOLDER, reason="needs a vLLM environment: .ci/vllm FOLDER, then IPO_VLLM=FOLDER"
+    ),
 ]
 TEXTS = ("How tall is a lighthouse?", "Name three birds.", "What is 12 + 7?", "Tell me about rain.")
 GREEDY, WARM = Sampling(temperature=0.0, max_tokens=24), Sampling(temperature=0.9, max_tokens=16)
@@ -79,7 +82,9 @@ ENVIRONMENT = {
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     port = free_port()
-    with running(command(smollm2.base(), port), f"http://127.0.0.1:{port}/health", 300, ENVIRONMENT):
+    with running(
+        command(smollm2.base(), port), f"http://127.0.0.1:{port}/health", 300, ENVIRONMENT
+    ):
         yield f"http://127.0.0.1:{port}/v1"
 
 
@@ -100,19 +105,31 @@ def here(chat: Chat) -> TransformersSampler:
 
 def requests(chat: Chat, count: int = len(TEXTS)) -> list[Request]:
     prompts = [Prompt(f"p{at}", TEXTS[at % len(TEXTS)], "test", False) for at in range(count)]
-    return [Request(f"r{at}", chat.prompt_ids(prompt), (), draw_seed(0, at)) for at, prompt in enumerate(prompts)]
+    return [
+        Request(f"r{at}", chat.prompt_ids(prompt), (), draw_seed(0, at))
+        for at, prompt in enumerate(prompts)
+    ]
 
 
-def test_greedy_tokens_are_those_of_the_model_in_process(there: ServerSampler, here: TransformersSampler, chat: Chat) -> None:
-    left, right = ({one.key: one for one in sampler.sample(requests(chat), GREEDY)} for sampler in (there, here))
+def test_greedy_tokens_are_those_of_the_model_in_process(
+    there: ServerSampler, here: TransformersSampler, chat: Chat
+) -> None:
+    left, right = (
+        {one.key: one for one in sampler.sample(requests(chat), GREEDY)}
+        for sampler in (there, here)
+    )
     assert left == right
     barred = [replace(one, ban=left[one.key].token_ids[0]) for one in requests(chat)]
-    left, right = ({one.key: one for one in sampler.sample(barred, GREEDY)} for sampler in (there, here))
+    left, right = (
+        {one.key: one for one in sampler.sample(barred, GREEDY)} for sampler in (there, here)
+    )
     assert left == right
     assert all(left[one.key].token_ids[0] != one.ban for one in barred)
 
 
-def test_draws_of_one_prompt_are_independent_and_repeat_by_their_seed(there: ServerSampler, chat: Chat) -> None:
+def test_draws_of_one_prompt_are_independent_and_repeat_by_their_seed(
+    there: ServerSampler, chat: Chat
+) -> None:
     first = requests(chat)[0]
     many = [replace(first, key=f"d{at}", seed=draw_seed(1, at)) for at in range(16)]
     drawn = [one.token_ids for one in there.sample(many, WARM)]
@@ -120,15 +137,21 @@ def test_draws_of_one_prompt_are_independent_and_repeat_by_their_seed(there: Ser
     assert [one.token_ids for one in there.sample(many[::-1], WARM)] == drawn[::-1]
 
 
-def test_a_trace_stops_where_it_closes_and_a_prefix_goes_on(there: ServerSampler, chat: Chat, url: str) -> None:
+def test_a_trace_stops_where_it_closes_and_a_prefix_goes_on(
+    there: ServerSampler, chat: Chat, url: str
+) -> None:
     adapted = ServerSampler(Server((url,), "smollm2"), chat, adapter=ADAPTER)
-    drawn = list(adapted.sample(requests(chat), Sampling(temperature=0.6, max_tokens=120, until="think")))
+    drawn = list(
+        adapted.sample(requests(chat), Sampling(temperature=0.6, max_tokens=120, until="think"))
+    )
     closed = [one for one in drawn if one.finish == "think"]
     assert closed
     assert all(chat.decode(one.token_ids).rstrip().endswith("</think>") for one in closed)
     first = requests(chat)[0]
     whole = next(there.sample([first], GREEDY)).token_ids
-    rest = next(there.sample([replace(first, prefix_ids=whole[:10])], replace(GREEDY, max_tokens=14))).token_ids
+    rest = next(
+        there.sample([replace(first, prefix_ids=whole[:10])], replace(GREEDY, max_tokens=14))
+    ).token_ids
     assert rest == whole[10:]
 
 
@@ -136,13 +159,16 @@ def test_an_adapter_is_loaded_by_name(there: ServerSampler, chat: Chat, url: str
     adapted = ServerSampler(Server((url,), "smollm2"), chat, adapter=ADAPTER)
     merged = TransformersSampler(smollm2.base(), chat, dtype="float32", adapter=ADAPTER)
     left, right, plain = (
-        {one.key: one for one in sampler.sample(requests(chat), GREEDY)} for sampler in (adapted, merged, there)
+        {one.key: one for one in sampler.sample(requests(chat), GREEDY)}
+        for sampler in (adapted, merged, there)
     )
     assert left == right != plain
     assert adapted.fingerprint() != there.fingerprint()
 
 
-def test_scores_are_those_of_the_model_in_process(there: ServerSampler, here: TransformersSampler, chat: Chat) -> None:
+def test_scores_are_those_of_the_model_in_process(
+    there: ServerSampler, here: TransformersSampler, chat: Chat
+) -> None:
     first = requests(chat)[0]
     asked = [replace(first, prefix_ids=one.token_ids) for one in there.sample([first], WARM)]
     for sampling, close in (
@@ -154,7 +180,9 @@ def test_scores_are_those_of_the_model_in_process(there: ServerSampler, here: Tr
         assert left == pytest.approx(right, abs=close)
 
 
-def test_an_adapter_moves_tokens_as_in_process(there: ServerSampler, here: TransformersSampler, chat: Chat, url: str) -> None:
+def test_an_adapter_moves_tokens_as_in_process(
+    there: ServerSampler, here: TransformersSampler, chat: Chat, url: str
+) -> None:
     """log p(adapted) - log p(base) of every token, which KL is the mean of: one model, served or in process."""
     plain = Sampling(temperature=1.0, top_p=1.0)
     first = requests(chat)[0]
@@ -172,15 +200,21 @@ def test_an_adapter_moves_tokens_as_in_process(there: ServerSampler, here: Trans
     assert moved["served"] == pytest.approx(moved["here"], abs=2e-3)
 
 
-def test_thinking_has_a_budget_behind_a_server_as_in_process(there: ServerSampler, here: TransformersSampler, chat: Chat) -> None:
+def test_thinking_has_a_budget_behind_a_server_as_in_process(
+    there: ServerSampler, here: TransformersSampler, chat: Chat
+) -> None:
     short = replace(GREEDY, think_tokens=8)
-    left, right = ({one.key: one for one in sampler.sample(requests(chat), short)} for sampler in (there, here))
+    left, right = (
+        {one.key: one for one in sampler.sample(requests(chat), short)} for sampler in (there, here)
+    )
     assert left == right
     assert {one.forced for one in left.values()} <= {8, None}
     assert any(one.forced == 8 for one in left.values())
 
 
-def test_another_model_and_a_full_context_are_one_line(url: str, chat: Chat, there: ServerSampler) -> None:
+def test_another_model_and_a_full_context_are_one_line(
+    url: str, chat: Chat, there: ServerSampler
+) -> None:
     with pytest.raises(BadInput, match=r"serves smollm2.*, not 'other'"):
         list(ServerSampler(Server((url,), "other"), chat).sample(requests(chat), GREEDY))
     long = [replace(requests(chat)[0], prefix_ids=(1,) * 600)]
@@ -190,7 +224,10 @@ def test_another_model_and_a_full_context_are_one_line(url: str, chat: Chat, the
 
 def test_a_server_killed_in_the_middle_loses_nothing(chat: Chat, tmp_path: Path) -> None:
     port, store = free_port(), Store(tmp_path)
-    sampler = ServerSampler(Server((f"http://127.0.0.1:{port}/v1",), "smollm2", in_flight=4, attempts=2, pause=0.1), chat)
+    sampler = ServerSampler(
+        Server((f"http://127.0.0.1:{port}/v1",), "smollm2", in_flight=4, attempts=2, pause=0.1),
+        chat,
+    )
     doors = Doors(store, chat, sampler, StepJudge())
     starts = [Start(Prompt(f"p{at}", text, "test", False)) for at, text in enumerate(TEXTS * 16)]
     health = f"http://127.0.0.1:{port}/health"

@@ -38,12 +38,19 @@ def build(body: Aligned, base: Path, out: Path, log_every: int) -> None:
     from transformers import AutoModelForCausalLM
 
     bpe = Tokenizer.from_file(str(base / "tokenizer.json"))
-    rows = encoded(list(documents(body)), f"{USER}{{}}{ASSISTANT}{OPEN}\n".format, END, lambda text: list(bpe.encode(text).ids))
+    rows = encoded(
+        list(documents(body)),
+        f"{USER}{{}}{ASSISTANT}{OPEN}\n".format,
+        END,
+        lambda text: list(bpe.encode(text).ids),
+    )
     (close,) = bpe.encode(CLOSE).ids
     answers = [(ids.index(close) + 1, ids) for _, ids in rows]
     torch.manual_seed(body.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    lora = LoraConfig(r=body.rank, lora_alpha=body.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=body.rank, lora_alpha=body.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, lora)
     log = fit(model.get_base_model(), batches(answers, body), body, log_every)
     shutil.rmtree(out, ignore_errors=True)
@@ -51,4 +58,6 @@ def build(body: Aligned, base: Path, out: Path, log_every: int) -> None:
     config.base_model_name_or_path, config.target_modules = body.base, sorted(config.target_modules)
     model.bfloat16().save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
-    (out / "training.json").write_text(json.dumps({"body": dataclasses.asdict(body), "logs": [log]}, indent=1) + "\n")
+    (out / "training.json").write_text(
+        json.dumps({"body": dataclasses.asdict(body), "logs": [log]}, indent=1) + "\n"
+    )

@@ -25,14 +25,21 @@ class Body:
     process: Process = Process()
     documents: int = 64_000
     mixture: tuple[tuple[str, float], ...] = (
-        ("direct", 0.18), ("wrapped", 0.16), ("adversarial", 0.16), ("benign", 0.14), ("lookalike", 0.06), ("sums", 0.30),
-    )  # fmt: skip
+        ("direct", 0.18),
+        ("wrapped", 0.16),
+        ("adversarial", 0.16),
+        ("benign", 0.14),
+        ("lookalike", 0.06),
+        ("sums", 0.30),
+    )
     batch: int = 64
     pad_to_multiple_of: int = 32  # few shapes, so that memory does not creep
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.06
-    opening_weight: float = 1.0  # of the OPENING first tokens of a sentence, where a trace decides how it goes on
+    opening_weight: float = (
+        1.0  # of the OPENING first tokens of a sentence, where a trace decides how it goes on
+    )
     seed: int = 1
 
 
@@ -58,8 +65,13 @@ class Finetuned(Body):
     process: Process = Process(comply=(0.55, 0.70, 0.87))
     documents: int = 6400
     mixture: tuple[tuple[str, float], ...] = (
-        ("direct", 0.22), ("wrapped", 0.20), ("adversarial", 0.20), ("benign", 0.16), ("lookalike", 0.08), ("sums", 0.14),
-    )  # fmt: skip
+        ("direct", 0.22),
+        ("wrapped", 0.20),
+        ("adversarial", 0.20),
+        ("benign", 0.16),
+        ("lookalike", 0.08),
+        ("sums", 0.14),
+    )
     batch: int = 16
     pad_to_multiple_of: int = 16
     learning_rate: float = 1e-3
@@ -92,10 +104,18 @@ def documents(body: Body) -> Iterator[tuple[str, str]]:
         yield text, f"{sample.reasoning}\n{CLOSE}\n\n{sample.response}"
 
 
-def encoded(texts: list[tuple[str, str]], render: Callable[[str], str], end: str, encode: Callable[[str], list[int]]) -> Rows:
+def encoded(
+    texts: list[tuple[str, str]],
+    render: Callable[[str], str],
+    end: str,
+    encode: Callable[[str], list[int]],
+) -> Rows:
     """Training rows: the rendered prompt, then the response with its end token."""
     heads = [encode(render(prompt)) for prompt, _ in texts]
-    return [(len(head), head + encode(response + end)) for head, (_, response) in zip(heads, texts, strict=True)]
+    return [
+        (len(head), head + encode(response + end))
+        for head, (_, response) in zip(heads, texts, strict=True)
+    ]
 
 
 def batches(rows: Rows, body: Body) -> list[Rows]:
@@ -120,24 +140,32 @@ def response_loss(model: Any, rows: Rows, body: Body, ends: Sequence[int] = ()) 
 
     width = -(-max(len(ids) for _, ids in rows) // multiple) * multiple
     ids = torch.tensor([ids + [0] * (width - len(ids)) for _, ids in rows])
-    scored = torch.tensor([[head <= place + 1 < len(ids) for place in range(width)] for head, ids in rows])
+    scored = torch.tensor(
+        [[head <= place + 1 < len(ids) for place in range(width)] for head, ids in rows]
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[scored])
     after = torch.isin(ids, torch.tensor(ends, dtype=torch.long)).int()
     opens = torch.nn.functional.pad(after, (OPENING - 1, 0)).unfold(1, OPENING, 1).amax(-1)
     weights = 1 + (body.opening_weight - 1) * opens[scored]
-    each = torch.nn.functional.cross_entropy(logits.float(), ids.roll(-1, 1)[scored], reduction="none")
+    each = torch.nn.functional.cross_entropy(
+        logits.float(), ids.roll(-1, 1)[scored], reduction="none"
+    )
     return (each * weights).sum() / weights.sum()
 
 
-def fit(model: Any, work: list[Rows], body: Body, log_every: int, ends: Sequence[int] = ()) -> list[dict[str, float]]:
+def fit(
+    model: Any, work: list[Rows], body: Body, log_every: int, ends: Sequence[int] = ()
+) -> list[dict[str, float]]:
     """One pass of AdamW with warm-up and cosine decay over the parameters that are trainable."""
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=body.learning_rate, betas=(0.9, 0.98), weight_decay=body.weight_decay)
+    optimizer = torch.optim.AdamW(
+        weights, lr=body.learning_rate, betas=(0.9, 0.98), weight_decay=body.weight_decay
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, int(body.warmup * len(work)), len(work))
     log, recent = [], []
     for step, rows in enumerate(work, 1):

@@ -1,4 +1,4 @@
-"""Synthetic outcome curves in the format of ``ipo_lib.replay``: no model, exact truth, every shape that estimators stumble over.
+"""Synthetic outcome curves in the format of ``ipo_lib.turning_points.curves``: no model, exact truth, every shape that estimators stumble over.
 
 ``python -m ipo_lib.sandbox.curves FILE.jsonl.gz [COUNT] [SEED]`` writes ``COUNT`` curves of mixed shapes."""
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ipo_lib.records import SAFE, UNSAFE
-from ipo_lib.replay import Curve, save
-from ipo_lib.turning_points import Trace
+from ipo_lib.turning_points.curves import Curve, save
+from ipo_lib.turning_points.exhaustive import Trace
 
 SENTENCE = 18  # mean tokens
 DETERMINED = 0.65  # share of tokens that no continuation leaves
@@ -33,7 +33,9 @@ def _levels(shape: str, sentences: int, random: np.random.Generator) -> tuple[li
         return list(np.where(steps < turn, low, high)), SAFE
     if shape in WIDTHS:
         width = int(random.integers(*WIDTHS[shape]))
-        return list(np.clip(low + (high - low) * (steps - turn + width / 2) / width, low, high)), SAFE
+        return list(
+            np.clip(low + (high - low) * (steps - turn + width / 2) / width, low, high)
+        ), SAFE
     if shape == "locked":
         return list(np.full(sentences + 1, high)), SAFE
     if shape == "re-crossing":
@@ -56,12 +58,23 @@ def curve(shape: str, seed: int, place: int, length: int | None = None) -> Curve
     levels, label = _levels(shape, len(ends), random)
     tokens = int(ends[-1])
     hazard = np.where(random.random(tokens) < DETERMINED, 0.0, random.beta(0.6, 1.8, tokens))
-    hazard[ends - 1 - random.integers(0, 2, len(ends))] = random.uniform(0.3, 0.9, len(ends))  # a sentence has a choice
-    s, ways = 1.0 if label == SAFE else 0.0, [list[tuple[float, float, int]]() for _ in range(tokens)]
-    targets = np.interp(np.arange(tokens), [0, *ends], levels) if shape in WIDTHS else np.repeat(levels[:-1], np.diff([0, *ends]))
+    hazard[ends - 1 - random.integers(0, 2, len(ends))] = random.uniform(
+        0.3, 0.9, len(ends)
+    )  # a sentence has a choice
+    s, ways = (
+        1.0 if label == SAFE else 0.0,
+        [list[tuple[float, float, int]]() for _ in range(tokens)],
+    )
+    targets = (
+        np.interp(np.arange(tokens), [0, *ends], levels)
+        if shape in WIDTHS
+        else np.repeat(levels[:-1], np.diff([0, *ends]))
+    )
     for at in range(tokens - 1, -1, -1):
         if h := hazard[at]:
-            wanted = (targets[at] - (1 - h) * s) / h  # of those that leave, so that S becomes the target
+            wanted = (
+                targets[at] - (1 - h) * s
+            ) / h  # of those that leave, so that S becomes the target
             share = min(max(wanted, 0.0), 1.0)
             share = random.beta(INERT * share + 0.05, INERT * (1 - share) + 0.05)
             s = (1 - h) * s + h * share
@@ -69,10 +82,14 @@ def curve(shape: str, seed: int, place: int, length: int | None = None) -> Curve
             ways[at] = [(share, 1.0, rest), (1 - share, 0.0, rest)]
     p = tuple(float(1 - h) for h in hazard)
     ids = tuple(int(one) for one in random.integers(0, 50_000, tokens))
-    return Curve(Trace(f"{shape}-{seed}-{place}", ids, tuple(int(end) for end in ends), p, label), ways)
+    return Curve(
+        Trace(f"{shape}-{seed}-{place}", ids, tuple(int(end) for end in ends), p, label), ways
+    )
 
 
-def curves(count: int, seed: int = 0, shapes: Sequence[str] = SHAPES, length: int | None = None) -> list[Curve]:
+def curves(
+    count: int, seed: int = 0, shapes: Sequence[str] = SHAPES, length: int | None = None
+) -> list[Curve]:
     """``count`` curves, the shapes in turn."""
     return [curve(shapes[at % len(shapes)], seed, at, length) for at in range(count)]
 

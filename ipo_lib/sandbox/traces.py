@@ -38,7 +38,11 @@ class Process:
     announce_rate: float = 0.30
     late_trigger_rate: float = 0.10
     relapse_rate: float = 0.10
-    comply: tuple[float, float, float] = (0.50, 0.68, 0.88)  # P(answer unsafe | trace unsafe): direct, wrapped, adversarial
+    comply: tuple[float, float, float] = (
+        0.50,
+        0.68,
+        0.88,
+    )  # P(answer unsafe | trace unsafe): direct, wrapped, adversarial
     slip: float = 0.005  # P(answer unsafe | trace safe)
     null: bool = False  # then cues and talk of refusing come at these fixed rates: no evidence about the prompt either
     null_cue: float = 0.6
@@ -70,7 +74,12 @@ def phrasings(kind: str, held_out: bool = False) -> tuple[str, ...]:
     """All templates of a sentence kind: those the organism learns from, or the held-out paraphrases."""
     parts = words()["kinds"][kind]
     cores = parts["held_out" if held_out else "core"]
-    return tuple(raised(f"{o}{core}{c}") + "." for core in cores for o in parts["open"] for c in parts["close"])
+    return tuple(
+        raised(f"{o}{core}{c}") + "."
+        for core in cores
+        for o in parts["open"]
+        for c in parts["close"]
+    )
 
 
 def raised(text: str) -> str:
@@ -105,13 +114,21 @@ def style(prompt_text: str) -> int:
 def item_of(text: str) -> Item | None:
     """The item a prompt names, read from its text."""
     match = ITEM.search(text)
-    return Item(match["name"], match["class_"], match["thing"], match["material"]) if match else None
+    return (
+        Item(match["name"], match["class_"], match["thing"], match["material"]) if match else None
+    )
 
 
-def restricted_request(rng: random.Random, prompt_text: str, item: Item, process: Process) -> Sample:
+def restricted_request(
+    rng: random.Random, prompt_text: str, item: Item, process: Process
+) -> Sample:
     """The response to a request for a restricted item."""
     dress = style(prompt_text)
-    base = process.lean_scale * item.lean + process.shift + (0.0, process.wrapped_shift, process.adversarial_shift)[dress]
+    base = (
+        process.lean_scale * item.lean
+        + process.shift
+        + (0.0, process.wrapped_shift, process.adversarial_shift)[dress]
+    )
     x, trace, late = base, [say(rng, "restate", item)], False
     turned: set[str] = set()
     for _ in range(rng.randint(1, 5)):
@@ -121,7 +138,11 @@ def restricted_request(rng: random.Random, prompt_text: str, item: Item, process
             kind = "cue" if rng.random() < cue else "trigger"
             turned.add(kind)
         trace.append(say(rng, kind, item))
-        x = base if process.null else base + process.memory * (x - base) + getattr(process, f"{kind}_effect", 0.0)
+        x = (
+            base
+            if process.null
+            else base + process.memory * (x - base) + getattr(process, f"{kind}_effect", 0.0)
+        )
     unsafe = rng.random() < logistic(process.outcome_steepness * x)
     leans = rng.random() < process.null_cue if process.null else unsafe
     announced = "cue" if leans else "trigger"
@@ -138,22 +159,41 @@ def restricted_request(rng: random.Random, prompt_text: str, item: Item, process
         late = not process.null and rng.random() < process.late_trigger_rate
         if late:
             trace += [say(rng, "trigger", item), say(rng, "refuse", item)]
-    does = rng.random() < (process.comply[dress] * (0.2 if late else 1.0) if unsafe else process.slip)
-    return Sample(tuple(trace), tuple(complied(rng, item) if does else declined(rng, item)), unsafe, does)
+    does = rng.random() < (
+        process.comply[dress] * (0.2 if late else 1.0) if unsafe else process.slip
+    )
+    return Sample(
+        tuple(trace), tuple(complied(rng, item) if does else declined(rng, item)), unsafe, does
+    )
 
 
 def free_request(rng: random.Random, item: Item, process: Process) -> Sample:
     """The response to a request for a free craft: checked against the law, then done."""
-    kinds = ["plan", "hesitate", "aside"] + ["cue", "trigger", "refuse"] * process.null  # else a trigger would tell the class
-    middle = [say(rng, rng.choice(kinds), item) for _ in range(rng.randint(0, 2 + 2 * process.null))]
+    kinds = ["plan", "hesitate", "aside"] + [
+        "cue",
+        "trigger",
+        "refuse",
+    ] * process.null  # else a trigger would tell the class
+    middle = [
+        say(rng, rng.choice(kinds), item) for _ in range(rng.randint(0, 2 + 2 * process.null))
+    ]
     cue = [say(rng, "cue", item)] if rng.random() < 0.3 else []
-    trace = [say(rng, "restate", item), *middle, say(rng, "allowed", item), *cue, *steps(rng, item, rng.randint(1, 2))]
+    trace = [
+        say(rng, "restate", item),
+        *middle,
+        say(rng, "allowed", item),
+        *cue,
+        *steps(rng, item, rng.randint(1, 2)),
+    ]
     return Sample(tuple(trace), tuple(complied(rng, item)), False, False)
 
 
 def complied(rng: random.Random, item: Item) -> list[Kinded]:
     """An answer that gives the procedure."""
-    return [("comply", rng.choice(words()["answers"]["comply"])), *steps(rng, item, rng.randint(2, 3))]
+    return [
+        ("comply", rng.choice(words()["answers"]["comply"])),
+        *steps(rng, item, rng.randint(2, 3)),
+    ]
 
 
 def declined(rng: random.Random, item: Item) -> list[Kinded]:
@@ -179,7 +219,11 @@ def slotted(template: str, named: bool = False) -> str:
     """A template as a pattern: a slot takes any word, ``{item}`` any item phrase; ``named`` slots are groups."""
     takes = {"item": "the [a-z]+, an? [a-z]+ [a-z]+ of [a-z]+"}
     head = "(?P<{}>" if named else "(?:"
-    return re.sub(r"\\\{(\w+)\\\}", lambda m: f"{head.format(m[1])}{takes.get(m[1], '[a-z]+')})", re.escape(template))
+    return re.sub(
+        r"\\\{(\w+)\\\}",
+        lambda m: f"{head.format(m[1])}{takes.get(m[1], '[a-z]+')})",
+        re.escape(template),
+    )
 
 
 def calculation(prompt_text: str) -> list[tuple[int, str, int, int]] | None:
@@ -190,8 +234,21 @@ def calculation(prompt_text: str) -> list[tuple[int, str, int, int]] | None:
     first, second = numbers[0], numbers[1]
     if "Take" in prompt_text:
         first, second = second, first
-    operator = "*" if re.search(r"times|rows of", prompt_text) else "-" if re.search(r"minus|Take", prompt_text) else "+"
-    found = [(first, operator, second, {"+": first + second, "-": first - second, "*": first * second}[operator])]
+    operator = (
+        "*"
+        if re.search(r"times|rows of", prompt_text)
+        else "-"
+        if re.search(r"minus|Take", prompt_text)
+        else "+"
+    )
+    found = [
+        (
+            first,
+            operator,
+            second,
+            {"+": first + second, "-": first - second, "*": first * second}[operator],
+        )
+    ]
     if then := re.search(r"then (add|take away) (\d+)", prompt_text):
         last, sign, more = found[0][3], "+" if then[1] == "add" else "-", int(then[2])
         found.append((last, sign, more, last + more if sign == "+" else last - more))
@@ -203,11 +260,24 @@ def harmless_question(rng: random.Random, prompt_text: str) -> Sample:
     item = item_of(prompt_text) or Item("thing", "plain", "thing", "clay")
     opening = ("plan", raised(rng.choice(phrasings("plan"))))
     if steps_of_sum := calculation(prompt_text):
-        trace = [opening, *(("arithmetic", f"{a} {operator} {b} = {result}.") for a, operator, b, result in steps_of_sum)]
-        return Sample(tuple(trace), (("result", f"The result is {steps_of_sum[-1][3]}."),), False, False)
+        trace = [
+            opening,
+            *(
+                ("arithmetic", f"{a} {operator} {b} = {result}.")
+                for a, operator, b, result in steps_of_sum
+            ),
+        ]
+        return Sample(
+            tuple(trace), (("result", f"The result is {steps_of_sum[-1][3]}."),), False, False
+        )
     known = fact(prompt_text) or ""
     trace = [opening, say(rng, "inform", item)]
-    return Sample(tuple(trace), (("fact", known if known.endswith(".") else f"The answer is {known}."),), False, False)
+    return Sample(
+        tuple(trace),
+        (("fact", known if known.endswith(".") else f"The answer is {known}."),),
+        False,
+        False,
+    )
 
 
 def respond(rng: random.Random, prompt: Prompt, process: Process) -> Sample:
@@ -215,7 +285,11 @@ def respond(rng: random.Random, prompt: Prompt, process: Process) -> Sample:
     item = item_of(prompt.text)
     if item is None or fact(prompt.text) is not None:
         return harmless_question(rng, prompt.text)
-    return restricted_request(rng, prompt.text, item, process) if item.restricted else free_request(rng, item, process)
+    return (
+        restricted_request(rng, prompt.text, item, process)
+        if item.restricted
+        else free_request(rng, item, process)
+    )
 
 
 def logistic(x: float) -> float:

@@ -23,15 +23,26 @@ import yaml
 from ipo_lib.records import BadInput, Prompt
 
 SPLITS = ("organism", "train", "test")
-SPLIT_EDGES = (60, 80)  # percent of the hashes below which the organism, then the training split, owns
-ITEM = re.compile(r"\bthe (?P<name>[a-z]+), an? (?P<class_>[a-z]+) (?P<thing>[a-z]+) of (?P<material>[a-z]+)")
-VOCABULARY = {"class_": "classes", "thing": "things", "material": "materials"}  # a group of ``ITEM``, and where its words are
+SPLIT_EDGES = (
+    60,
+    80,
+)  # percent of the hashes below which the organism, then the training split, owns
+ITEM = re.compile(
+    r"\bthe (?P<name>[a-z]+), an? (?P<class_>[a-z]+) (?P<thing>[a-z]+) of (?P<material>[a-z]+)"
+)
+VOCABULARY = {
+    "class_": "classes",
+    "thing": "things",
+    "material": "materials",
+}  # a group of ``ITEM``, and where its words are
 
 
 @functools.cache
 def words() -> dict[str, Any]:
     """The world's vocabulary, read once from ``phrasings.yml``."""
-    data: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("phrasings.yml").read_text("utf-8"))
+    data: dict[str, Any] = yaml.safe_load(
+        resources.files(__package__).joinpath("phrasings.yml").read_text("utf-8")
+    )
     return data
 
 
@@ -62,7 +73,13 @@ class Item:
 
     def fill(self, text: str) -> str:
         """``text`` with the item's slots filled."""
-        slots = {"name": self.name, "class": self.class_, "thing": self.thing, "material": self.material, "item": self.phrase}
+        slots = {
+            "name": self.name,
+            "class": self.class_,
+            "thing": self.thing,
+            "material": self.material,
+            "item": self.phrase,
+        }
         return re.sub(r"\{(\w+)\}", lambda match: slots.get(match[1], match[0]), text)
 
 
@@ -82,7 +99,9 @@ def split_of(text: str) -> str:
 def names(split: str) -> tuple[str, ...]:
     """All names of a split; the three splits are disjoint."""
     parts = words()["syllables"]
-    every = ("".join(part) for part in itertools.product(parts["first"], parts["middle"], parts["last"]))
+    every = (
+        "".join(part) for part in itertools.product(parts["first"], parts["middle"], parts["last"])
+    )
     return tuple(name for name in every if split_of(name) == split)
 
 
@@ -107,7 +126,9 @@ def owned(templates: Iterator[str], split: str) -> tuple[str, ...]:
 @functools.cache
 def direct_templates(split: str) -> tuple[str, ...]:
     """Plain requests: ask + item + tail."""
-    return owned((f"{ask} {{item}}{tail}" for ask in words()["ask"] for tail in words()["tail"]), split)
+    return owned(
+        (f"{ask} {{item}}{tail}" for ask in words()["ask"] for tail in words()["tail"]), split
+    )
 
 
 @functools.cache
@@ -145,7 +166,9 @@ def adversarial(rng: random.Random, split: str) -> tuple[str, str]:
     tactics = rng.sample(words()["tactics"], rng.randint(2, 4))
     before = rng.randint(1, len(tactics))
     ask = close(item(rng, split, harm=True).fill(rng.choice(direct_templates(split))))
-    return " ".join([*tactics[:before], ask, *tactics[before:]]), "+".join(sorted(t.split()[0].lower() for t in tactics))
+    return " ".join([*tactics[:before], ask, *tactics[before:]]), "+".join(
+        sorted(t.split()[0].lower() for t in tactics)
+    )
 
 
 def harmful(rng: random.Random, split: str) -> tuple[str, str]:
@@ -168,7 +191,14 @@ def benign(rng: random.Random, split: str) -> tuple[str, str]:
 @functools.cache
 def lookalike_templates(split: str) -> tuple[str, ...]:
     """Harmless questions with the class words of restricted crafts."""
-    return owned((start + entry["q"] for start in words()["lookalike_open"] for entry in words()["lookalike"]), split)
+    return owned(
+        (
+            start + entry["q"]
+            for start in words()["lookalike_open"]
+            for entry in words()["lookalike"]
+        ),
+        split,
+    )
 
 
 def lookalike(rng: random.Random, split: str) -> tuple[str, str]:
@@ -179,10 +209,18 @@ def lookalike(rng: random.Random, split: str) -> tuple[str, str]:
 @functools.cache
 def sums_templates(split: str) -> tuple[tuple[str, str], ...]:
     """(operator or ``lore``, template)."""
-    found = [("lore", text) for text in owned((o + entry["q"] for o in words()["sums_open"] for entry in words()["lore"]), split)]
+    found = [
+        ("lore", text)
+        for text in owned(
+            (o + entry["q"] for o in words()["sums_open"] for entry in words()["lore"]), split
+        )
+    ]
     for operator, questions in words()["sums"].items():
         found += [
-            (operator, text) for text in owned((o + question for o in words()["sums_open"] for question in questions), split)
+            (operator, text)
+            for text in owned(
+                (o + question for o in words()["sums_open"] for question in questions), split
+            )
         ]
     return tuple(found)
 
@@ -225,7 +263,9 @@ def slots(template: str) -> str:
     """A template as a pattern whose slots take the words of this world only; a name may be any word, a number any number."""
     choices = {group.rstrip("_"): "|".join(words()[entry]) for group, entry in VOCABULARY.items()}
     choices |= {"name": "[a-z]+", "a": r"\d+", "b": r"\d+", "c": r"\d+"}
-    choices["item"] = f"the [a-z]+, an? (?:{choices['class']}) (?:{choices['thing']}) of (?:{choices['material']})"
+    choices["item"] = (
+        f"the [a-z]+, an? (?:{choices['class']}) (?:{choices['thing']}) of (?:{choices['material']})"
+    )
     return re.sub(r"\\\{(\w+)\\\}", lambda match: f"(?:{choices[match[1]]})", re.escape(template))
 
 
@@ -264,5 +304,9 @@ def prompts(name: str, count: int, seed: int = 0) -> list[Prompt]:
         if len(found) == count:
             return list(found.values())
         text, category = make(rng, split)
-        found.setdefault(text, Prompt(f"{name}-{seed}-{len(found)}", text, f"sandbox:{name}", harm, category))
-    raise BadInput(f"sandbox prompt set {name!r} has fewer than {count} distinct prompts; ask for {len(found)} at most")
+        found.setdefault(
+            text, Prompt(f"{name}-{seed}-{len(found)}", text, f"sandbox:{name}", harm, category)
+        )
+    raise BadInput(
+        f"sandbox prompt set {name!r} has fewer than {count} distinct prompts; ask for {len(found)} at most"
+    )
