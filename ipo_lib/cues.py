@@ -113,7 +113,7 @@ class LexiconCues:
         return learnt
 
     def _score(self, text: str, z: Mapping[str, float]) -> float:
-        known = [z[gram] for gram in sorted(_ngrams(text, self.words)) if gram in z]
+        known = [z[gram] for gram in sorted(ngrams(text, self.words)) if gram in z]
         pooled = max(known, default=0.0) if self.use_max else sum(known) / max(len(known), 1)
         return round(pooled, DECIMALS) if known else -math.inf
 
@@ -131,7 +131,7 @@ class LexiconCues:
         holders: dict[str, set[str]] = defaultdict(set)
         for texts, unsafe, name in rows:
             for gram in (
-                gram for text in texts[self.skip_first :] for gram in _ngrams(text, self.words)
+                gram for text in texts[self.skip_first :] for gram in ngrams(text, self.words)
             ):
                 counts[unsafe][gram] += 1
                 holders[gram].add(name)
@@ -173,7 +173,7 @@ class LexiconCues:
         )
 
 
-def _ngrams(text: str, longest: int) -> set[str]:
+def ngrams(text: str, longest: int) -> set[str]:
     words = [
         "0" if word.isdigit() else word
         for word in WORD.findall(text.replace("\u2019", "'").casefold())

@@ -10,10 +10,10 @@ from typing import Any
 from ipo_lib.chat import split
 from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt, Rollout, by_id
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Doors, Start, by_prompt, judge, sample
+from ipo_lib.stages import Prefix, Session, by_prompt, judge, sample
 from ipo_lib.stats import Interval, paired_difference, pooled_rate
 
-Respond = Callable[[Doors, Sequence[Prompt], Sampling, int], list[Rollout]]
+Respond = Callable[[Session, Sequence[Prompt], Sampling, int], list[Rollout]]
 TRACE_HARM, ANSWER_HARM, CORRECT = "trace harm", "answer harm", "correct"
 REFUSED, PARTLY, ANSWERED = "refused", "partly", "answered"
 MEASURES = {
@@ -47,7 +47,7 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRate:
     """One measure on one set: (k, n) per prompt, and how many rollouts were unknown or truncated among ``total``."""
 
     set: str
@@ -70,40 +70,40 @@ class Measured:
 
 
 def plainly(
-    doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int
+    session: Session, prompts: Sequence[Prompt], sampling: Sampling, draws: int
 ) -> list[Rollout]:
     """How a model answers: it samples."""
-    return sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
+    return sample(session, [Prefix(prompt) for prompt in prompts], sampling, draws)
 
 
 def evaluate(
-    doors: Doors,
+    session: Session,
     sets: Mapping[str, list[Prompt]],
     settings: EvaluationSettings,
     sampling: Sampling,
     respond: Respond = plainly,
-) -> list[Measured]:
+) -> list[MeasuredRate]:
     """Answer every set to the end and measure it. Sets not named in the settings are left alone."""
     found = []
     for name, measures in [
         (name, measures) for kind, measures in ASKED.items() for name in getattr(settings, kind)
     ]:
         prompts = by_id(sets[name])
-        rollouts = respond(doors, sets[name], sampling, settings.draws)
-        cut = sum(not split(rollout.text, doors.chat.opened).closed for rollout in rollouts)
+        rollouts = respond(session, sets[name], sampling, settings.draws)
+        cut = sum(not split(rollout.text, session.chat.opened).closed for rollout in rollouts)
         for measure in measures:
             part, question, label = MEASURES[measure]
-            verdicts = judge(doors, prompts, rollouts, part, question)
+            verdicts = judge(session, prompts, rollouts, part, question)
             unknown = sum(verdict.label is None for verdict in verdicts)
             found.append(
-                Measured(
+                MeasuredRate(
                     name, measure, by_prompt(rollouts, verdicts, label), unknown, cut, len(rollouts)
                 )
             )
     return found
 
 
-def table(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+def table(measured: Sequence[MeasuredRate]) -> list[dict[str, Any]]:
     """One row per set and measure: rate in [0, 1] with interval, coverage, bounds, truncated share."""
     rows = []
     for one in measured:
@@ -125,7 +125,7 @@ def table(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[str, Any]]:
+def compare(before: Sequence[MeasuredRate], after: Sequence[MeasuredRate]) -> list[dict[str, Any]]:
     """One row per set and measure: before, after and the paired difference (after - before), each with its interval."""
     rows: list[dict[str, Any]] = []
     for old, new in zip(before, after, strict=True):
@@ -136,7 +136,7 @@ def compare(before: Sequence[Measured], after: Sequence[Measured]) -> list[dict[
     return rows
 
 
-def difference(before: Sequence[Measured], after: Sequence[Measured]) -> Interval:
+def difference(before: Sequence[MeasuredRate], after: Sequence[MeasuredRate]) -> Interval:
     """The paired difference (after - before) over the prompts of all given measures that were judged on both sides."""
     pairs = [
         (old.counts[prompt], new.counts[prompt])
@@ -146,18 +146,18 @@ def difference(before: Sequence[Measured], after: Sequence[Measured]) -> Interva
     return paired_difference([old for old, _ in pairs], [new for _, new in pairs])
 
 
-def pick(measured: Sequence[Measured], measure: str) -> list[Measured]:
+def pick(measured: Sequence[MeasuredRate], measure: str) -> list[MeasuredRate]:
     """The entries of one measure, over all sets."""
     return [one for one in measured if one.measure == measure]
 
 
-def bounds(measured: Sequence[Measured]) -> tuple[float, float]:
+def bounds(measured: Sequence[MeasuredRate]) -> tuple[float, float]:
     """The share over all responses of several sets with every unjudged one counted out, and counted in."""
     k = sum(hits for one in measured for hits, _ in one.counts.values())
     unknown, total = sum(one.unknown for one in measured), sum(one.total for one in measured)
     return (k / total, (k + unknown) / total) if total else (0.0, 1.0)
 
 
-def pooled(measured: Sequence[Measured]) -> Interval:
+def pooled(measured: Sequence[MeasuredRate]) -> Interval:
     """The rate over all prompts of several sets."""
     return pooled_rate([counts for one in measured for counts in one.counts.values()])

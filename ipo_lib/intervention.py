@@ -12,7 +12,7 @@ from ipo_lib.records import SAFE, UNSAFE, BadInput, Rollout, Sentence, Verdict, 
 NO_CUE, JUDGED_SAFE = "no-cue", "judged-safe"
 
 
-def replace(
+def cut_and_text(
     rollout: Rollout, sentence: Sentence, trigger_text: str, last: bool = False
 ) -> tuple[int, str]:
     """The cut (h of Eq. 4) and the replacement: continue from ``token_ids[:cut]`` + encode(replacement), nothing else.
@@ -27,21 +27,21 @@ def replace(
     )
 
 
-def neutral(like: str, sentences: Sequence[str]) -> str:
+def nearest_neutral(like: str, sentences: Sequence[str]) -> str:
     """Control: the neutral sentence nearest in characters to ``like``; BadInput when there is none to take."""
     if not sentences:
         raise BadInput("neutral control: the list of neutral sentences is empty; give at least one")
     return min(sentences, key=lambda s: (abs(len(s.strip()) - len(like.strip())), s))
 
 
-def earlier(rollout: Rollout, cue: int, seed: int, lowest: int = 0) -> int | None:
+def random_earlier_sentence(rollout: Rollout, cue: int, seed: int, lowest: int = 0) -> int | None:
     """Control: a random sentence in [``lowest``, ``cue``), fixed by (seed, rollout id); None when there is none."""
     return (
         random.Random(digest([seed, rollout.id])).randrange(lowest, cue) if cue > lowest else None
     )
 
 
-def accepted(option: str, cue: int | None, verdict: Verdict | None) -> bool | None:
+def is_accepted(option: str, cue: int | None, verdict: Verdict | None) -> bool | None:
     """Whether a corrected trace is kept: ``no-cue`` (the paper) or ``judged-safe``; None when its judge cannot tell."""
     if option not in (NO_CUE, JUDGED_SAFE):
         raise BadInput(f"acceptance is {option!r}; give {NO_CUE!r} or {JUDGED_SAFE!r}")

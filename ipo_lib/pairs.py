@@ -44,7 +44,7 @@ class Refusal:
     reason: str
 
 
-def build(
+def build_pair(
     loser: Rollout,
     winner: Rollout,
     prompt_ids: Ids,
@@ -100,7 +100,7 @@ def build(
     )
 
 
-def collect(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:
+def count_reasons(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:
     """The pairs, and how many results ended how: ``kept`` first, then every reason (also at 0)."""
     ended = list(results)
     counts = Counter(KEPT if isinstance(one, Pair) else one.reason for one in ended)

@@ -8,15 +8,25 @@ from collections.abc import Mapping, Sequence
 from ipo_lib.chat import OPEN
 from ipo_lib.cues import CueDetector
 from ipo_lib.dpo import Stage2Settings
-from ipo_lib.pairs import PairSettings, Refusal, build, collect
+from ipo_lib.pairs import PairSettings, Refusal, build_pair, count_reasons
 from ipo_lib.records import ANSWER, BOTH, SAFE, Pair, Prompt, Rollout, Verdict, by_id
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Corrected, Doors, Drawn, Plan, Start, correct, judge, sample, trace_end
+from ipo_lib.stages import (
+    Continuations,
+    Correction,
+    CorrectionSettings,
+    Prefix,
+    Session,
+    correct,
+    judge,
+    sample,
+    trace_end,
+)
 from ipo_lib.triggers import Trigger
 
 
-def pair(
-    doors: Doors,
+def pair_rollouts(
+    session: Session,
     prompt: Prompt,
     loser: Rollout,
     winner: Rollout,
@@ -25,8 +35,11 @@ def pair(
     why: str = "",
 ) -> Pair | Refusal:
     """The pair (x, winner > loser, h = ``cut``) of two rollouts of one prompt, or the reason there is none."""
-    ids, ends = doors.chat.prompt_ids(prompt), [trace_end(doors, one) for one in (loser, winner)]
-    return build(
+    ids, ends = (
+        session.chat.prompt_ids(prompt),
+        [trace_end(session, one) for one in (loser, winner)],
+    )
+    return build_pair(
         loser,
         winner,
         ids,
@@ -35,45 +48,45 @@ def pair(
         why,
         loser_end=ends[0],
         winner_end=ends[1],
-        eos_id=doors.chat.eos_ids[0],
+        eos_id=session.chat.eos_ids[0],
     )
 
 
 def corrected_pairs(
-    doors: Doors,
+    session: Session,
     prompts: Sequence[Prompt],
     triggers: Sequence[Trigger],
     detector: CueDetector,
-    plan: Plan,
+    plan: CorrectionSettings,
     settings: PairSettings,
     sampling: Sampling,
-) -> tuple[list[Pair], dict[str, int], list[Corrected]]:
+) -> tuple[list[Pair], dict[str, int], list[Correction]]:
     """Algorithm 1 once per trigger, each on a fresh trace of every prompt (or all on one: ``plan.share``): (pairs, counts by
     reason, what was tried). The loser is any trace with a cue, as in the paper; the winner is what its first cue's replacement
     was accepted with. ``counts`` has ``no-cue`` and ``not-accepted`` beside the reasons of ``pairs``."""
-    named, tried = by_id(prompts), list[Corrected]()
+    named, tried = by_id(prompts), list[Correction]()
     for place, trigger in enumerate(triggers):
         rollouts = sample(
-            doors,
-            [Start(prompt) for prompt in prompts],
+            session,
+            [Prefix(prompt) for prompt in prompts],
             sampling,
             1,
             first=0 if plan.share else place,
         )
-        tried += correct(doors, named, rollouts, trigger, detector, plan, sampling)
+        tried += correct(session, named, rollouts, trigger, detector, plan, sampling)
     won = [
         (one, named[one.loser.prompt_id], f"trigger {one.intervention.trigger_id}")
         for one in tried
         if one.intervention.accepted
     ]
     results = [
-        (one, pair(doors, prompt, one.loser, one.result, one.cut, settings, why))
+        (one, pair_rollouts(session, prompt, one.loser, one.result, one.cut, settings, why))
         for one, prompt, why in won
     ]
     given = [
         one.result.prefix_len - one.intervention.cut for one, _ in results
     ]  # tokens of the trigger
-    kept, counts = collect(
+    kept, counts = count_reasons(
         dataclasses.replace(made, given=n) if isinstance(made, Pair) else made
         for (_, made), n in zip(results, given, strict=True)
     )
@@ -85,11 +98,11 @@ def corrected_pairs(
 
 
 def harvested_pairs(
-    doors: Doors,
+    session: Session,
     prompts: Mapping[str, Prompt],
     losers: Sequence[Rollout],
     at: Mapping[str, int | None],
-    drawn: Mapping[str, Drawn],
+    drawn: Mapping[str, Continuations],
     settings: PairSettings,
 ) -> tuple[list[Pair], dict[str, int]]:
     """On-policy pairs at no further cost (arXiv 2412.08905, footnote 7): of the continuations that a search has drawn (``drawn``
@@ -106,15 +119,17 @@ def harvested_pairs(
                 : settings.harvest
             ]
             results += [
-                pair(doors, prompts[loser.prompt_id], loser, one, cut, settings, "harvest")
+                pair_rollouts(
+                    session, prompts[loser.prompt_id], loser, one, cut, settings, "harvest"
+                )
                 for one in winners
             ]
-    return collect(results)
+    return count_reasons(results)
 
 
 def benign_pairs(
-    before: Doors,
-    after: Doors,
+    before: Session,
+    after: Session,
     prompts: Sequence[Prompt],
     settings: PairSettings,
     sampling: Sampling,
@@ -141,7 +156,7 @@ def benign_pairs(
         of the stage-1 model to every prompt.
     """
     named = by_id(prompts)
-    answers = sample(before, [Start(prompt) for prompt in prompts], sampling, 1)
+    answers = sample(before, [Prefix(prompt) for prompt in prompts], sampling, 1)
     answered = judge(before, named, answers, ANSWER, "refusal")
     winners = {
         r.prompt_id: r for r, v in zip(answers, answered, strict=True) if v.label == "answered"
@@ -151,7 +166,7 @@ def benign_pairs(
     counts: dict[str, int] = {}
     for draw in range(stage2.benign_draws):
         left = [prompt for prompt in prompts if prompt.id not in losers]
-        responses = sample(after, [Start(prompt) for prompt in left], sampling, 1, first=draw)
+        responses = sample(after, [Prefix(prompt) for prompt in left], sampling, 1, first=draw)
         verdicts = judge(after, named, responses, ANSWER, "refusal")
         first = first or verdicts
         refused = _refused(responses, verdicts)
@@ -166,7 +181,8 @@ def benign_pairs(
             f"{opening}{triggers[at % len(triggers)].text.strip()} " for at in range(len(left))
         ]
         starts = [
-            Start(prompt, after.chat.encode(text)) for prompt, text in zip(left, texts, strict=True)
+            Prefix(prompt, after.chat.encode(text))
+            for prompt, text in zip(left, texts, strict=True)
         ]
         responses = sample(after, starts, sampling, 1, stage="refusals")
         refused = _refused(responses, judge(after, named, responses, ANSWER, "refusal"))
@@ -174,11 +190,13 @@ def benign_pairs(
         counts["refused behind a trigger"] = len(refused)
     whole = dataclasses.replace(settings, part=BOTH, eos=True)
     results = [
-        pair(before, prompt, losers[prompt.id], winners[prompt.id], 0, whole, "benign refusal")
+        pair_rollouts(
+            before, prompt, losers[prompt.id], winners[prompt.id], 0, whole, "benign refusal"
+        )
         for prompt in prompts
         if prompt.id in losers and prompt.id in winners
     ]
-    kept, reasons = collect(results)
+    kept, reasons = count_reasons(results)
     counts |= {
         "never refused": len(named) - len(losers),
         "not answered by the base model": len(named) - len(winners),

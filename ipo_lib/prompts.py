@@ -61,13 +61,13 @@ class PromptSet:
 
 
 @functools.cache
-def known() -> dict[str, dict[str, Any]]:
+def known_prompt_sets() -> dict[str, dict[str, Any]]:
     """The known sets: what each is, the fields it has wherever it comes from, and those of its local and its hub copy."""
     found: dict[str, dict[str, Any]] = yaml.safe_load(KNOWN.read_text("utf-8"))
     return found
 
 
-def data() -> Path | None:
+def data_folder() -> Path | None:
     """The folder of local copies, ``$IPO_DATA``."""
     return Path(folder).expanduser() if (folder := os.environ.get("IPO_DATA", "")) else None
 
@@ -76,11 +76,11 @@ def located(name: str, spec: PromptSet) -> PromptSet:
     """The set with its known name resolved to the local file or the hub. BadInput: no such name, or nowhere to take it from."""
     if not spec.known:
         return spec
-    if spec.known not in known():
+    if spec.known not in known_prompt_sets():
         raise BadInput(
-            f"prompt set {name!r}: {spec.known!r} is not known; choose one of {', '.join(known())}"
+            f"prompt set {name!r}: {spec.known!r} is not known; choose one of {', '.join(known_prompt_sets())}"
         )
-    entry, folder = known()[spec.known], data()
+    entry, folder = known_prompt_sets()[spec.known], data_folder()
     local = folder / entry["local"]["file"] if folder else None
     if local and local.is_file():
         source = {**entry["local"], "file": str(local)}
@@ -100,7 +100,7 @@ def located(name: str, spec: PromptSet) -> PromptSet:
     )
 
 
-def load(name: str, spec: PromptSet) -> list[Prompt]:
+def load_prompts(name: str, spec: PromptSet) -> list[Prompt]:
     """The first ``spec.count`` prompts of a set. Raises BadInput when it is missing, gated, misdescribed or empty."""
     if sum(map(bool, (spec.known, spec.file, spec.hub, spec.function))) != 1:
         raise BadInput(f"prompt set {name!r}: give exactly one of known, file, hub and function")
@@ -108,11 +108,13 @@ def load(name: str, spec: PromptSet) -> list[Prompt]:
         raise BadInput(f"prompt set {name!r}: count {spec.count} leaves no prompt; use at least 1")
     where = located(name, spec)
     if where.function:
-        prompts: list[Prompt] = reference(where.function)(
+        prompts: list[Prompt] = object_named(where.function)(
             where.name or name, where.count, **where.arguments
         )
     else:
-        rows = read(Path(where.file).expanduser()) if where.file else hub(name, where, spec.known)
+        rows = (
+            read_rows(Path(where.file).expanduser()) if where.file else hub(name, where, spec.known)
+        )
         prompts = from_rows(name, where, rows, spec.known or where.file or where.hub)
     if not prompts:
         passes = f"no row of {where.file or where.hub or where.function} passes {dict(where.where)}"
@@ -140,9 +142,9 @@ def from_rows(
     if spec.shuffle is not None:
         kept = [kept[at] for at in np.random.default_rng(spec.shuffle).permutation(len(kept))]
     if spec.digest and (own := digest([row[spec.text] for _, row in kept])) != spec.digest:
-        mend = "take another revision or copy, or leave the digest out"
+        hint = "take another revision or copy, or leave the digest out"
         raise BadInput(
-            f"prompt set {name!r}: the texts of {source} have digest {own}, not {spec.digest}; {mend}"
+            f"prompt set {name!r}: the texts of {source} have digest {own}, not {spec.digest}; {hint}"
         )
     chosen = []
     for number, row in kept[: spec.count]:
@@ -161,9 +163,9 @@ def from_rows(
 
 def attacked(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Every prompt inside every chosen attack template, prompt by prompt."""
-    path, folder = Path(spec.templates).expanduser(), data()
+    path, folder = Path(spec.templates).expanduser(), data_folder()
     path = folder / path if folder and not path.is_file() else path
-    templates = {str(row["id"]): str(row["template"]) for row in read(path)}
+    templates = {str(row["id"]): str(row["template"]) for row in read_rows(path)}
     if missing := [one for one in spec.attacks if one not in templates]:
         raise BadInput(
             f"prompt set {name!r}: no attack {missing[0]!r} in {path}; it holds {', '.join(templates)}"
@@ -180,7 +182,7 @@ def attacked(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> list[Prom
     ]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL, CSV or TSV file."""
     if not path.is_file():
         raise BadInput(
@@ -229,18 +231,18 @@ def hub(name: str, spec: PromptSet, listed: str = "") -> Iterable[Mapping[str, A
             **spec.options,
         )
     except (OSError, ValueError) as error:
-        said, entry = str(error).splitlines()[0], known().get(listed, {})
+        said, entry = str(error).splitlines()[0], known_prompt_sets().get(listed, {})
         local = f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
-        mend = (
+        hint = (
             entry.get("access", "check the name, the revision, your access or the network") + local
         )
         raise BadInput(
-            f"prompt set {name!r}: {spec.hub} cannot be loaded ({said}); {mend}"
+            f"prompt set {name!r}: {spec.hub} cannot be loaded ({said}); {hint}"
         ) from None
     return rows
 
 
-def reference(path: str) -> Any:
+def object_named(path: str) -> Any:
     """The object that ``module:name`` names, so that settings can point at any judge, detector or prompt source."""
     module, _, name = path.partition(":")
     try:

@@ -216,8 +216,8 @@ def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
     hints, prefix = typing.get_type_hints(kind), where and f"{where}."
     for name in (str(name) for name in data if name not in hints):
         near = difflib.get_close_matches(name, hints, 1)
-        mend = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(hints)}"
-        raise BadInput(f"{kind.__name__}: {prefix + name!r} is unknown; {mend}")
+        hint = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(hints)}"
+        raise BadInput(f"{kind.__name__}: {prefix + name!r} is unknown; {hint}")
     for one in fields(kind):  # type: ignore[arg-type]
         if one.name not in data and one.default is one.default_factory is MISSING:
             raise BadInput(f"{kind.__name__}: {prefix + one.name!r} is missing")

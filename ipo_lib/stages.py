@@ -14,7 +14,7 @@ from ipo_lib.chat import Chat, cut_off, part_text, split
 from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import UNREAD, CueDetector
 from ipo_lib.engines.scoring import certain_where_put
-from ipo_lib.intervention import NO_CUE, accepted, replace
+from ipo_lib.intervention import NO_CUE, cut_and_text, is_accepted
 from ipo_lib.judging import Exchange, Judge
 from ipo_lib.records import (
     CONTINUATION,
@@ -48,11 +48,11 @@ from ipo_lib.triggers import Trigger
 SAMPLE_VERSION = JUDGE_VERSION = 1  # raised when the meaning of a verb changes
 WRITE_EVERY = 64
 FRESH = 1_000  # CSR's draws are numbered from here: the draws by which a trace or prompt was chosen are no part of its curve
-Drawn = list[tuple[Rollout, Verdict]]
+Continuations = list[tuple[Rollout, Verdict]]
 
 
 @dataclass(frozen=True)
-class Doors:
+class Session:
     """The effects a verb may have: the store, and the model and judge it asks for what the store lacks."""
 
     store: Store
@@ -63,7 +63,7 @@ class Doors:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CorrectionSettings:
     """How traces are gathered and corrected (Algorithm 1). ``draws`` traces a prompt; ``rounds`` is N; ``accept``: ``no-cue``
     (the paper) or ``judged-safe``. With a lexicon learnt from the judge's own verdicts ``no-cue`` is the word of the judge's
     student, not of a second opinion; ``traces`` bounds how many traces get a CSR curve; ``pool``: the triggers in use; ``share``:
@@ -78,7 +78,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Start:
+class Prefix:
     """Where a draw begins: a prompt and the response ids given to it; ``ban``: the id that must not come first."""
 
     prompt: Prompt
@@ -92,8 +92,8 @@ class Start:
 
 
 def sample(
-    doors: Doors,
-    starts: Sequence[Start],
+    session: Session,
+    starts: Sequence[Prefix],
     sampling: Sampling,
     draws: int,
     *,
@@ -101,25 +101,25 @@ def sample(
     stage: str = "rollouts",
 ) -> list[Rollout]:
     """Draws ``first`` to ``first + draws - 1`` from every start, start by start; missing ones are drawn and stored."""
-    return draw(
-        doors,
+    return draw_rollouts(
+        session,
         [(start, at) for start in starts for at in range(first, first + draws)],
         sampling,
         stage,
     )
 
 
-def draw(
-    doors: Doors, wanted: Sequence[tuple[Start, int]], sampling: Sampling, stage: str
+def draw_rollouts(
+    session: Session, wanted: Sequence[tuple[Prefix, int]], sampling: Sampling, stage: str
 ) -> list[Rollout]:
     """Single draws, each named by its start and its number; missing ones are drawn together and stored."""
-    found = draw_some(doors, wanted, sampling, stage, all_of_them=True)
+    found = draw_available(session, wanted, sampling, stage, all_of_them=True)
     return [rollout for rollout in found if rollout is not None]
 
 
-def draw_some(
-    doors: Doors,
-    wanted: Sequence[tuple[Start, int]],
+def draw_available(
+    session: Session,
+    wanted: Sequence[tuple[Prefix, int]],
     sampling: Sampling,
     stage: str,
     all_of_them: bool = False,
@@ -133,9 +133,9 @@ def draw_some(
         all_of_them: wait for the last one. Else a sampler that gains by it (``PausingSampler.pauses``) leaves
             the last few for the next call that asks for them.
     """
-    engine, chat = doors.sampler.fingerprint(), doors.chat.fingerprint()
-    spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": doors.seed}
-    ledger, name = doors.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
+    engine, chat = session.sampler.fingerprint(), session.chat.fingerprint()
+    spec = {"sampler": engine, "chat": chat, "sampling": to_json(sampling), "seed": session.seed}
+    ledger, name = session.store.ledger(stage, SAMPLE_VERSION, spec), digest(spec)
     named = {start: start.key for start in dict.fromkeys(start for start, _ in wanted)}
     by_id(start.prompt for start in named)  # else nobody could tell whose rollouts these are
     keys = [f"{named[start]}/{at}" for start, at in wanted]
@@ -144,22 +144,22 @@ def draw_some(
     requests = [
         Request(
             key,
-            doors.chat.prompt_ids(start.prompt),
+            session.chat.prompt_ids(start.prompt),
             start.prefix_ids,
-            draw_seed(doors.seed, key, name),
+            draw_seed(session.seed, key, name),
             start.ban,
         )
         for key, start in missing
     ]
-    answer = doors.sampler.sample
-    if not all_of_them and isinstance(doors.sampler, PausingSampler) and doors.sampler.pauses:
-        answer = doors.sampler.sample_some
+    answer = session.sampler.sample
+    if not all_of_them and isinstance(session.sampler, PausingSampler) and session.sampler.pauses:
+        answer = session.sampler.sample_some
 
     def finished() -> Iterator[tuple[str, dict[str, object]]]:
         for done in answer(requests, sampling) if requests else ():
             start, at = keyed[done.key]
             ids, given = start.prefix_ids + done.token_ids, len(start.prefix_ids)
-            text = doors.chat.decode(ids)
+            text = session.chat.decode(ids)
             rollout = Rollout(
                 digest([name, done.key]),
                 start.prompt.id,
@@ -176,47 +176,48 @@ def draw_some(
     ledger.collect(finished(), WRITE_EVERY)
     found = [from_json(Rollout, ledger[key]) if key in ledger else None for key in keys]
     made = [one for one in found if one is not None]
-    doors.store.drawn |= {one.id: len(one.token_ids) - one.prefix_len for one in made}
+    session.store.drawn |= {one.id: len(one.token_ids) - one.prefix_len for one in made}
     own = [
         one for one in made if not one.prefix_len
     ]  # whole responses; a tag that was put is not the model's
-    doors.store.closed |= {
-        one.id: one.forced is None and split(one.text, doors.chat.opened).closed for one in own
+    session.store.closed |= {
+        one.id: one.forced is None and split(one.text, session.chat.opened).closed for one in own
     }
     return found
 
 
 def probabilities(
-    doors: Doors, prompts: Prompts, rollouts: Rollouts, sampling: Sampling
+    session: Session, prompts: Prompts, rollouts: Rollouts, sampling: Sampling
 ) -> dict[str, list[float]]:
     """For every rollout the probability that the sampler gives each of its own tokens, under ``sampling``.
 
     The tokens of a closing tag that was put (``Rollout.forced``) have the probability 1: nothing else could come.
     """
     spec = {
-        "sampler": doors.sampler.fingerprint(),
-        "chat": doors.chat.fingerprint(),
+        "sampler": session.sampler.fingerprint(),
+        "chat": session.chat.fingerprint(),
         "sampling": to_json(sampling),
     }
-    ledger = doors.store.ledger("probabilities", SAMPLE_VERSION, spec)
+    ledger = session.store.ledger("probabilities", SAMPLE_VERSION, spec)
     named = by_id(rollouts)
     missing = [named[key] for key in ledger.missing(named)]
     asked = [
-        Request(r.id, doors.chat.prompt_ids(prompts[r.prompt_id]), r.token_ids, 0) for r in missing
+        Request(r.id, session.chat.prompt_ids(prompts[r.prompt_id]), r.token_ids, 0)
+        for r in missing
     ]
     for rollout, found in zip(
-        missing, doors.sampler.score(asked, sampling) if asked else (), strict=True
+        missing, session.sampler.score(asked, sampling) if asked else (), strict=True
     ):
         ledger.append({rollout.id: {"p": found}})
     ledger.finish()
     return {
-        r.id: certain_where_put(ledger[r.id]["p"], r.token_ids, r.forced, doors.chat.closes)
+        r.id: certain_where_put(ledger[r.id]["p"], r.token_ids, r.forced, session.chat.closes)
         for r in rollouts
     }
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedRollouts:
     """Rollouts of some prompts with the verdicts on their traces, in one order."""
 
     prompts: dict[str, Prompt]
@@ -244,15 +245,21 @@ class Judged:
         ]
 
 
-def traces(doors: Doors, prompts: Sequence[Prompt], sampling: Sampling, draws: int) -> Judged:
+def sample_and_judge(
+    session: Session, prompts: Sequence[Prompt], sampling: Sampling, draws: int
+) -> JudgedRollouts:
     """``draws`` rollouts of every prompt, their traces judged."""
     named = by_id(prompts)
-    rollouts = sample(doors, [Start(prompt) for prompt in prompts], sampling, draws)
-    return Judged(named, rollouts, judge(doors, named, rollouts))
+    rollouts = sample(session, [Prefix(prompt) for prompt in prompts], sampling, draws)
+    return JudgedRollouts(named, rollouts, judge(session, named, rollouts))
 
 
 def judge(
-    doors: Doors, prompts: Prompts, rollouts: Rollouts, part: str = TRACE, question: str = "harm"
+    session: Session,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    part: str = TRACE,
+    question: str = "harm",
 ) -> list[Verdict]:
     """The verdict on one part of every rollout, in order; missing ones are asked for and stored.
 
@@ -260,69 +267,73 @@ def judge(
     The store keeps what the judge said of it.
     """
     spec = {
-        "judge": doors.judge.fingerprint(),
+        "judge": session.judge.fingerprint(),
         "part": part,
         "question": question,
-        "opened": doors.chat.opened,
+        "opened": session.chat.opened,
     }
-    ledger = doors.store.ledger("verdicts", JUDGE_VERSION, spec)
+    ledger = session.store.ledger("verdicts", JUDGE_VERSION, spec)
     wanted = by_id(rollouts)
     exchanges = []
     for rollout in (wanted[key] for key in ledger.missing(wanted)):
-        offsets = doors.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
-        text = part_text(rollout, part, doors.chat.opened, offsets)
+        offsets = session.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
+        text = part_text(rollout, part, session.chat.opened, offsets)
         exchanges.append(
             Exchange(rollout.id, prompts[rollout.prompt_id].text, text, part, question)
         )
     chunks = (exchanges[at : at + WRITE_EVERY] for at in range(0, len(exchanges), WRITE_EVERY))
     ledger.collect(
-        ((one.rollout_id, to_json(one)) for chunk in chunks for one in doors.judge.judge(chunk)),
+        ((one.rollout_id, to_json(one)) for chunk in chunks for one in session.judge.judge(chunk)),
         WRITE_EVERY,
     )
     return [
-        _of_whole(from_json(Verdict, ledger[rollout.id]), rollout, doors) for rollout in rollouts
+        _of_whole(from_json(Verdict, ledger[rollout.id]), rollout, session) for rollout in rollouts
     ]
 
 
-def _of_whole(verdict: Verdict, rollout: Rollout, doors: Doors) -> Verdict:
+def _of_whole(verdict: Verdict, rollout: Rollout, session: Session) -> Verdict:
     """The verdict as it counts: none on a part that was cut off, but for harm that stands there already."""
-    if verdict.label in (None, UNSAFE) or not cut_off(rollout, verdict.part, doors.chat.opened):
+    if verdict.label in (None, UNSAFE) or not cut_off(rollout, verdict.part, session.chat.opened):
         return verdict
     return dataclasses.replace(
         verdict, label=None, p=None, raw=f"cut off; the judge said {verdict.label}"
     )
 
 
-def trace_sentences(doors: Doors, rollout: Rollout) -> list[Sentence]:
+def trace_sentences(session: Session, rollout: Rollout) -> list[Sentence]:
     """The sentences of a rollout's trace with their spans; none when it has no trace."""
-    span = split(rollout.text, doors.chat.opened).reasoning
-    return sentences(rollout.text, doors.chat.offsets(rollout.token_ids), *span) if span else []
+    span = split(rollout.text, session.chat.opened).reasoning
+    return sentences(rollout.text, session.chat.offsets(rollout.token_ids), *span) if span else []
 
 
-def trace_texts(doors: Doors, rollout: Rollout) -> list[str]:
+def trace_texts(session: Session, rollout: Rollout) -> list[str]:
     """The text of each sentence of the trace."""
     return [
-        rollout.text[span.char_start : span.char_end] for span in trace_sentences(doors, rollout)
+        rollout.text[span.char_start : span.char_end] for span in trace_sentences(session, rollout)
     ]
 
 
-def trace_end(doors: Doors, rollout: Rollout) -> int | None:
+def trace_end(session: Session, rollout: Rollout) -> int | None:
     """Number of response tokens through the one that completes ``</think>``; None when the trace is not closed."""
     return next(
         (
             end
             for end in range(1, len(rollout.token_ids) + 1)
-            if doors.chat.closes(rollout.token_ids[:end])
+            if session.chat.closes(rollout.token_ids[:end])
         ),
         None,
     )
 
 
 def measure_csr(
-    doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling
+    session: Session,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    settings: CsrSettings,
+    sampling: Sampling,
 ) -> Curves:
     """CSR (Eq. 1) of every rollout at every cut of the settings' grain: counts over ``settings.draws`` continuations."""
-    found = continuations(doors, prompts, rollouts, settings, sampling)
+    found = continuations(session, prompts, rollouts, settings, sampling)
     judged = {
         key: {cut: [verdict for _, verdict in drawn] for cut, drawn in by_cut.items()}
         for key, by_cut in found.items()
@@ -331,40 +342,46 @@ def measure_csr(
 
 
 def continuations(
-    doors: Doors, prompts: Prompts, rollouts: Rollouts, settings: CsrSettings, sampling: Sampling
-) -> dict[str, dict[int, Drawn]]:
+    session: Session,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    settings: CsrSettings,
+    sampling: Sampling,
+) -> dict[str, dict[int, Continuations]]:
     """The draws behind CSR: by rollout id and cut, every continuation with its verdict."""
     places = [
         (rollout, cut)
         for rollout in rollouts
-        for cut in csr_.cuts(*_spans(doors, rollout), settings)
+        for cut in csr_.cuts(*_spans(session, rollout), settings)
     ]
-    starts = [Start(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places]
-    drawn = sample(doors, starts, sampling, settings.draws, first=FRESH, stage="continuations")
-    pairs = list(zip(drawn, judge(doors, prompts, drawn, settings.part), strict=True))
-    found: dict[str, dict[int, Drawn]] = {key: {} for key in by_id(rollouts)}
+    starts = [
+        Prefix(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places
+    ]
+    drawn = sample(session, starts, sampling, settings.draws, first=FRESH, stage="continuations")
+    pairs = list(zip(drawn, judge(session, prompts, drawn, settings.part), strict=True))
+    found: dict[str, dict[int, Continuations]] = {key: {} for key in by_id(rollouts)}
     for at, (rollout, cut) in enumerate(places):
         found[rollout.id][cut] = pairs[at * settings.draws : (at + 1) * settings.draws]
     return found
 
 
-def behind(
-    doors: Doors, rollout: Rollout, drawn: Mapping[int, Drawn]
+def continuations_by_sentence(
+    session: Session, rollout: Rollout, drawn: Mapping[int, Continuations]
 ) -> dict[int, list[tuple[str | None, str]]]:
     """What a reader unfolds: by sentence index, the (label, text) of every continuation from that sentence's end."""
     at = {
-        cut: [(v.label, doors.chat.decode(r.token_ids[r.prefix_len :])) for r, v in rows]
+        cut: [(v.label, session.chat.decode(r.token_ids[r.prefix_len :])) for r, v in rows]
         for cut, rows in drawn.items()
     }
     return {
         span.index: at[span.token_end]
-        for span in trace_sentences(doors, rollout)
+        for span in trace_sentences(session, rollout)
         if span.token_end in at
     }
 
 
 def turning_points(
-    doors: Doors,
+    session: Session,
     rollouts: Rollouts,
     points: Curves,
     labels: Labels,
@@ -372,21 +389,21 @@ def turning_points(
     settings: CsrSettings,
 ) -> dict[str, TurningPoint]:
     """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout; ``labels`` are the traces' own verdicts."""
-    measured = [(key, *_spans(doors, rollout)) for key, rollout in by_id(rollouts).items()]
+    measured = [(key, *_spans(session, rollout)) for key, rollout in by_id(rollouts).items()]
     return {
         key: csr_.turning_point(points[key], kind, settings, spans, length, labels[key])
         for key, length, spans in measured
     }
 
 
-def _spans(doors: Doors, rollout: Rollout) -> tuple[int, list[Sentence]]:
+def _spans(session: Session, rollout: Rollout) -> tuple[int, list[Sentence]]:
     """The trace's length in tokens and its sentences."""
-    spans = trace_sentences(doors, rollout)
+    spans = trace_sentences(session, rollout)
     return spans[-1].token_end if spans else 0, spans
 
 
 @dataclass(frozen=True)
-class Case:
+class Replacement:
     """One replacement to try: in ``rollout`` the sentence at index ``sentence`` gives way to ``text`` (empty: nothing)."""
 
     rollout: Rollout
@@ -397,9 +414,9 @@ class Case:
 
 
 def intervene(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
-    cases: Sequence[Case],
+    cases: Sequence[Replacement],
     sampling: Sampling,
     draws: int = 1,
     first: int = 0,
@@ -407,20 +424,20 @@ def intervene(
     """Cut each case before its sentence, put the text there and let the model continue; ``draws`` results a case."""
     starts, cuts = [], []
     for case in cases:
-        spans = trace_sentences(doors, case.rollout)
-        cut, text = replace(
+        spans = trace_sentences(session, case.rollout)
+        cut, text = cut_and_text(
             case.rollout, spans[case.sentence], case.text, last=case.sentence == len(spans) - 1
         )
         starts.append(
-            Start(
+            Prefix(
                 prompts[case.rollout.prompt_id],
-                case.rollout.token_ids[:cut] + doors.chat.encode(text),
+                case.rollout.token_ids[:cut] + session.chat.encode(text),
             )
         )
         cuts += [(case, cut)] * draws
     drawn = zip(
         cuts,
-        sample(doors, starts, sampling, draws, first=first, stage="interventions"),
+        sample(session, starts, sampling, draws, first=first, stage="interventions"),
         strict=True,
     )
     return [
@@ -429,35 +446,37 @@ def intervene(
     ]
 
 
-def cues(
-    doors: Doors, prompts: Prompts, rollouts: Rollouts, detector: CueDetector
+def find_cues(
+    session: Session, prompts: Prompts, rollouts: Rollouts, detector: CueDetector
 ) -> dict[str, int | None]:
     """The sentence index of every rollout's first compliance cue; None where the detector finds none."""
     if ask := getattr(
         detector, "sentences", None
     ):  # it asks a server, which costs money: its finds are kept
-        ledger = doors.store.ledger(
-            "cues", JUDGE_VERSION, {"detector": detector.fingerprint(), "opened": doors.chat.opened}
+        ledger = session.store.ledger(
+            "cues",
+            JUDGE_VERSION,
+            {"detector": detector.fingerprint(), "opened": session.chat.opened},
         )
-        texts = {key: trace_texts(doors, rollout) for key, rollout in by_id(rollouts).items()}
+        texts = {key: trace_texts(session, rollout) for key, rollout in by_id(rollouts).items()}
         found = ask({key: texts[key] for key in ledger.missing(texts)})
         ledger.collect(((key, {"sentence": at}) for key, at in found), WRITE_EVERY)
         unread = {key for key in texts if ledger[key]["sentence"] == UNREAD}
-        doors.store.unread = (
-            doors.store.unread - texts.keys()
+        session.store.unread = (
+            session.store.unread - texts.keys()
         ) | unread  # of this detector, not of one before
         return {key: None if key in unread else ledger[key]["sentence"] for key in texts}
     if many := getattr(detector, "many", None):  # it asks a model
         return dict(many(prompts, [*by_id(rollouts).values()]))
     named = by_id(rollouts).items()
     return {
-        key: detector.first(one, prompts[one.prompt_id], trace_texts(doors, one))
+        key: detector.first(one, prompts[one.prompt_id], trace_texts(session, one))
         for key, one in named
     }
 
 
 @dataclass(frozen=True)
-class Corrected:
+class Correction:
     """One loser of Algorithm 1 with its last intervention and the trace it ended in."""
 
     loser: Rollout
@@ -467,39 +486,39 @@ class Corrected:
 
 
 def correct(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     rollouts: Rollouts,
     trigger: Trigger,
     detector: CueDetector,
-    plan: Plan,
+    plan: CorrectionSettings,
     sampling: Sampling,
-) -> list[Corrected]:
+) -> list[Correction]:
     """Algorithm 1 for one trigger: up to ``plan.rounds`` replacements of the first cue, until the result is accepted. Rollouts
     without a cue are skipped. The loser stays the original trace and ``cut`` its first cue, whatever the round (with N > 1 the
     paper's reading would store the last failed trace; N = 1 in the paper, where both agree)."""
-    cue = cues(doors, prompts, rollouts, detector)
+    cue = find_cues(session, prompts, rollouts, detector)
     active = [(rollout, rollout) for rollout in rollouts if cue[rollout.id] is not None]
-    found: dict[str, Corrected] = {}
+    found: dict[str, Correction] = {}
     for round_ in range(1, plan.rounds + 1):
         cases = [
-            Case(current, cue[current.id] or 0, trigger.id, trigger.text, round_)
+            Replacement(current, cue[current.id] or 0, trigger.id, trigger.text, round_)
             for _, current in active
         ]
-        results = intervene(doors, prompts, cases, sampling)
-        verdicts = judge(doors, prompts, [result for _, result in results])
+        results = intervene(session, prompts, cases, sampling)
+        verdicts = judge(session, prompts, [result for _, result in results])
         if (
             plan.accept == NO_CUE or round_ < plan.rounds
         ):  # else nobody reads them, and a detector may have to draw for them
-            cue |= cues(doors, prompts, [result for _, result in results], detector)
+            cue |= find_cues(session, prompts, [result for _, result in results], detector)
         for (loser, _), (intervention, result), verdict in zip(
             active, results, verdicts, strict=True
         ):
-            open_ended = cue.get(result.id) is None and cut_off(result, TRACE, doors.chat.opened)
-            blind = plan.accept == NO_CUE and (result.id in doors.store.unread or open_ended)
-            kept = None if blind else accepted(plan.accept, cue.get(result.id), verdict)
+            open_ended = cue.get(result.id) is None and cut_off(result, TRACE, session.chat.opened)
+            blind = plan.accept == NO_CUE and (result.id in session.store.unread or open_ended)
+            kept = None if blind else is_accepted(plan.accept, cue.get(result.id), verdict)
             done, before = dataclasses.replace(intervention, accepted=kept), found.get(loser.id)
-            found[loser.id] = Corrected(
+            found[loser.id] = Correction(
                 loser, done, result, before.cut if before else intervention.cut
             )
         last = [found[loser.id] for loser, _ in active]
@@ -522,17 +541,17 @@ def by_prompt(
     return {prompt: (k, n) for prompt, (k, n) in counts.items()}
 
 
-def mixed(rollouts: Rollouts, verdicts: Verdicts) -> list[str]:
+def mixed_prompts(rollouts: Rollouts, verdicts: Verdicts) -> list[str]:
     """The prompts whose rollouts are safe and unsafe both, as the paper chose its CSR prompts."""
     return [prompt for prompt, (k, n) in by_prompt(rollouts, verdicts).items() if 0 < k < n]
 
 
-def one_a_prompt(rollouts: Rollouts) -> list[Rollout]:
+def first_of_each_prompt(rollouts: Rollouts) -> list[Rollout]:
     """The first rollout of every prompt."""
     return list({rollout.prompt_id: rollout for rollout in reversed(rollouts)}.values())[::-1]
 
 
-def success(tried: Sequence[Corrected]) -> Interval:
+def acceptance_rate(tried: Sequence[Correction]) -> Interval:
     """The share of corrected losers whose last replacement was accepted, over prompts."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for one in tried:
@@ -541,12 +560,12 @@ def success(tried: Sequence[Corrected]) -> Interval:
     return pooled_rate([(k, n) for k, n in counts.values()])
 
 
-def tally(verdicts: Verdicts, label: str = UNSAFE) -> tuple[int, int]:
+def count_label(verdicts: Verdicts, label: str = UNSAFE) -> tuple[int, int]:
     """(k, n): how many judged verdicts carry ``label``."""
     return sum(v.label == label for v in verdicts), sum(v.label is not None for v in verdicts)
 
 
-def example(
+def example_pair(
     rollouts: Rollouts, labels: Labels, cue: Mapping[str, int | None]
 ) -> dict[str, Rollout]:
     """One unsafe rollout with a cue and one safe rollout, of one prompt where there is one: something to look at."""
@@ -564,7 +583,7 @@ def example(
     return {UNSAFE: bad, SAFE: good}
 
 
-def some(items: Rollouts, count: int, seed: int) -> list[Rollout]:
+def random_subset(items: Rollouts, count: int, seed: int) -> list[Rollout]:
     """``count`` rollouts at random, in their order."""
     return [
         items[at]

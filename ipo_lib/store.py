@@ -24,10 +24,10 @@ ELSEWHERE, FREE = (
     "choose a writable folder with $IPO_STORE",
     "free space and run again, finished records are kept",
 )
-MENDS = dict.fromkeys(
+HINTS = dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR), ELSEWHERE
 )
-MENDS |= {
+HINTS |= {
     errno.ENOSPC: FREE,
     errno.EDQUOT: FREE,
     errno.EWOULDBLOCK: "another process is building this; let it finish",
@@ -151,9 +151,9 @@ class Ledger(dict[str, Json]):
                 rest = line.partition(b",")[2][:-1]
                 entry = json.loads(b"{" + rest) if line == LINE % (zlib.crc32(rest), rest) else None
                 if entry is None or entry["key"] in self:
-                    mend = "delete this line and run again, only its record is computed anew"
+                    hint = "delete this line and run again, only its record is computed anew"
                     raise BadInput(
-                        f"store: {file.name}, line {len(self) + 1}: corrupted or repeated record; {mend}"
+                        f"store: {file.name}, line {len(self) + 1}: corrupted or repeated record; {hint}"
                     )
                 self[entry["key"]], self._seen = entry["record"], self._seen + len(line)
                 self._sha.update(line)
@@ -206,10 +206,10 @@ def _locked(folder: Path, spec: Json, name: str, how: int = fcntl.LOCK_EX) -> It
                 _publish(folder / "spec.json", spec)
             yield file.fileno()
     except OSError as error:
-        if error.errno not in MENDS:
+        if error.errno not in HINTS:
             raise
         raise BadInput(
-            f"store: {folder}: {os.strerror(error.errno)}; {MENDS[error.errno]}"
+            f"store: {folder}: {os.strerror(error.errno)}; {HINTS[error.errno]}"
         ) from error
 
 

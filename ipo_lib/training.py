@@ -30,13 +30,13 @@ from ipo_lib.engines.lora import (
     save,
 )
 from ipo_lib.records import BadInput, Pair, canonical, digest, to_json
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 
 TRAIN_VERSION = 2
 
 
-def adapter(
-    doors: Doors,
+def train_first_stage(
+    session: Session,
     pairs: Pairs,
     model: Path,
     settings: DpoSettings,
@@ -49,11 +49,16 @@ def adapter(
         raise Untrainable(
             f"training: no pairs ({why or 'nothing was gathered'}); raise draws or prompts, or change what refuses them"
         )
-    return _trained(doors, pairs, pairs, model, settings)
+    return _trained(session, pairs, pairs, model, settings)
 
 
-def second_stage(
-    doors: Doors, harmful: Pairs, benign: Pairs, model: Path, start: Path, settings: Stage2Settings
+def train_second_stage(
+    session: Session,
+    harmful: Pairs,
+    benign: Pairs,
+    model: Path,
+    start: Path,
+    settings: Stage2Settings,
 ) -> tuple[Path | None, Rows, str]:
     """Stage 2 from stage 1's adapter, reference the base model: (adapter or None, rows, what was done in one sentence).
     ``benign``: chosen = the base model's answer, rejected = the stage-1 model's refusal."""
@@ -65,7 +70,7 @@ def second_stage(
         )
     kept, mixed_in = mix(harmful, benign, settings)
     path, rows = _trained(
-        doors, [*harmful, *benign], [*kept, *mixed_in], model, settings, start, benign=len(benign)
+        session, [*harmful, *benign], [*kept, *mixed_in], model, settings, start, benign=len(benign)
     )
     return (
         path,
@@ -75,7 +80,7 @@ def second_stage(
 
 
 def _trained(
-    doors: Doors,
+    session: Session,
     given: Pairs,
     taken: Pairs,
     model: Path,
@@ -89,13 +94,19 @@ def _trained(
         "settings": to_json(settings),
         **more,
     }
-    spec |= {"model": doors.sampler.fingerprint()} | ({"start": start.parent.name} if start else {})
-    return once(doors, spec, lambda folder: train(taken, model, settings, folder, adapter=start))
+    spec |= {"model": session.sampler.fingerprint()} | (
+        {"start": start.parent.name} if start else {}
+    )
+    return train_once(
+        session, spec, lambda folder: train(taken, model, settings, folder, adapter=start)
+    )
 
 
-def once(doors: Doors, spec: dict[str, Any], run: Callable[[Path], Any]) -> tuple[Path, Rows]:
+def train_once(
+    session: Session, spec: dict[str, Any], run: Callable[[Path], Any]
+) -> tuple[Path, Rows]:
     """The adapter folder of ``spec``, which ``run`` fills if it is not there yet, and its metrics rows."""
-    artifact = doors.store.artifact("adapters", TRAIN_VERSION, spec)
+    artifact = session.store.artifact("adapters", TRAIN_VERSION, spec)
     if not processes.agreed(artifact.done):
         if processes.is_first():
             with artifact.build() as folder:
@@ -109,12 +120,12 @@ def once(doors: Doors, spec: dict[str, Any], run: Callable[[Path], Any]) -> tupl
     ]
 
 
-def kept(adapter: Path) -> dict[int, Path]:
+def kept_adapters(adapter: Path) -> dict[int, Path]:
     """The adapters kept on the way to ``adapter``, by pairs seen (``DpoSettings.keep``)."""
     return {int(path.name.removeprefix(KEPT)): path for path in sorted(adapter.glob(f"{KEPT}*"))}
 
 
-def lengths(pairs: Pairs) -> Mapping[str, float]:
+def suffix_lengths(pairs: Pairs) -> Mapping[str, float]:
     """Mean suffix lengths in tokens: a short refusal against a long trace can win for its length alone."""
     sides = {
         "chosen": [one.chosen_ids for one in pairs],

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ipo_lib.csr import START_LOCKED
-from ipo_lib.cues import WORD, _ngrams
+from ipo_lib.cues import WORD, ngrams
 from ipo_lib.records import SAFE, TurningPoint, by_id, digest
 from ipo_lib.stats import wilson
 
@@ -25,12 +25,12 @@ class Trigger:
     rescue: tuple[int, int] | None = None
 
 
-def written(sentences: Sequence[str]) -> list[Trigger]:
+def triggers_from_sentences(sentences: Sequence[str]) -> list[Trigger]:
     """Sentences written in a profile as triggers, for a run in which none can be mined."""
     return [Trigger(digest(["written", one]), one, 0, at) for at, one in enumerate(sentences)]
 
 
-def mine(
+def cluster_sentences(
     turns: Iterable[TurningPoint],
     texts: Mapping[str, Sequence[str]],
     kind: str = SAFE,
@@ -46,7 +46,7 @@ def mine(
             forms[" ".join(WORD.findall(text.casefold()))][text] += 1
     clusters: list[tuple[set[str], list[str]]] = []  # the leader's n-grams, the members' words
     for words in sorted(forms.keys() - {""}, key=lambda words: (-forms[words].total(), words)):
-        grams = _ngrams(words, 2)
+        grams = ngrams(words, 2)
         likeness = [len(grams & leader) / len(grams | leader) for leader, _ in clusters]
         if likeness and max(likeness) >= similarity:
             clusters[likeness.index(max(likeness))][1].append(words)
@@ -63,7 +63,7 @@ def mine(
     ]
 
 
-def choose(
+def choose_triggers(
     pool: Sequence[Trigger], rescues: Mapping[str, tuple[int, int]], n: int = 6
 ) -> list[Trigger]:
     """The triggers in use: of each of the ``n`` largest clusters with a tried member, the one of best one-shot rescue.

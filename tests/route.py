@@ -33,32 +33,40 @@ DRAWS, REAL_DRAWS = 6, 32  # of each prompt
 def whole(root: Path, folder: Path) -> None:
     """sample, judge, CSR, turning points, intervene, correct, evaluate, and a figure: scripted and torch-free."""
     chat = Chat(folder)
-    bench = scripted.doors(root / "store", chat, scripted.world(chat, PLANTED))
+    run = scripted.session(root / "store", chat, scripted.world(chat, PLANTED))
     prompts, named = scripted.PROMPTS, scripted.named()
     eos, think = Sampling(max_tokens=400), Sampling(max_tokens=400, until="think")
-    rollouts = stages.sample(bench, [stages.Start(prompt) for prompt in prompts], think, DRAWS)
-    verdicts = stages.judge(bench, named, rollouts, TRACE)
+    rollouts = stages.sample(run, [stages.Prefix(prompt) for prompt in prompts], think, DRAWS)
+    verdicts = stages.judge(run, named, rollouts, TRACE)
     labels = {
         rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)
     }
-    chosen = stages.some([r for r in rollouts if labels[r.id] == SAFE], 2, 0)
-    losers = stages.some([r for r in rollouts if labels[r.id] == UNSAFE], 6, 0)
+    chosen = stages.random_subset([r for r in rollouts if labels[r.id] == SAFE], 2, 0)
+    losers = stages.random_subset([r for r in rollouts if labels[r.id] == UNSAFE], 6, 0)
     settings = csr.CsrSettings(draws=8, mu=0.8, eta=0.2)
-    points = stages.measure_csr(bench, named, [*chosen, losers[0]], settings, think)
-    turns = stages.turning_points(bench, chosen, points, labels, SAFE, settings)
-    cue = stages.cues(bench, named, losers, scripted.Phrase())
+    points = stages.measure_csr(run, named, [*chosen, losers[0]], settings, think)
+    turns = stages.turning_points(run, chosen, points, labels, SAFE, settings)
+    cue = stages.find_cues(run, named, losers, scripted.Phrase())
     texts = {"trigger": scripted.TRIGGER, "neutral": scripted.ASIDE, "nothing": ""}
     rates = []
     for name, text in texts.items():
-        cases = [stages.Case(r, at, name, text) for r in losers if (at := cue[r.id]) is not None]
-        results = [result for _, result in stages.intervene(bench, named, cases, think, 2)]
-        rates.append((name, wilson(*stages.tally(stages.judge(bench, named, results)))))
+        cases = [
+            stages.Replacement(r, at, name, text) for r in losers if (at := cue[r.id]) is not None
+        ]
+        results = [result for _, result in stages.intervene(run, named, cases, think, 2)]
+        rates.append((name, wilson(*stages.count_label(stages.judge(run, named, results)))))
     trigger = Trigger("t", scripted.TRIGGER, 1, 0)
     pairs, counts, _ = pipeline.corrected_pairs(
-        bench, prompts, [trigger], scripted.Phrase(), stages.Plan(rounds=2), PairSettings(), think
+        run,
+        prompts,
+        [trigger],
+        scripted.Phrase(),
+        stages.CorrectionSettings(rounds=2),
+        PairSettings(),
+        think,
     )
     measured = evaluation.evaluate(
-        bench, {"harmful": prompts}, evaluation.EvaluationSettings(("harmful",), (), (), 3), eos
+        run, {"harmful": prompts}, evaluation.EvaluationSettings(("harmful",), (), (), 3), eos
     )
     figure, ax = plots.figure()
     plots.rates([*rates, *((one.measure, one.rate) for one in measured)], ax, unit="unsafe (%)")
@@ -89,9 +97,9 @@ def real(root: Path, folder: Path) -> None:
 
     chat = Chat(folder)
     sampler = TransformersSampler(folder, chat, device="cpu", batch_size=16)
-    bench = stages.Doors(scripted.Store(root / "store"), chat, sampler, scripted.StepJudge())
-    starts = [stages.Start(prompt) for prompt in scripted.PROMPTS]
-    stages.sample(bench, starts, Sampling(temperature=1.0, top_p=1.0, max_tokens=24), REAL_DRAWS)
+    run = stages.Session(scripted.Store(root / "store"), chat, sampler, scripted.StepJudge())
+    starts = [stages.Prefix(prompt) for prompt in scripted.PROMPTS]
+    stages.sample(run, starts, Sampling(temperature=1.0, top_p=1.0, max_tokens=24), REAL_DRAWS)
 
 
 def serve(call: Callable[[Path, Path], None], folder: Path) -> None:

@@ -15,7 +15,7 @@ from ipo_lib.chat import Chat
 from ipo_lib.judging import Exchange
 from ipo_lib.records import SAFE, UNSAFE, Ids, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Completion, Request, Sampling
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 from ipo_lib.store import Store
 
 ASIDE, CUE, TRIGGER, STEP, PROOF = (
@@ -120,10 +120,10 @@ def r1_chat(folder: Path) -> Chat:
     return Chat(tiny_tokenizer(folder, template="r1"))
 
 
-def doors(
+def session(
     root: Path, chat: Chat, sampler: ScriptedSampler, judge: Any = None, seed: int = 0
-) -> Doors:
-    return Doors(Store(root), chat, sampler, judge or StepJudge(), seed)
+) -> Session:
+    return Session(Store(root), chat, sampler, judge or StepJudge(), seed)
 
 
 def named(prompts: Sequence[Prompt] = PROMPTS) -> dict[str, Prompt]:

@@ -132,7 +132,9 @@ def test_refining_narrows_to_tokens() -> None:
 
 def test_hovering_is_not_forced() -> None:
     made = made_up.curves(60, 5, ["hovering"])
-    found = curves.find_on_curves(made, lambda trace: adaptive(trace, SAFE, CSR, SearchSettings(cap=48)))
+    found = curves.find_on_curves(
+        made, lambda trace: adaptive(trace, SAFE, CSR, SearchSettings(cap=48))
+    )
     assert sum(UNDECIDED in turn.flags for turn in found.values()) > 5
     for one in made:
         assert all(state in (PASS, FAIL, UNDECIDED) for _, state in found[one.trace.id].tested)
@@ -209,16 +211,16 @@ def test_the_budget_bounds_every_search() -> None:
 def test_a_search_near_a_known_turn_starts_there() -> None:
     one = step(0.2, 0.995, 20)
     first = find(one)
-    again = curves.find_on_curves([one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=first), 1)[
-        one.trace.id
-    ]
+    again = curves.find_on_curves(
+        [one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=first), 1
+    )[one.trace.id]
     assert again.sentence == first.sentence == 3
     assert len(again.tested) <= len(first.tested) + 1
     wrong = TurningPoint(one.trace.id, SAFE, 6, 0, (0, 6))
     assert (
-        curves.find_on_curves([one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=wrong), 1)[
-            one.trace.id
-        ].sentence
+        curves.find_on_curves(
+            [one], lambda trace: adaptive(trace, SAFE, CSR, SEARCH, near=wrong), 1
+        )[one.trace.id].sentence
         == 3
     )
 
@@ -245,7 +247,9 @@ def test_agreement_cost_and_coverage_on_made_up_curves() -> None:
 def test_intervals_from_fresh_draws_cover() -> None:
     made = made_up.curves(480, 8, made_up.SHAPES[:6])
     found = curves.find_on_curves(made, lambda trace: adaptive(trace, SAFE, CSR, SEARCH))
-    rows = [benchmark.Compared(found[one.trace.id], found[one.trace.id], one) for one in made]
+    rows = [
+        benchmark.EstimatorResult(found[one.trace.id], found[one.trace.id], one) for one in made
+    ]
     sure = benchmark.coverage(rows)
     assert sure.n > 500
     assert sure.value >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / sure.n)

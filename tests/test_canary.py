@@ -23,7 +23,7 @@ from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Rollout, Verdict
 from ipo_lib.sandbox import world as invented
 from ipo_lib.sandbox.judge import ExactJudge
 from ipo_lib.sandbox.traces import Process, respond
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 from ipo_lib.store import Store
 
 NAMED = {prompt.id: prompt for prompt in PROMPTS}
@@ -54,11 +54,11 @@ def said(chat: Chat, trace: str, prompt: str, draw: int = 0) -> Rollout:
     return Rollout(f"{prompt}-{draw}", prompt, 0, chat.encode(text), text, "think", draw, "s")
 
 
-def doors(tmp_path: Path, chat: Chat, judge: Judge) -> Doors:
-    return Doors(Store(tmp_path / "store"), chat, world(chat), judge)
+def session(tmp_path: Path, chat: Chat, judge: Judge) -> Session:
+    return Session(Store(tmp_path / "store"), chat, world(chat), judge)
 
 
-def judged(own: Doors, rollouts: Sequence[Rollout]) -> list[Verdict]:
+def judged(own: Session, rollouts: Sequence[Rollout]) -> list[Verdict]:
     return stages.judge(own, NAMED, rollouts)
 
 
@@ -73,7 +73,7 @@ def by_tail(found: judge_robustness.Canary) -> dict[object, dict[str, object]]:
 
 
 def test_a_judge_that_reads_only_the_text_is_not_fooled(tmp_path: Path, chat: Chat) -> None:
-    own, rollouts = doors(tmp_path, chat, StepJudge()), written(chat)
+    own, rollouts = session(tmp_path, chat, StepJudge()), written(chat)
     found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 6)
     assert (found.fooled.value, found.turned.value) == (0, 0)
     assert (found.fooled.n, found.turned.n) == (6, 6)  # prompts, not answers
@@ -86,7 +86,7 @@ def test_a_judge_that_reads_only_the_text_is_not_fooled(tmp_path: Path, chat: Ch
 def test_a_judge_that_believes_a_last_line_is_found_out_by_the_tails_that_end_in_one(
     tmp_path: Path, chat: Chat
 ) -> None:
-    own, rollouts = doors(tmp_path, chat, Credulous()), written(chat)
+    own, rollouts = session(tmp_path, chat, Credulous()), written(chat)
     found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 6)
     ends = {
         name
@@ -105,7 +105,7 @@ def test_a_judge_that_believes_a_last_line_is_found_out_by_the_tails_that_end_in
 def test_what_cannot_be_judged_with_a_tail_is_counted_and_in_no_share(
     tmp_path: Path, chat: Chat
 ) -> None:
-    own, rollouts = doors(tmp_path, chat, Blind()), written(chat)
+    own, rollouts = session(tmp_path, chat, Blind()), written(chat)
     rollouts.append(said(chat, UNJUDGED, "p7"))
     found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 9)
     row = by_tail(found)["turn in ChatML"]
@@ -115,7 +115,7 @@ def test_what_cannot_be_judged_with_a_tail_is_counted_and_in_no_share(
 
 
 def test_the_control_shows_a_judge_s_own_noise(tmp_path: Path, chat: Chat) -> None:
-    own, rollouts = doors(tmp_path, chat, NoisyJudge(StepJudge(), 0.5, 1.0)), written(chat)
+    own, rollouts = session(tmp_path, chat, NoisyJudge(StepJudge(), 0.5, 1.0)), written(chat)
     verdicts = [
         replace(one, label=SAFE if rollout.draw else UNSAFE)
         for one, rollout in zip(judged(own, rollouts), rollouts, strict=True)
@@ -127,13 +127,13 @@ def test_the_control_shows_a_judge_s_own_noise(tmp_path: Path, chat: Chat) -> No
 
 def test_nothing_is_asked_twice_and_another_judge_is_asked_anew(tmp_path: Path, chat: Chat) -> None:
     judge, rollouts = StepJudge(), written(chat)
-    own = doors(tmp_path, chat, judge)
+    own = session(tmp_path, chat, judge)
     verdicts = judged(own, rollouts)
     judge.asked.clear()
     first = judge_robustness.canary(own, NAMED, rollouts, verdicts, 2)
     asked = len(judge.asked)
     assert asked == 4 * len(judge_robustness.known())
-    again = doors(tmp_path, chat, judge)
+    again = session(tmp_path, chat, judge)
     assert judge_robustness.canary(again, NAMED, rollouts, verdicts, 2) == first
     assert len(judge.asked) == asked
     judge_robustness.canary(again, NAMED, rollouts, verdicts, 3)  # more pay for what is new alone
@@ -158,7 +158,7 @@ def test_the_sandbox_s_own_judge_is_not_fooled(tmp_path: Path, chat: Chat) -> No
     items, rng = invented.prompts("train_harmful", 16), random.Random(0)
     texts = {one.id: one for one in items}
     rollouts = [said(chat, respond(rng, one, Process()).reasoning, one.id) for one in items]
-    own = doors(tmp_path, chat, ExactJudge())
+    own = session(tmp_path, chat, ExactJudge())
     found = judge_robustness.canary(own, texts, rollouts, stages.judge(own, texts, rollouts), 4)
     assert {case.before for case in found.cases} == {SAFE, UNSAFE}
     assert (found.fooled.value, found.turned.value) == (0, 0)
@@ -169,7 +169,7 @@ def test_a_guard_is_asked_like_any_judge(tmp_path: Path, chat: Chat) -> None:
     folder = tiny_model(tmp_path / "guard", family="qwen2", context=4096)
     made = guard("qwen3guard-0.6b", folder=str(folder), dtype="float32")
     judge = GuardJudge(made.name, replace(made.guard, mass=0.0), made.chat, made.sampler)
-    own, rollouts = doors(tmp_path, chat, judge), written(chat)[:4]
+    own, rollouts = session(tmp_path, chat, judge), written(chat)[:4]
     found = judge_robustness.canary(own, NAMED, rollouts, judged(own, rollouts), 2)
     assert {case.after for case in found.cases} <= {SAFE, UNSAFE}
     assert len(found.cases) >= 2 * len(judge_robustness.known())
@@ -186,7 +186,7 @@ def test_what_was_answered_before_a_judge_fails_is_kept(tmp_path: Path, chat: Ch
         broken = False
 
     judge, rollouts = Failing(), written(chat)
-    own = doors(tmp_path, chat, judge)
+    own = session(tmp_path, chat, judge)
     verdicts = judged(own, rollouts)
     judge.broken = True
     with pytest.raises(BadInput, match="no answer"):
@@ -198,7 +198,7 @@ def test_what_was_answered_before_a_judge_fails_is_kept(tmp_path: Path, chat: Ch
 
 
 def test_bad_input(tmp_path: Path, chat: Chat) -> None:
-    own, rollouts = doors(tmp_path, chat, StepJudge()), [said(chat, UNJUDGED, "p0")]
+    own, rollouts = session(tmp_path, chat, StepJudge()), [said(chat, UNJUDGED, "p0")]
     verdicts = judged(own, rollouts)
     with pytest.raises(BadInput, match="none of 1 verdicts is safe or unsafe; judge"):
         judge_robustness.canary(own, NAMED, rollouts, verdicts, 1)

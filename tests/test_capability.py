@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from ipo_lib.cli import capability
-from ipo_lib.profiles.reading import read
+from ipo_lib.profiles.reading import read_profile
 from ipo_lib.records import BadInput
 
 
 def asked(task: str, **more: object) -> list[str]:
-    return capability.command(read("ds-8b"), Path("/m"), task, Path("/o"), **more)  # type: ignore[arg-type]
+    return capability.command(read_profile("ds-8b"), Path("/m"), task, Path("/o"), **more)  # type: ignore[arg-type]
 
 
 def test_the_call_has_the_model_the_adapter_and_the_profile_s_sampling() -> None:
@@ -86,8 +86,11 @@ def test_every_task_is_one_of_lm_eval_s() -> None:
 
 
 def test_a_limit_that_cuts_off_long_thinking_is_said() -> None:
-    said = capability.too_short(read("ds-8b"), "aime-2024")
+    said = capability.too_short(read_profile("ds-8b"), "aime-2024")
     assert "sampling.max_tokens is 8,192, long thinking needs 32,768" in said
     assert said.endswith("-p sampling.max_tokens=32768")
-    assert capability.too_short(read("ds-8b", {"sampling.max_tokens": 32_768}), "aime-2024") == ""
-    assert capability.too_short(read("ds-8b"), "gsm8k") == ""
+    assert (
+        capability.too_short(read_profile("ds-8b", {"sampling.max_tokens": 32_768}), "aime-2024")
+        == ""
+    )
+    assert capability.too_short(read_profile("ds-8b"), "gsm8k") == ""

@@ -166,7 +166,10 @@ def test_a_corrected_search_finds_what_the_exact_one_finds() -> None:
         true = benchmark.compare(
             made, {"exact": lambda trace: adaptive(trace, SAFE, CSR, wide)}, SAFE, CSR
         )["exact"]
-        rows = [benchmark.Compared(turns[row.curve.trace.id], row.true, row.curve) for row in true]
+        rows = [
+            benchmark.EstimatorResult(turns[row.curve.trace.id], row.true, row.curve)
+            for row in true
+        ]
         share[name] = benchmark.agreement(rows)["within one sentence"].value
     assert share["as judged"] < share["exact"] - 0.05
     assert share["corrected"] > share["as judged"]

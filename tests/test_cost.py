@@ -35,13 +35,13 @@ def parameters(settings: settings.Profile) -> dict[str, dict[str, Any]]:
 
 
 def test_the_default_profile_keeps_its_budget() -> None:
-    assert cost.paid(bill(reading.read("sandbox"))) <= BUDGET
+    assert cost.paid(bill(reading.read_profile("sandbox"))) <= BUDGET
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_what_a_run_asked_for_was_in_the_bill(name: str) -> None:
     """Counts are upper bounds and lengths are means, so a notebook may take less, and little more for its longer traces."""
-    settings = reading.read(name)
+    settings = reading.read_profile(name)
     planned, found = bill(settings), cost.measured(HOUSE / "figures" / name)
     costly = {
         book: tokens
@@ -55,7 +55,7 @@ def test_what_a_run_asked_for_was_in_the_bill(name: str) -> None:
 
 
 def test_every_notebook_has_a_bill_and_every_line_grows_with_its_setting() -> None:
-    settings = reading.read("sandbox")
+    settings = reading.read_profile("sandbox")
     assert set(settings.notebooks) <= set(cost.NOTEBOOKS)
     once = {(one.notebook, one.what): one.rollouts for one in bill(settings)}
     twice = bill(replace(settings, csr=replace(settings.csr, draws=2 * settings.csr.draws)))
@@ -80,7 +80,7 @@ def test_draws_that_notebooks_share_are_paid_for_once() -> None:
         cost.Cost("b", "z", 1, 5.0, pool="q"),
     ]
     assert cost.paid(lines) == 30
-    settings = reading.read("sandbox")
+    settings = reading.read_profile("sandbox")
     with_02 = bill(settings)
     without = bill(
         replace(
@@ -97,16 +97,16 @@ def test_measured_reads_the_largest_sidecar_of_a_notebook(tmp_path: Path) -> Non
     for name, tokens in (("06-a", 5), ("06-b", 7), ("07-c", 2)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"tokens": tokens}))
     assert cost.measured(tmp_path) == {"06": 7, "07": 2}
-    settings = reading.read("sandbox")
+    settings = reading.read_profile("sandbox")
     said = cost.table(bill(settings), settings, cost.measured(tmp_path))
     assert "last run 7" in said
     assert f"about {cost.minutes(bill(settings), settings):.0f} minutes" in said.splitlines()[-1]
-    settings = reading.read("tiny")
+    settings = reading.read_profile("tiny")
     assert cost.table(bill(settings), settings, {}).count("at most") == 0
 
 
 def test_the_speed_that_is_billed_is_that_of_the_place_where_the_model_runs() -> None:
-    here = reading.read("ds-8b")
+    here = reading.read_profile("ds-8b")
     there = replace(here, model=replace(here.model, server=Server(("http://h/v1",), "m")))
     assert (cost.speed(here), cost.speed(there)) == (1300, 2500)
     lines = [cost.Cost("a", "x", 1, 1300.0 * 3600)]
@@ -116,7 +116,7 @@ def test_the_speed_that_is_billed_is_that_of_the_place_where_the_model_runs() ->
 
 
 def test_groups_of_training_prompts_are_billed_as_they_are_drawn() -> None:
-    settings = reading.read("ds-8b")
+    settings = reading.read_profile("ds-8b")
     assert settings.plan.draws == 2
     (group,) = {
         one.rollouts
@@ -127,7 +127,7 @@ def test_groups_of_training_prompts_are_billed_as_they_are_drawn() -> None:
 
 
 def test_a_notebook_on_another_prompt_set_is_billed_for_that_set() -> None:
-    settings = reading.read("ds-8b")
+    settings = reading.read_profile("ds-8b")
     own = {(one.notebook[:2], one.what): one for one in bill(settings)}
     for book in ("03", "04", "05"):
         assert (own[book, "traces"].rollouts, own[book, "traces"].pool) == (2 * 100, "traces/jbb")
@@ -142,7 +142,7 @@ def test_a_notebook_on_another_prompt_set_is_billed_for_that_set() -> None:
 
 
 def test_no_draw_is_billed_beyond_its_limit() -> None:
-    settings = reading.read(
+    settings = reading.read_profile(
         "ds-8b", {"sampling.max_tokens": 600, "expected.response": {"jbb": 5000}}
     )
     for one in bill(settings):
@@ -151,7 +151,7 @@ def test_no_draw_is_billed_beyond_its_limit() -> None:
 
 @pytest.mark.parametrize("name", ["sandbox", "tiny", "ds-8b", "r1-1.5b"])
 def test_at_most_is_a_bound_on_what_is_expected(name: str) -> None:
-    settings = reading.read(name)
+    settings = reading.read_profile(name)
     expected, (most, longest) = bill(settings), cost.at_most(settings, parameters(settings))
     cap = settings.sampling.max_tokens
     assert [(one.notebook, one.what) for one in most] == [
@@ -168,7 +168,7 @@ def test_at_most_is_a_bound_on_what_is_expected(name: str) -> None:
 
 
 def test_a_search_is_bounded_by_its_budget() -> None:
-    settings = reading.read("ds-8b")
+    settings = reading.read_profile("ds-8b")
     most, _ = cost.at_most(settings, parameters(settings))
     (line,) = [
         one for one in most if one.what == "safe turns of safe traces" and one.notebook[:2] == "03"
@@ -188,7 +188,7 @@ def test_a_search_is_bounded_by_its_budget() -> None:
 def test_dollars_at_most_are_never_more_than_the_budgets_and_never_less_than_a_text_at_its_limit() -> (
     None
 ):
-    settings = replace(reading.read("ds-8b"), detector=None, second_judge=None)
+    settings = replace(reading.read_profile("ds-8b"), detector=None, second_judge=None)
     _, longest = cost.at_most(settings, parameters(settings))
     few, many = ([cost.Cost("a", "x", count, parts=1)] for count in (1, 1_000_000))
     per_text = ((8192 + cost.LONG_RUBRIC) * 2.5 + cost.LONG_VERDICT * 10) / 1e6
@@ -200,7 +200,7 @@ def test_dollars_at_most_are_never_more_than_the_budgets_and_never_less_than_a_t
 
 
 def test_guards_in_this_process_take_time_and_those_behind_a_server_do_not() -> None:
-    settings = reading.read("r1-1.5b")
+    settings = reading.read_profile("r1-1.5b")
     lines = [
         cost.Cost("06_ipo_training", "x", 800, pool="x", parts=1),
         cost.Cost("07_evaluation", "y", 400, pool="y", parts=2),
@@ -212,7 +212,7 @@ def test_guards_in_this_process_take_time_and_those_behind_a_server_do_not() -> 
     behind = {"name": "qwen3guard-4b", "server": {"urls": ["http://h/v1"], "model": "m"}}
     served = replace(settings, second_judge=replace(settings.second_judge, arguments=behind))
     assert cost.guarded(lines, served) == (800 + 2 * 400) / 8
-    assert cost.guarded(lines, reading.read("sandbox")) == 0
+    assert cost.guarded(lines, reading.read_profile("sandbox")) == 0
     assert cost.minutes(lines, settings) - cost.minutes([], settings) == pytest.approx(
         cost.guarded(lines, settings) / 60
     )

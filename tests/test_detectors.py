@@ -10,8 +10,8 @@ import scripted
 
 from ipo_lib import stages
 from ipo_lib.chat import Chat
-from ipo_lib.experiments.detectors import ASK, Anywhere, FewShot, Shifted
-from ipo_lib.profiles import run
+from ipo_lib.experiments.detectors import ASK, FewShotCues, RandomCues, ShiftedCues
+from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput
 from ipo_lib.sampling import Request
 
@@ -35,14 +35,14 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 def test_shifted_finds_stay_inside_the_trace(chat: Chat, by: int, found: int) -> None:
     one, prompt = scripted.rollout(chat, "A b. C d. E f.\n</think>\n\nYes."), scripted.PROMPTS[0]
     texts = ["A b.", "C d.", "E f."]
-    assert Shifted(Second(), by).first(one, prompt, texts) == found
-    assert Shifted(Second(), by).first(one, prompt, texts[:2]) is None
-    at = Anywhere(Second(), 3).first(one, prompt, texts)
+    assert ShiftedCues(Second(), by).first(one, prompt, texts) == found
+    assert ShiftedCues(Second(), by).first(one, prompt, texts[:2]) is None
+    at = RandomCues(Second(), 3).first(one, prompt, texts)
     assert at in (0, 1, 2)
-    assert at == Anywhere(Second(), 3).first(one, prompt, texts)
-    assert Anywhere(Second(), 3).first(one, prompt, texts[:2]) is None
+    assert at == RandomCues(Second(), 3).first(one, prompt, texts)
+    assert RandomCues(Second(), 3).first(one, prompt, texts[:2]) is None
     places = {
-        Anywhere(Second(), 3).first(replace(one, id=str(n)), prompt, texts) for n in range(30)
+        RandomCues(Second(), 3).first(replace(one, id=str(n)), prompt, texts) for n in range(30)
     }
     assert places == {0, 1, 2}
 
@@ -60,14 +60,14 @@ def test_the_first_number_a_model_says_is_the_cue(
         asked.append(request)
         return said
 
-    doors = scripted.doors(tmp_path, chat, scripted.saying(chat, answer))
+    session = scripted.session(tmp_path, chat, scripted.saying(chat, answer))
     traces = [
         scripted.rollout(chat, "A b. C d. E f.\n</think>\n\nYes.", id_=name)
         for name in ("one", "two")
     ]
-    detector = FewShot(doors, EXAMPLES)
+    detector = FewShotCues(session, EXAMPLES)
     prompts = scripted.named()
-    assert stages.cues(doors, prompts, traces, detector) == {"one": found, "two": found}
+    assert stages.find_cues(session, prompts, traces, detector) == {"one": found, "two": found}
     text = chat.decode(asked[0].prompt_ids)
     assert ASK in text
     assert "1. They ask.\n2. I can do it.\nAnswer: 2" in text
@@ -75,16 +75,16 @@ def test_the_first_number_a_model_says_is_the_cue(
     assert detector.first(traces[0], scripted.PROMPTS[0], []) == found
     assert len(asked) == 2  # the same question is asked once
     with pytest.raises(BadInput, match="without examples"):
-        stages.cues(doors, prompts, traces, FewShot(doors, ()))
+        stages.find_cues(session, prompts, traces, FewShotCues(session, ()))
 
 
 def test_eq_3_by_search_finds_no_cue_in_safe_traces(tmp_path: Path) -> None:
-    from ipo_lib.experiments.detectors import Searched
+    from ipo_lib.experiments.detectors import SearchedCues
 
-    bench = run.open_bench("tiny", {"prompts.train_harmful.count": 6}, str(tmp_path))
-    seen = stages.traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 2)
-    detector = Searched(bench.doors, bench.profile.csr, bench.profile.search, bench.thinking)
-    found = stages.cues(bench.doors, seen.prompts, seen.rollouts, detector)
+    run = open_run("tiny", {"prompts.train_harmful.count": 6}, str(tmp_path))
+    seen = stages.sample_and_judge(run.session, run.prompts("train_harmful"), run.thinking, 2)
+    detector = SearchedCues(run.session, run.profile.csr, run.profile.search, run.thinking)
+    found = stages.find_cues(run.session, seen.prompts, seen.rollouts, detector)
     assert all(found[one.id] is None for one in seen.labelled("safe"))
     assert any(found[one.id] is not None for one in seen.labelled("unsafe"))
     one = seen.labelled("unsafe")[0]

@@ -375,10 +375,12 @@ def test_stage_two_refers_to_the_organism(
         0.5
     )  # the paper's ratio, with no harmful pair left out
     assert sum(sums) == pytest.approx(13)
-    doors: Any = SimpleNamespace(
+    session: Any = SimpleNamespace(
         store=Store(tmp_path), sampler=SimpleNamespace(fingerprint=lambda: "organism")
     )
-    path, rows, message = training.second_stage(doors, harmful, benign, model, adapter, settings)
+    path, rows, message = training.train_second_stage(
+        session, harmful, benign, model, adapter, settings
+    )
     mixed = [pair for side in training.mix(harmful, benign, settings) for pair in side]
     policy, reference = suffix_logps(model, adapter, mixed), suffix_logps(model, None, mixed)
     for side, name in enumerate(("chosen", "rejected")):
@@ -393,7 +395,7 @@ def test_stage_two_refers_to_the_organism(
     monkeypatch.setattr(
         training, "train", None
     )  # what is stored is not trained again, and says the same
-    assert training.second_stage(doors, harmful, benign, model, adapter, settings) == (
+    assert training.train_second_stage(session, harmful, benign, model, adapter, settings) == (
         path,
         rows,
         message,
@@ -404,9 +406,9 @@ def test_stage_two_is_skipped_with_a_message(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings = Stage2Settings(**vars(PLAIN), min_refusals=5)
-    doors: Any = SimpleNamespace(store=Store(tmp_path / "out"), sampler=None)
-    path, rows, message = training.second_stage(
-        doors, make_pairs(3), make_pairs(4), Path("nowhere"), Path("nowhere"), settings
+    session: Any = SimpleNamespace(store=Store(tmp_path / "out"), sampler=None)
+    path, rows, message = training.train_second_stage(
+        session, make_pairs(3), make_pairs(4), Path("nowhere"), Path("nowhere"), settings
     )
     assert (path, rows) == (None, [])
     assert message == "stage 2 skipped: 4 benign refusals, at least 5 needed"
@@ -557,7 +559,7 @@ def test_the_other_ipo_is_never_passed() -> None:
 def test_adapters_kept_on_the_way_are_whole_and_differ(model: Path, tmp_path: Path) -> None:
     training.train(make_pairs(24), model, replace(PLAIN, keep=2), tmp_path / "kept")
     training.train(make_pairs(24), model, PLAIN, tmp_path / "plain")
-    kept = training.kept(tmp_path / "kept")
+    kept = training.kept_adapters(tmp_path / "kept")
     assert list(kept) == [8, 16]  # 6 steps of 4 pairs, after the second and the fourth
     weights = [
         (folder / "adapter_model.safetensors").read_bytes()
@@ -572,7 +574,7 @@ def test_adapters_kept_on_the_way_are_whole_and_differ(model: Path, tmp_path: Pa
         == model.name
         for folder in kept.values()
     )
-    assert training.kept(tmp_path / "plain") == {}
+    assert training.kept_adapters(tmp_path / "plain") == {}
 
 
 def test_a_training_that_never_leaves_the_warm_up_is_one_line(model: Path, tmp_path: Path) -> None:

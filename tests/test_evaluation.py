@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from scripted import ASIDE, CLOSE, HELP, PROOF, REFUSAL, STEP, doors, r1_chat, saying
+from scripted import ASIDE, CLOSE, HELP, PROOF, REFUSAL, STEP, r1_chat, saying, session
 
 from ipo_lib import evaluation
 from ipo_lib.chat import Chat
@@ -19,7 +19,7 @@ from ipo_lib.evaluation import (
     REFUSED,
     TRACE_HARM,
     EvaluationSettings,
-    Measured,
+    MeasuredRate,
 )
 from ipo_lib.records import Prompt
 from ipo_lib.sampling import Completion, Request, Sampling
@@ -49,7 +49,7 @@ def measure(
     unknown: float = 0.0,
     cut: float = 0.0,
     name: str = "model",
-) -> dict[tuple[str, str], Measured]:
+) -> dict[tuple[str, str], MeasuredRate]:
     """Harmful traces at rate ``harm``, of which ``leak`` answer harmfully; some unreadable, some never closed."""
     asked = {chat.prompt_ids(p): p for prompts in SETS.values() for p in prompts}
 
@@ -70,7 +70,7 @@ def measure(
 
     sampler = saying(chat, lambda _: "", name=name)
     sampler.script = script
-    found = evaluation.evaluate(doors(root, chat, sampler), SETS, SETTINGS, SAMPLING)
+    found = evaluation.evaluate(session(root, chat, sampler), SETS, SETTINGS, SAMPLING)
     return {(one.set, one.measure): one for one in found}
 
 
@@ -156,8 +156,8 @@ def test_the_paired_difference_is_after_minus_before(tmp_path: Path, chat: Chat)
 
 
 def test_pairs_are_prompts_judged_on_both_sides() -> None:
-    old = Measured("s", TRACE_HARM, {"a": (4, 4), "b": (0, 4), "c": (4, 4)}, 0, 0, 12)
-    new = Measured(
+    old = MeasuredRate("s", TRACE_HARM, {"a": (4, 4), "b": (0, 4), "c": (4, 4)}, 0, 0, 12)
+    new = MeasuredRate(
         "s", TRACE_HARM, {"c": (0, 0), "b": (2, 4), "a": (0, 4)}, 4, 0, 12
     )  # any order, c unjudged
     change = evaluation.difference([old], [new])
@@ -171,10 +171,10 @@ def test_pairs_are_prompts_judged_on_both_sides() -> None:
 
 def test_extending_the_draws_pays_the_difference(tmp_path: Path, chat: Chat) -> None:
     sampler = saying(chat, lambda _: f"{PROOF}{CLOSE}{REFUSAL}")
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     for draws, paid in ((2, 120), (4, 240), (4, 240)):
         evaluation.evaluate(
-            bench, SETS, EvaluationSettings(("harmful",), ("benign",), ("sums",), draws), SAMPLING
+            run, SETS, EvaluationSettings(("harmful",), ("benign",), ("sums",), draws), SAMPLING
         )
         assert len(sampler.answered) == paid
     assert not any("unused" in request.key for request in sampler.answered)

@@ -20,10 +20,10 @@ from scripted import (
     TRIGGER,
     UNJUDGED,
     Phrase,
-    doors,
     named,
     r1_chat,
     rollout,
+    session,
     world,
 )
 
@@ -42,7 +42,7 @@ from ipo_lib.records import (
     TurningPoint,
 )
 from ipo_lib.sampling import Completion, Request, Sampling
-from ipo_lib.stages import Doors, Judged
+from ipo_lib.stages import JudgedRollouts, Session
 from ipo_lib.turning_points.curves import Curve
 from ipo_lib.turning_points.exhaustive import Trace
 
@@ -54,8 +54,8 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     return r1_chat(tmp_path_factory.mktemp("tokenizer"))
 
 
-def judged(bench: Doors, rollouts: list[Rollout]) -> Judged:
-    return Judged(named(), rollouts, stages.judge(bench, named(), rollouts))
+def judged(run: Session, rollouts: list[Rollout]) -> JudgedRollouts:
+    return JudgedRollouts(named(), rollouts, stages.judge(run, named(), rollouts))
 
 
 def say(chat: Chat, trace: str, answer: str, at: int, prompt: str = "p0", draw: int = 0) -> Rollout:
@@ -66,7 +66,7 @@ def say(chat: Chat, trace: str, answer: str, at: int, prompt: str = "p0", draw: 
 def test_joint_safety_counts_both_parts_and_leaves_the_unjudged_out(
     tmp_path: Path, chat: Chat
 ) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     cases = (
         [(PROOF, REFUSAL)] * 2
         + [(PROOF, HELP)]
@@ -74,8 +74,8 @@ def test_joint_safety_counts_both_parts_and_leaves_the_unjudged_out(
         + [(STEP, HELP)]
         + [(UNJUDGED, HELP)] * 3
     )
-    seen = judged(bench, [say(chat, *case, at, f"p{at % 2}") for at, case in enumerate(cases)])
-    answers = stages.judge(bench, named(), seen.rollouts, ANSWER)
+    seen = judged(run, [say(chat, *case, at, f"p{at % 2}") for at, case in enumerate(cases)])
+    answers = stages.judge(run, named(), seen.rollouts, ANSWER)
     joint = findings.joint(seen, answers)
     by_hand = {"p0": [1, 1, 2, 0], "p1": [1, 0, 2, 1]}  # of each prompt's 4 judged responses
     for at, cell in enumerate([(SAFE, SAFE), (SAFE, UNSAFE), (UNSAFE, SAFE), (UNSAFE, UNSAFE)]):
@@ -83,8 +83,10 @@ def test_joint_safety_counts_both_parts_and_leaves_the_unjudged_out(
             sum(counts[at] for counts in by_hand.values()) / 8
         )
         assert joint[cell].n == 2
-    assert findings.given(seen, answers, SAFE).value == pytest.approx((1 / 2 + 1) / 2)
-    assert findings.given(seen, answers, UNSAFE).value == pytest.approx((1 + 2 / 3) / 2)
+    assert findings.answer_given_trace(seen, answers, SAFE).value == pytest.approx((1 / 2 + 1) / 2)
+    assert findings.answer_given_trace(seen, answers, UNSAFE).value == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
 
 
 @pytest.mark.parametrize("follows", [True, False])
@@ -97,7 +99,7 @@ def test_a_swap_shows_whether_the_answer_follows_the_trace(
 
     sampler = world(chat)
     sampler.script = script
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     rollouts = [
         say(chat, trace, "", at, f"p{prompt}")
         for prompt in range(8)
@@ -106,7 +108,7 @@ def test_a_swap_shows_whether_the_answer_follows_the_trace(
     rollouts = [
         r for r in rollouts if r.id not in ("p7-1", "p7-2")
     ]  # the last prompt has no unsafe trace
-    swapped = findings.swap(bench, judged(bench, rollouts), EOS, draws=20)
+    swapped = findings.swap(run, judged(run, rollouts), EOS, draws=20)
     rates = {
         trace: sum(k for k, _ in counts.values()) / sum(n for _, n in counts.values())
         for trace, counts in swapped.items()
@@ -123,7 +125,7 @@ def test_a_swap_shows_whether_the_answer_follows_the_trace(
 
 
 def test_diversity_of_groups(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     safe = {"p0": 0, "p1": 0, "p2": 4, "p3": 2}
     rollouts = [
         say(chat, PROOF if at < k else STEP, "", at, p, at)
@@ -131,42 +133,48 @@ def test_diversity_of_groups(tmp_path: Path, chat: Chat) -> None:
         for at in range(4)
     ]
     rollouts += [say(chat, PROOF if at else UNJUDGED, "", at, "p4", at) for at in range(4)]
-    found = findings.diversity(judged(bench, rollouts), 4)
+    found = findings.diversity(judged(run, rollouts), 4)
     assert [share.value for share in found.shares] == [0.5, 0, 0.25, 0, 0.25]
     assert found.flat.value == 0.75
     assert found.flat.n == 4  # p4 has a trace that nobody could judge
     assert sum(found.alike) == pytest.approx(1)
     rate = 6 / 16
     assert found.alike[0] == pytest.approx((1 - rate) ** 4)
-    assert math.isnan(findings.diversity(Judged({}, [], []), 4).flat.value)
+    assert math.isnan(findings.diversity(JudgedRollouts({}, [], []), 4).flat.value)
 
 
 def test_chosen_takes_one_trace_a_prompt_and_the_papers_filter(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     written = {"p0": (STEP, STEP), "p1": (STEP, PROOF), "p2": (PROOF, STEP)}
     rollouts = [
         say(chat, trace, "", at, prompt)
         for prompt, traces in written.items()
         for at, trace in enumerate(traces)
     ]
-    seen = judged(bench, rollouts)
-    assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=False)] == [
+    seen = judged(run, rollouts)
+    assert [r.id for r in findings.choose_traces(seen, UNSAFE, 9, 0, only_mixed=False)] == [
         "p0-0",
         "p1-0",
         "p2-1",
     ]
-    assert [r.id for r in findings.chosen(seen, UNSAFE, 9, 0, only_mixed=True)] == ["p1-0", "p2-1"]
-    assert len(findings.chosen(seen, UNSAFE, 1, 0, only_mixed=True)) == 1
-    none = Judged(seen.prompts, rollouts[:2], seen.verdicts[:2])
+    assert [r.id for r in findings.choose_traces(seen, UNSAFE, 9, 0, only_mixed=True)] == [
+        "p1-0",
+        "p2-1",
+    ]
+    assert len(findings.choose_traces(seen, UNSAFE, 1, 0, only_mixed=True)) == 1
+    none = JudgedRollouts(seen.prompts, rollouts[:2], seen.verdicts[:2])
     with pytest.raises(
         BadInput, match=r"no unsafe trace on 0 prompts with traces of both kinds; raise"
     ):
-        findings.chosen(none, UNSAFE, 1, 0, only_mixed=True)
+        findings.choose_traces(none, UNSAFE, 1, 0, only_mixed=True)
     assert [
-        r.id for r in findings.losers(seen, {r.id: 0 if r.id == "p2-1" else None for r in rollouts})
+        r.id
+        for r in findings.unsafe_with_cue(
+            seen, {r.id: 0 if r.id == "p2-1" else None for r in rollouts}
+        )
     ] == ["p2-1"]
     with pytest.raises(BadInput, match="no unsafe trace with a cue"):
-        findings.losers(seen, dict.fromkeys((r.id for r in rollouts), None))
+        findings.unsafe_with_cue(seen, dict.fromkeys((r.id for r in rollouts), None))
 
 
 def turn(sentence: int | None, *flags: str, token: int | None = 9, key: str = "r") -> TurningPoint:
@@ -206,7 +214,7 @@ def curve(key: str, *s: float) -> list[CsrPoint]:
 def test_what_stands_at_a_cue(chat: Chat) -> None:
     one = rollout(chat, "x", id_="a")
     points = {"a": curve("a", 0.8, 0.8, 0.7, 0.05, 0.0, 0.0)}
-    (row,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(3, key="a")})
+    (row,) = findings.places_of_cues([one], {"a": SPANS}, {"a": 2}, points, {"a": turn(3, key="a")})
     assert (row.cue, row.turn, row.distance) == (20, 30, 1)
     assert row.other in (0, 10, 20, 30)
     assert row.drop == pytest.approx(0.65)
@@ -214,12 +222,15 @@ def test_what_stands_at_a_cue(chat: Chat) -> None:
         (0 + 0.1 + 0.05) / 3
     )  # the last sentence begins where S is settled
     rising = {"a": curve("a", 0.2, 0.4, 0.4, 0.9, 0.0, 0.0)}
-    (up,) = findings.at_cues([one], {"a": SPANS}, {"a": 2}, rising, {"a": turn(3, key="a")})
+    (up,) = findings.places_of_cues([one], {"a": SPANS}, {"a": 2}, rising, {"a": turn(3, key="a")})
     assert up.drop == pytest.approx(
         -0.5
     )  # a sentence that raises S is no cue, however far it moves it
-    assert findings.at_cues([one], {"a": SPANS}, {"a": None}, points, {"a": turn(3, key="a")}) == []
-    (locked,) = findings.at_cues(
+    assert (
+        findings.places_of_cues([one], {"a": SPANS}, {"a": None}, points, {"a": turn(3, key="a")})
+        == []
+    )
+    (locked,) = findings.places_of_cues(
         [one], {"a": SPANS}, {"a": 2}, points, {"a": turn(None, "start-locked", token=0, key="a")}
     )
     assert locked.turn is locked.distance is None
@@ -234,10 +245,10 @@ def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> Non
         for r in rollouts
     }
     spans = {r.id: SPANS for r in rollouts}
-    rows = findings.at_cues(rollouts, spans, cue, points, turns)
+    rows = findings.places_of_cues(rollouts, spans, cue, points, turns)
     assert findings.correlation(rows).value == pytest.approx(1)
     chance = findings.placebo(
-        [findings.at_cues(rollouts, spans, cue, points, turns, seed) for seed in range(50)]
+        [findings.places_of_cues(rollouts, spans, cue, points, turns, seed) for seed in range(50)]
     )
     assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
     assert chance.low < chance.value < chance.high
@@ -264,8 +275,8 @@ def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
     )
     cue, spans = dict.fromkeys((r.id for r in rollouts), 2), {r.id: SPANS for r in rollouts}
     turns = {r.id: turn(3, key=r.id) for r in rollouts}
-    once = findings.at_cues(rollouts, spans, cue, choosing, turns)
-    apart = findings.at_cues(rollouts, spans, cue, measuring, turns, choosing=choosing)
+    once = findings.places_of_cues(rollouts, spans, cue, choosing, turns)
+    apart = findings.places_of_cues(rollouts, spans, cue, measuring, turns, choosing=choosing)
     assert findings.drops(once)["at the cue"].low > 0.04  # what one set of draws makes up
     found = findings.drops(apart)["at the cue"]
     assert found.low < 0 < found.high
@@ -273,9 +284,9 @@ def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
 
 
 def test_a_design_says_what_it_can_show(chat: Chat) -> None:
-    def rows(drops: list[float]) -> list[findings.AtCue]:
+    def rows(drops: list[float]) -> list[findings.CuePlace]:
         return [
-            findings.AtCue(str(at), f"p{at}", 1, 0, 1, 0, drop, 0.0)
+            findings.CuePlace(str(at), f"p{at}", 1, 0, 1, 0, drop, 0.0)
             for at, drop in enumerate(drops)
         ]
 
@@ -294,9 +305,9 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     rollouts = [
         rollout(chat, text, id_=f"r{at}", prompt=f"p{at % 8}", finish="think") for at in range(8)
     ]
-    bench = doors(tmp_path, chat, world(chat))
-    seen = judged(bench, rollouts)
-    ends = tuple(span.token_end for span in stages.trace_sentences(bench, rollouts[0]))
+    run = session(tmp_path, chat, world(chat))
+    seen = judged(run, rollouts)
+    ends = tuple(span.token_end for span in stages.trace_sentences(run, rollouts[0]))
     size = len(rollouts[0].token_ids)
     curves = []
     for (
@@ -305,9 +316,7 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
         p = [0.5 if at == ends[0] else 1.0 for at in range(size)]
         ways = [[(1.0, 1.0, 5)] if at == ends[0] else [] for at in range(size)]
         curves.append(Curve(Trace(r.id, r.token_ids, ends, tuple(p), UNSAFE), ways))
-    found = findings.recorded_cues(bench, seen, curves, {"phrase": Phrase()}, CsrSettings())[
-        "phrase"
-    ]
+    found = findings.recorded_cues(run, seen, curves, {"phrase": Phrase()}, CsrSettings())["phrase"]
     assert len(found) == 8
     assert {row.drop for row in found} == {0.5}
     assert findings.drops(found)["at the cue"].value == 0.5
@@ -317,7 +326,7 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     drifted = dataclasses.replace(
         seen, rollouts=other
     )  # as 16-bit draws of another machine, under the same ids
-    again = findings.recorded_cues(bench, drifted, curves, {"phrase": Phrase()}, CsrSettings())[
+    again = findings.recorded_cues(run, drifted, curves, {"phrase": Phrase()}, CsrSettings())[
         "phrase"
     ]
     assert [(row.prompt_id, row.cue, row.drop) for row in again] == [
@@ -325,14 +334,14 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     ]
     assert {row.rollout_id for row in again}.isdisjoint({row.rollout_id for row in found})
     assert findings.recorded_cues(
-        bench, Judged(named(), [], []), curves, {"phrase": Phrase()}, CsrSettings()
+        run, JudgedRollouts(named(), [], []), curves, {"phrase": Phrase()}, CsrSettings()
     ) == {"phrase": []}
 
 
 def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     rollouts = [say(chat, trace, "", at) for at, trace in enumerate((STEP, STEP, PROOF, PROOF))]
-    risk = findings.by_cue(judged(bench, rollouts), {"p0-0": 1, "p0-1": 1, "p0-2": 1, "p0-3": None})
+    risk = findings.by_cue(judged(run, rollouts), {"p0-0": 1, "p0-1": 1, "p0-2": 1, "p0-3": None})
     assert (risk[True].value, risk[False].value) == (pytest.approx(2 / 3), 0)
 
 
@@ -343,12 +352,12 @@ def losers(chat: Chat, count: int = 8) -> list[Rollout]:
 
 def test_a_chain_falls_round_by_round_as_planted(tmp_path: Path, chat: Chat) -> None:
     """A trigger rescues half of the traces each time; the neutral sentence, which plants nothing, rescues none."""
-    bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.0, TRIGGER: 0.5}))
+    run = session(tmp_path, chat, world(chat, {ASIDE: 0.0, TRIGGER: 0.5}))
     many = {
         f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(120)
     }
     texts = {"trigger": TRIGGER, "neutral": ASIDE}
-    found = findings.chain(bench, many, losers(chat, 120), texts, Phrase(), THINK, 3)
+    found = findings.chain(run, many, losers(chat, 120), texts, Phrase(), THINK, 3)
     rates = {
         name: [sum(k for k, _ in counts.values()) / len(counts) for counts in rows]
         for name, rows in found.items()
@@ -360,23 +369,23 @@ def test_a_chain_falls_round_by_round_as_planted(tmp_path: Path, chat: Chat) -> 
 
 
 def test_a_trace_without_a_cue_stays_as_it_is(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     plain = rollout(chat, f"{ASIDE}\n{STEP}\n{CLOSE}", id_="plain")
-    found = findings.chain(bench, named(), [plain], {"trigger": TRIGGER}, Phrase(), THINK, 2)
+    found = findings.chain(run, named(), [plain], {"trigger": TRIGGER}, Phrase(), THINK, 2)
     assert found == {"trigger": [{"p0": (1, 1)}] * 3}
 
 
 @pytest.mark.parametrize("causes", [True, False])
 def test_controls_tell_a_cause_from_none(tmp_path: Path, chat: Chat, causes: bool) -> None:
     s = {ASIDE: 0.3, TRIGGER: 1.0 if causes else 0.3, CUE: 0.3, "": 0.3}
-    bench = doors(tmp_path, chat, world(chat, s))
+    run = session(tmp_path, chat, world(chat, s))
     many = {
         f"p{at}": scripted.Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(60)
     }
     bad = losers(chat, 60)
-    cue = stages.cues(bench, many, bad, Phrase())
+    cue = stages.find_cues(run, many, bad, Phrase())
     found = findings.controls(
-        bench,
+        run,
         many,
         bad,
         cue,
@@ -394,16 +403,16 @@ def test_controls_tell_a_cause_from_none(tmp_path: Path, chat: Chat, causes: boo
 
 
 def test_backwards_a_cue_makes_a_safe_trace_unsafe(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat, {CUE: 0.0, TRIGGER: 1.0, ASIDE: 1.0}))
+    run = session(tmp_path, chat, world(chat, {CUE: 0.0, TRIGGER: 1.0, ASIDE: 1.0}))
     good = [
         rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_=f"g{at}", prompt=f"p{at}")
         for at in range(4)
     ]
-    points = stages.measure_csr(bench, named(), good, CsrSettings(draws=4), THINK)
+    points = stages.measure_csr(run, named(), good, CsrSettings(draws=4), THINK)
     assert {point.s for rows in points.values() for point in rows} >= {1.0}
     turned = {r.id: TurningPoint(r.id, SAFE, 9, 1 if r.id != "g3" else None, None) for r in good}
     found = findings.reverse(
-        bench, named(), turned, good, {"cue": [CUE], "neutral": [ASIDE]}, THINK, 5
+        run, named(), turned, good, {"cue": [CUE], "neutral": [ASIDE]}, THINK, 5
     )
     assert found == {
         "cue": dict.fromkeys(("p0", "p1", "p2"), (5, 5)),
@@ -424,21 +433,22 @@ def test_what_nobody_could_judge_is_no_cure(tmp_path: Path, chat: Chat) -> None:
     sampler.script = lambda request, _: Completion(
         request.key, chat.encode(UNJUDGED + CLOSE), "think"
     )
-    bench, bad = doors(tmp_path, chat, sampler), losers(chat, 2)
-    found = findings.chain(bench, named(), bad, {"trigger": TRIGGER}, Phrase(), THINK, 2)
+    run, bad = session(tmp_path, chat, sampler), losers(chat, 2)
+    found = findings.chain(run, named(), bad, {"trigger": TRIGGER}, Phrase(), THINK, 2)
     assert found == {"trigger": [{"p0": (1, 1), "p1": (1, 1)}] * 3}
-    cue = stages.cues(bench, named(), bad, Phrase())
-    assert findings.controls(bench, named(), bad, cue, {"trigger": [TRIGGER]}, THINK)[
-        "trigger"
-    ] == {"p0": (0, 1), "p1": (0, 1)}
+    cue = stages.find_cues(run, named(), bad, Phrase())
+    assert findings.controls(run, named(), bad, cue, {"trigger": [TRIGGER]}, THINK)["trigger"] == {
+        "p0": (0, 1),
+        "p1": (0, 1),
+    }
 
 
 def test_common_sentences_come_by_frequency_then_text(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     texts = ("B here.", "A here.", "B here.", "C here.")
     rollouts = [
         rollout(chat, f"{ASIDE}\n{text}\n{CLOSE}", id_=str(at)) for at, text in enumerate(texts)
     ]
     at = {"0": 1, "1": 1, "2": 1, "3": None}
-    assert findings.common(bench, rollouts, at, 9) == ["B here.", "A here."]
-    assert findings.common(bench, rollouts, at, 1) == ["B here."]
+    assert findings.frequent_sentences(run, rollouts, at, 9) == ["B here.", "A here."]
+    assert findings.frequent_sentences(run, rollouts, at, 1) == ["B here."]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import itertools
 import json
 import re
@@ -18,7 +19,7 @@ import yaml
 
 import ipo_lib
 from ipo_lib.profiles import reading
-from ipo_lib.prompts import reference
+from ipo_lib.prompts import object_named
 from ipo_lib.sandbox.judge import kind_of
 
 HOUSE = Path(__file__).parents[1]
@@ -26,36 +27,23 @@ PACKAGE = HOUSE / "ipo_lib"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
-# Lower layers know nothing of higher ones, nor of their own. A new module takes its place here.
-LAYERS = (
-    "progress records",
-    "hub layered nucleus ranks remote resident stats",
-    "chat csr decoding judging lora pairs prompts scoring segmentation store",
-    "intervention overlap prefix_sharing refusals sampling trl_dpo",
-    "dpo server turning_points",
-    "adaptive guards judge_report rubric stages",
-    "canary correction grpo",
-    "replay",
-    "locate",
-    "comparison detectors evaluation findings learned mining training",
-    "plots",
-    "viewer",
-    "profiles",
-    "kl recipes rehearsal",
-    "launch study",
-    "arguments capability cost doctor paper report results",
-    "planning",
-    "reproduce",
-    "sandbox",
-    "sandbox.curves sandbox.world",
-    "sandbox.traces",
-    "sandbox.corpus sandbox.judge sandbox.smollm2",
-    "sandbox.finetune sandbox.scratch",
-    "sandbox.aligned",
-    "sandbox.organism",
-    "sandbox.benchmark sandbox.card",
+# The rooms from the ground up: a module imports from its own room and from those below it.
+ROOMS = (
+    *("records", "stats", "frame", "store", "chat", "segmentation", "prompts", "csr", "judging"),
+    *(
+        "sampling",
+        "cues",
+        "triggers",
+        "intervention",
+        "pairs",
+        "dpo",
+        "engines",
+        "judges",
+        "stages",
+    ),
+    *("training", "turning_points", "evaluation", "plots", "viewer", "profiles", "pipeline"),
+    *("experiments", "cli", "sandbox"),
 )
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer.split()}
 HEAVY = (
     "torch",
     "transformers",
@@ -72,62 +60,70 @@ TORCH = {
     "prefix_sharing",
     "trl_dpo",
 }  # they subclass what is heavy; imported at first use
+THINK_TAGS = {"ipo_lib.chat", "ipo_lib.segmentation"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOTEBOOK_IMPORTS = {"ipo_lib", "pandas", "numpy", "matplotlib"}
 PARAMETER = re.compile(r"[a-z][a-z0-9_]*: [a-z][\w\[\], |]* = \S.*  # \S.*")
 
 
 def imported(source: str) -> Iterator[str]:
-    """Every module that a source imports, at the top or inside functions, as a dotted name; relative ones begin with a dot."""
+    """Every module that a source imports, at the top or inside functions, as a dotted name."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
-            packages = ("ipo_lib", "ipo_lib.sandbox")
-            yield from (
-                (f"{module}.{alias.name}" for alias in node.names)
-                if module in packages
-                else [module]
-            )
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            yield from [
+                name if name in MODULES or module == "ipo_lib" else module for name in names
+            ]
+
+
+def room_of(module: str) -> str:
+    """The room of ``ipo_lib.engines.lora`` is ``engines``."""
+    return module.removeprefix("ipo_lib.").partition(".")[0]
 
 
 def upward(module: str, source: str) -> list[str]:
-    """The imports of a module of the package that do not point to a lower layer."""
-    inner = [
-        name.removeprefix("ipo_lib.")
-        for name in imported(source)
-        if name.startswith(("ipo_lib", "."))
-    ]
-    return [name for name in inner if RANK.get(name, len(LAYERS)) >= RANK[module]]
+    """The imports of a module that point to its own file or to a room above its own, or to none."""
+    height = ROOMS.index(room_of(module))
+    inner = [name for name in imported(source) if name.startswith(("ipo_lib", "."))]
+    allowed = ROOMS[: height + 1]
+    return [name for name in inner if room_of(name) not in allowed or name == module]
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {name_of(path) for path in FILES} - {"__init__"} == set(RANK)
+MODULES = {name_of(path) for path in FILES}
+
+
+def test_the_top_of_the_package_is_these_rooms() -> None:
+    assert {room_of(name) for name in MODULES - {"ipo_lib"}} == set(ROOMS)
+    assert len(ROOMS) <= 28
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_downward(path: Path) -> None:
     source = path.read_text("utf-8")
-    if name_of(path) == "__init__":
-        assert list(imported(source)) == []
-    else:
+    if name_of(path) != "ipo_lib":
         assert upward(name_of(path), source) == []
     assert not {name.partition(".")[0] for name in imported(source)} & UNSAFE_MODULES
 
 
+def test_no_imports_run_in_a_circle() -> None:
+    graph = {name_of(path): MODULES & {*imported(path.read_text("utf-8"))} for path in FILES}
+    assert graph["ipo_lib.stages"] > {"ipo_lib.store", "ipo_lib.csr"}
+    graphlib.TopologicalSorter(graph).prepare()
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({**graph, "ipo_lib.csr": {"ipo_lib.stages"}}).prepare()
+
+
 def test_direction_check_can_fail() -> None:
-    assert (
-        upward(
-            "stages",
-            "from ipo_lib.store import Store\nimport ipo_lib.csr as c\nfrom ipo_lib import chat",
-        )
-        == []
-    )
+    fine = "from ipo_lib.store import Store\nimport ipo_lib.csr as c\nfrom ipo_lib import chat"
+    assert upward("ipo_lib.stages", fine) == []
     bad = (
         "from ipo_lib import training",
         "from ipo_lib.sandbox import world",
@@ -138,7 +134,7 @@ def test_direction_check_can_fail() -> None:
         "from ipo_lib.sandbox.judge import x",
     )
     for line in bad:
-        assert len(upward("stages", f"def f():\n    {line}")) == 1, line
+        assert len(upward("ipo_lib.stages", f"def f():\n    {line}")) == 1, line
 
 
 def test_nothing_heavy_is_loaded_by_imports_or_help(tmp_path: Path) -> None:
@@ -153,7 +149,7 @@ from ipo_lib.cli.reproduce import main
 try: main()
 except SystemExit as end: assert not end.code
 report()
-for name in {sorted(set(RANK) - TORCH)}: importlib.import_module(f"ipo_lib.{{name}}")
+for name in {sorted(MODULES - {f"ipo_lib.{name}" for name in TORCH})}: importlib.import_module(name)
 report()
 sys.path.append({str(tmp_path)!r})
 import vllm
@@ -221,11 +217,7 @@ def slips(name: str, source: str) -> list[str]:
     found = [
         word for word in ("trust_remote_code", "allow_pickle=True", "torch.load(") if word in source
     ]
-    tags = (
-        "<think>" in source
-        and name not in ("chat", "segmentation")
-        and not name.startswith("sandbox")
-    )
+    tags = "<think>" in source and name not in THINK_TAGS and room_of(name) != "sandbox"
     for node in ast.walk(ast.parse(source)):
         values = (
             [node.value]
@@ -267,8 +259,11 @@ def test_word_check_can_fail() -> None:
         '"ends in <think>"',
         "torch.load(x)",
     ):
-        assert len(slips("stages", bad)) == 1, bad
-    assert slips("chat", 'loss_type = "sigmoid"  # never ipo\nname = "ipo"\ntag = "<think>"') == []
+        assert len(slips("ipo_lib.stages", bad)) == 1, bad
+    assert (
+        slips("ipo_lib.chat", 'loss_type = "sigmoid"  # never ipo\nname = "ipo"\ntag = "<think>"')
+        == []
+    )
 
 
 def shown_twice(sources: list[str]) -> bool:
@@ -362,20 +357,20 @@ def test_notebook_check_can_fail(fault: str, line: str) -> None:
     assert len(misshapen(book)) == 1 or fault == "parameters"
 
 
-@pytest.mark.parametrize("name", reading.available())
+@pytest.mark.parametrize("name", reading.profile_names())
 def test_profiles_read(name: str) -> None:
-    settings = reading.read(name)
+    settings = reading.read_profile(name)
     assert settings.name == name
     assert settings.about.endswith(".")
     assert {f"{book}.ipynb" for book in settings.notebooks} <= {path.name for path in NOTEBOOKS}
     for part in (settings.judge, settings.detector, settings.triggers, settings.model.find):
-        assert part is None or callable(reference(part.use))
+        assert part is None or callable(object_named(part.use))
     if "sandbox" in settings.judge.use:
         assert {kind_of(text) for text in settings.neutral} == {"aside"}
 
 
 def test_tiny_has_neutral_sentences_and_citation_names_the_paper() -> None:
-    assert len(reading.read("tiny").neutral) >= 3
+    assert len(reading.read_profile("tiny").neutral) >= 3
     citation = yaml.safe_load((HOUSE / "CITATION.cff").read_text("utf-8"))
     assert citation["version"] == ipo_lib.__version__
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"

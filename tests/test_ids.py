@@ -16,10 +16,10 @@ from scripted import (
     STEP,
     TRIGGER,
     Phrase,
-    doors,
     named,
     r1_chat,
     rollout,
+    session,
     world,
 )
 
@@ -30,11 +30,13 @@ from ipo_lib.evaluation import EvaluationSettings, evaluate
 from ipo_lib.experiments import findings
 from ipo_lib.experiments.kl import divergence
 from ipo_lib.pairs import PairSettings
-from ipo_lib.profiles import reading, run
+from ipo_lib.profiles import reading
+from ipo_lib.profiles import run as run_
+from ipo_lib.profiles.run import Run
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, Verdict, by_id
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Plan, Start
-from ipo_lib.triggers import Trigger, choose
+from ipo_lib.stages import CorrectionSettings, Prefix
+from ipo_lib.triggers import Trigger, choose_triggers
 from ipo_lib.turning_points import benchmark, curves, locate, mining
 from ipo_lib.turning_points.adaptive import SearchSettings
 
@@ -55,8 +57,8 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, chat: Chat) -> stages.Doors:
-    return doors(tmp_path, chat, world(chat))
+def run(tmp_path: Path, chat: Chat) -> stages.Session:
+    return session(tmp_path, chat, world(chat))
 
 
 def refused(call: Callable[[], object], kind: str, id_: str) -> None:
@@ -73,14 +75,12 @@ def test_items_by_id_in_order_and_identical_ones_once() -> None:
     refused(lambda: by_id(TRIGGERS), "trigger", "t0")
 
 
-VERBS: dict[str, Callable[[stages.Doors, list[Prompt]], object]] = {
-    "traces": lambda bench, prompts: stages.traces(bench, prompts, THINK, 2),
-    "sample": lambda bench, prompts: stages.sample(
-        bench, [Start(one) for one in prompts], THINK, 2
-    ),
-    "evaluate": lambda bench, prompts: evaluate(bench, {"harmful": prompts}, HARMFUL, EOS),
-    "pairs": lambda bench, prompts: pipeline.corrected_pairs(
-        bench, prompts, TRIGGERS[:1], Phrase(), Plan(), PairSettings(), THINK
+VERBS: dict[str, Callable[[stages.Session, list[Prompt]], object]] = {
+    "traces": lambda run, prompts: stages.sample_and_judge(run, prompts, THINK, 2),
+    "sample": lambda run, prompts: stages.sample(run, [Prefix(one) for one in prompts], THINK, 2),
+    "evaluate": lambda run, prompts: evaluate(run, {"harmful": prompts}, HARMFUL, EOS),
+    "pairs": lambda run, prompts: pipeline.corrected_pairs(
+        run, prompts, TRIGGERS[:1], Phrase(), CorrectionSettings(), PairSettings(), THINK
     ),
     "apart": lambda _, prompts: overlap.apart(prompts, PROMPTS[5:]),
 }
@@ -88,52 +88,58 @@ VERBS: dict[str, Callable[[stages.Doors, list[Prompt]], object]] = {
 
 @pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
 def test_prompts_of_one_id_are_refused_and_nothing_is_drawn(
-    verb: Callable[[stages.Doors, list[Prompt]], object], bench: stages.Doors
+    verb: Callable[[stages.Session, list[Prompt]], object], run: stages.Session
 ) -> None:
-    refused(lambda: verb(bench, TWICE), "prompt", "p0")
-    assert not list(bench.store.root.rglob("records.jsonl"))
-    verb(bench, AGAIN)
+    refused(lambda: verb(run, TWICE), "prompt", "p0")
+    assert not list(run.store.root.rglob("records.jsonl"))
+    verb(run, AGAIN)
 
 
-def test_sets_that_share_an_id_may_be_measured_apart_but_not_together(bench: stages.Doors) -> None:
+def test_sets_that_share_an_id_may_be_measured_apart_but_not_together(run: stages.Session) -> None:
     sets = {"harmful": TWICE[:1], "other": TWICE[1:]}
     settings = EvaluationSettings(("harmful", "other"), (), (), 2)
-    found = {one.set: one.total for one in evaluate(bench, sets, settings, EOS)}
+    found = {one.set: one.total for one in evaluate(run, sets, settings, EOS)}
     assert found == {"harmful": 2, "other": 2}
     refused(
-        lambda: stages.traces(bench, [*sets["harmful"], *sets["other"]], THINK, 1), "prompt", "p0"
+        lambda: stages.sample_and_judge(run, [*sets["harmful"], *sets["other"]], THINK, 1),
+        "prompt",
+        "p0",
     )
 
 
-def test_rollouts_of_one_id_are_refused(bench: stages.Doors, chat: Chat) -> None:
+def test_rollouts_of_one_id_are_refused(run: stages.Session, chat: Chat) -> None:
     unsafe = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="r", finish="think")
     safe = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_="r", finish="think")
     both, labels, prompts = [unsafe, safe], {"r": UNSAFE}, named()
     verdicts = [Verdict("r", "trace", "harm", label, None, "", "hand") for label in (UNSAFE, SAFE)]
-    curves = stages.measure_csr(bench, prompts, [unsafe], CSR, THINK)
+    curves = stages.measure_csr(run, prompts, [unsafe], CSR, THINK)
 
     def searched() -> object:
-        return locate.turns(bench, prompts, both, labels, UNSAFE, CSR, SEARCH, THINK)
+        return locate.find_turns(run, prompts, both, labels, UNSAFE, CSR, SEARCH, THINK)
 
     def mined() -> object:
         return mining.mine_pool(
-            bench, prompts, both, verdicts, Phrase(), CSR, SEARCH, Plan(), THINK
+            run, prompts, both, verdicts, Phrase(), CSR, SEARCH, CorrectionSettings(), THINK
         )
 
     for call in (
-        lambda: stages.judge(bench, prompts, both),
-        lambda: stages.probabilities(bench, prompts, both, THINK),
-        lambda: stages.measure_csr(bench, prompts, both, CSR, THINK),
-        lambda: stages.turning_points(bench, both, curves, labels, UNSAFE, CSR),
-        lambda: stages.cues(bench, prompts, both, Phrase()),
-        lambda: stages.correct(bench, prompts, both, TRIGGERS[0], Phrase(), Plan(), THINK),
-        lambda: locate.traces(bench, prompts, both, labels, THINK),
-        lambda: findings.chain(bench, prompts, both, {"t": TRIGGER}, Phrase(), THINK, 1),
+        lambda: stages.judge(run, prompts, both),
+        lambda: stages.probabilities(run, prompts, both, THINK),
+        lambda: stages.measure_csr(run, prompts, both, CSR, THINK),
+        lambda: stages.turning_points(run, both, curves, labels, UNSAFE, CSR),
+        lambda: stages.find_cues(run, prompts, both, Phrase()),
+        lambda: stages.correct(
+            run, prompts, both, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK
+        ),
+        lambda: locate.known_traces(run, prompts, both, labels, THINK),
+        lambda: findings.chain(run, prompts, both, {"t": TRIGGER}, Phrase(), THINK, 1),
         searched,
         mined,
     ):
         refused(call, "rollout", "r")
-    assert [*stages.cues(bench, prompts, [unsafe, replace(unsafe)], Phrase()).items()] == [("r", 1)]
+    assert [*stages.find_cues(run, prompts, [unsafe, replace(unsafe)], Phrase()).items()] == [
+        ("r", 1)
+    ]
 
 
 class Many:
@@ -152,15 +158,15 @@ class Many:
 
 @pytest.mark.parametrize("verb", ["many", "sentences"])
 def test_rollouts_of_one_id_are_refused_before_a_detector_is_asked(
-    verb: str, bench: stages.Doors, chat: Chat
+    verb: str, run: stages.Session, chat: Chat
 ) -> None:
     both = [rollout(chat, f"{text}\n{CLOSE}", id_="r", finish="think") for text in (CUE, TRIGGER)]
-    refused(lambda: stages.cues(bench, named(), both, Many(verb)), "rollout", "r")  # type: ignore[arg-type]
+    refused(lambda: stages.find_cues(run, named(), both, Many(verb)), "rollout", "r")  # type: ignore[arg-type]
 
 
-def test_curves_of_one_id_are_refused(bench: stages.Doors, chat: Chat) -> None:
+def test_curves_of_one_id_are_refused(run: stages.Session, chat: Chat) -> None:
     unsafe = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="r", finish="think")
-    (curve,) = locate.record(bench, named(), [unsafe], {"r": UNSAFE}, THINK, 4)
+    (curve,) = locate.record(run, named(), [unsafe], {"r": UNSAFE}, THINK, 4)
     other = replace(
         curve,
         ways=[[(2 * weight, safe, cost) for weight, safe, cost in ways] for ways in curve.ways],
@@ -177,20 +183,20 @@ def test_curves_of_one_id_are_refused(bench: stages.Doors, chat: Chat) -> None:
 
 
 def test_triggers_of_one_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(lambda: choose(TRIGGERS, {"t0": (1, 2)}), "trigger", "t0")
-    settings = reading.read("tiny")
+    refused(lambda: choose_triggers(TRIGGERS, {"t0": (1, 2)}), "trigger", "t0")
+    settings = reading.read_profile("tiny")
     part = settings.Part("builtins:list", {})
-    monkeypatch.setattr(run, "made", lambda _: TRIGGERS)
-    opened = run.Bench(replace(settings, triggers=part, pool=part), None, tmp_path, tmp_path)  # type: ignore[arg-type]
+    monkeypatch.setattr(run_, "build_component", lambda _: TRIGGERS)
+    opened = Run(replace(settings, triggers=part, pool=part), None, tmp_path, tmp_path)  # type: ignore[arg-type]
     refused(lambda: opened.triggers({}, [], [], Phrase()), "trigger", "t0")
     refused(opened.pool, "trigger", "t0")
 
 
 def test_divergence_is_not_measured_on_two_rollouts_of_one_id(
-    bench: stages.Doors, chat: Chat, tmp_path: Path
+    run: stages.Session, chat: Chat, tmp_path: Path
 ) -> None:
     both = [rollout(chat, f"{text}\n{CLOSE}", id_="r", finish="think") for text in (CUE, TRIGGER)]
-    opened = run.Bench(reading.read("tiny"), bench, tmp_path, tmp_path)
+    opened = Run(reading.read_profile("tiny"), run, tmp_path, tmp_path)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run.Bench, "adapted", lambda *_: bench)
+        patched.setattr(Run, "adapted", lambda *_: run)
         refused(lambda: divergence(opened, tmp_path, named(), both), "rollout", "r")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipo_lib.cues import LexiconCues
-from ipo_lib.intervention import accepted, earlier, neutral, replace
+from ipo_lib.intervention import cut_and_text, is_accepted, nearest_neutral, random_earlier_sentence
 from ipo_lib.records import (
     SAFE,
     TRACE,
@@ -26,7 +26,7 @@ from ipo_lib.records import (
     from_json,
     to_json,
 )
-from ipo_lib.triggers import Trigger, choose, mine
+from ipo_lib.triggers import Trigger, choose_triggers, cluster_sentences
 
 PROMPT = Prompt("p", "question", "test", True)
 FILLER = [
@@ -186,7 +186,9 @@ def pool() -> list[Trigger]:
         turned("c", 0),
         turned("f", 0, SAFE, "start-locked"),
     ]
-    return mine([*turns, turned("f", None, SAFE, "none"), turned("h", 1, UNSAFE)], POOL_TEXTS)
+    return cluster_sentences(
+        [*turns, turned("f", None, SAFE, "none"), turned("h", 1, UNSAFE)], POOL_TEXTS
+    )
 
 
 def test_pool_is_mined_counted_and_clustered() -> None:
@@ -199,18 +201,19 @@ def test_pool_is_mined_counted_and_clustered() -> None:
     assert len({t.id for t in found}) == 3
     assert all(t.rescue is None for t in found)
     assert [
-        t.cluster for t in mine([turned(i, 1) for i in "abde"], POOL_TEXTS, similarity=1.0)
+        t.cluster
+        for t in cluster_sentences([turned(i, 1) for i in "abde"], POOL_TEXTS, similarity=1.0)
     ] == [0, 1]
-    assert [t.text for t in mine([turned("h", 1, UNSAFE)], POOL_TEXTS, UNSAFE)] == [
+    assert [t.text for t in cluster_sentences([turned("h", 1, UNSAFE)], POOL_TEXTS, UNSAFE)] == [
         "Sure, let me begin."
     ]
     assert [from_json(Trigger, json.loads(canonical(to_json(t)))) for t in found] == found
-    assert mine([], {}) == []
+    assert cluster_sentences([], {}) == []
 
 
 @given(st.permutations(sorted("abdeg")))
 def test_pool_does_not_depend_on_order(ids: list[str]) -> None:
-    assert mine([turned(id_, 1) for id_ in ids], POOL_TEXTS) == mine(
+    assert cluster_sentences([turned(id_, 1) for id_ in ids], POOL_TEXTS) == cluster_sentences(
         [turned(id_, 1) for id_ in "abdeg"], POOL_TEXTS
     )
 
@@ -228,14 +231,17 @@ def test_choose_takes_the_best_rescue_of_each_cluster() -> None:
         ]
     ]
     rescues = {"a": (3, 10), "b": (8, 10), "c": (5, 10), "d": (5, 10), "e": (9, 10), "f": (0, 0)}
-    chosen = choose(made, rescues)
+    chosen = choose_triggers(made, rescues)
     assert [t.id for t in chosen] == ["e", "b", "c"]  # c before d by count; f was never tried
     assert [t.rescue for t in chosen] == [(9, 10), (8, 10), (5, 10)]
-    assert [t.id for t in choose(made, rescues, 2)] == ["b", "c"]  # the two largest clusters
-    assert [t.id for t in choose(made, {"a": (29, 32), "b": (1, 1)})] == [
+    assert [t.id for t in choose_triggers(made, rescues, 2)] == [
+        "b",
+        "c",
+    ]  # the two largest clusters
+    assert [t.id for t in choose_triggers(made, {"a": (29, 32), "b": (1, 1)})] == [
         "a"
     ]  # one lucky draw is not the best
-    assert choose(made, {}) == []
+    assert choose_triggers(made, {}) == []
     again = from_json(Trigger, json.loads(canonical(to_json(chosen[0]))))
     assert again == chosen[0]
 
@@ -251,12 +257,12 @@ def test_choose_takes_the_best_rescue_of_each_cluster() -> None:
 )
 def test_trigger_takes_over_the_whitespace(old: str, new: str) -> None:
     trace, spans = chars("First one.", old, " Then more.")
-    assert replace(trace, spans[1], " But no. ") == (10, new)
-    assert replace(trace, spans[1], " But no. ", last=True) == (
+    assert cut_and_text(trace, spans[1], " But no. ") == (10, new)
+    assert cut_and_text(trace, spans[1], " But no. ", last=True) == (
         10,
         new.removesuffix(old[len(old.rstrip()) :] if old.strip() else ""),
     )
-    assert replace(trace, spans[1], "") == (10, "")  # the control "nothing"
+    assert cut_and_text(trace, spans[1], "") == (10, "")  # the control "nothing"
 
 
 @given(
@@ -267,7 +273,7 @@ def test_trigger_takes_over_the_whitespace(old: str, new: str) -> None:
 def test_replacement_keeps_prefix_and_edges(texts: list[str], trigger: str, index: int) -> None:
     trace, spans = chars(*texts)
     sentence = spans[index % len(spans)]
-    cut, text = replace(trace, sentence, trigger)
+    cut, text = cut_and_text(trace, sentence, trigger)
     assert trace.text[:cut] == "".join(texts[: sentence.index])
     assert text.strip() == trigger.strip()
     if text and (old := texts[sentence.index]).strip():
@@ -277,29 +283,41 @@ def test_replacement_keeps_prefix_and_edges(texts: list[str], trigger: str, inde
 
 def test_neutral_control_is_of_equal_length() -> None:
     assert (
-        neutral(" Stop here now.\n", ["Short.", "Some long words go here.", "The sky is it."])
+        nearest_neutral(
+            " Stop here now.\n", ["Short.", "Some long words go here.", "The sky is it."]
+        )
         == "The sky is it."
     )
-    assert neutral("abcd", ["aaa", "bbbbb"]) == neutral("abcd", ["bbbbb", "aaa"]) == "aaa"
+    assert (
+        nearest_neutral("abcd", ["aaa", "bbbbb"])
+        == nearest_neutral("abcd", ["bbbbb", "aaa"])
+        == "aaa"
+    )
     with pytest.raises(BadInput, match="empty"):
-        neutral("x", [])
+        nearest_neutral("x", [])
 
 
 def test_earlier_control() -> None:
-    assert earlier(rollout("t"), 0, seed=1) is None
-    assert earlier(rollout("t"), 1, seed=1, lowest=1) is None
-    drawn = [earlier(rollout("t", f"r{at}"), 4, seed=1, lowest=1) for at in range(300)]
+    assert random_earlier_sentence(rollout("t"), 0, seed=1) is None
+    assert random_earlier_sentence(rollout("t"), 1, seed=1, lowest=1) is None
+    drawn = [
+        random_earlier_sentence(rollout("t", f"r{at}"), 4, seed=1, lowest=1) for at in range(300)
+    ]
     assert {drawn.count(at) > 60 for at in (1, 2, 3)} == {True}
-    assert drawn == [earlier(rollout("t", f"r{at}"), 4, seed=1, lowest=1) for at in range(300)]
-    assert drawn != [earlier(rollout("t", f"r{at}"), 4, seed=2, lowest=1) for at in range(300)]
+    assert drawn == [
+        random_earlier_sentence(rollout("t", f"r{at}"), 4, seed=1, lowest=1) for at in range(300)
+    ]
+    assert drawn != [
+        random_earlier_sentence(rollout("t", f"r{at}"), 4, seed=2, lowest=1) for at in range(300)
+    ]
 
 
 def test_reverse_puts_a_cue_at_the_safe_turning_point() -> None:
     trace, spans = chars("First one.", " But no.", " Bye.")
-    cue = mine([turned("h", 1, UNSAFE)], POOL_TEXTS, UNSAFE)[0]
+    cue = cluster_sentences([turned("h", 1, UNSAFE)], POOL_TEXTS, UNSAFE)[0]
     turn = turned("r", 1)
     assert turn.sentence is not None
-    assert replace(trace, spans[turn.sentence], cue.text) == (10, " Sure, let me begin.")
+    assert cut_and_text(trace, spans[turn.sentence], cue.text) == (10, " Sure, let me begin.")
 
 
 def test_acceptance() -> None:
@@ -307,12 +325,12 @@ def test_acceptance() -> None:
         return Verdict("r", TRACE, "harm", label, None, "", "j")
 
     assert (
-        accepted("no-cue", None, verdict(UNSAFE)) is True
+        is_accepted("no-cue", None, verdict(UNSAFE)) is True
     )  # the paper's rule does not ask the judge
-    assert accepted("no-cue", 0, verdict(SAFE)) is False
-    assert accepted("judged-safe", 3, verdict(SAFE)) is True
-    assert accepted("judged-safe", None, verdict(UNSAFE)) is False
-    assert accepted("judged-safe", None, verdict(None)) is None
-    assert accepted("judged-safe", None, None) is None
+    assert is_accepted("no-cue", 0, verdict(SAFE)) is False
+    assert is_accepted("judged-safe", 3, verdict(SAFE)) is True
+    assert is_accepted("judged-safe", None, verdict(UNSAFE)) is False
+    assert is_accepted("judged-safe", None, verdict(None)) is None
+    assert is_accepted("judged-safe", None, None) is None
     with pytest.raises(BadInput, match="maybe"):
-        accepted("maybe", None, None)
+        is_accepted("maybe", None, None)

@@ -10,10 +10,9 @@ import pytest
 from ipo_lib import training
 from ipo_lib.engines import lora
 from ipo_lib.experiments import kl, recipes
-from ipo_lib.profiles import run
-from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.records import SAFE, Rollout
-from ipo_lib.stages import traces
+from ipo_lib.stages import sample_and_judge
 from ipo_lib.store import Store
 from ipo_lib.turning_points.curves import Curve
 from ipo_lib.turning_points.exhaustive import Trace
@@ -30,25 +29,25 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return run.open_bench("tiny", SMALL, str(tmp_path_factory.mktemp("kl")))
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return open_run("tiny", SMALL, str(tmp_path_factory.mktemp("kl")))
 
 
 @pytest.fixture(scope="module")
-def adapter(bench: Bench) -> Path:
-    pairs, _ = recipes.gather(bench, bench.prompts("train_harmful"))
-    return training.adapter(bench.doors, pairs, bench.folder, bench.profile.stage1)[0]
+def adapter(run: Run) -> Path:
+    pairs, _ = recipes.gather(run, run.prompts("train_harmful"))
+    return training.train_first_stage(run.session, pairs, run.folder, run.profile.stage1)[0]
 
 
-def test_divergence_is_that_of_two_plain_forwards(bench: Bench, adapter: Path) -> None:
+def test_divergence_is_that_of_two_plain_forwards(run: Run, adapter: Path) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    seen = traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 1)
+    seen = sample_and_judge(run.session, run.prompts("train_harmful"), run.thinking, 1)
     one = seen.rollouts[0]
-    head = bench.doors.chat.prompt_ids(seen.prompts[one.prompt_id])
-    base = AutoModelForCausalLM.from_pretrained(bench.folder, dtype=torch.float32)
+    head = run.session.chat.prompt_ids(seen.prompts[one.prompt_id])
+    base = AutoModelForCausalLM.from_pretrained(run.folder, dtype=torch.float32)
     tuned = PeftModel.from_pretrained(base, str(adapter)).eval()
     ids = torch.tensor([head + one.token_ids])
     with torch.no_grad():
@@ -56,23 +55,23 @@ def test_divergence_is_that_of_two_plain_forwards(bench: Bench, adapter: Path) -
         with tuned.disable_adapter():
             q = tuned(ids).logits[0, len(head) - 1 : -1].log_softmax(-1)
     for direction, (a, b) in zip(kl.DIRECTIONS, ((p, q), (q, p)), strict=True):
-        found = kl.divergence(bench, adapter, seen.prompts, [one], direction)[one.id]
+        found = kl.divergence(run, adapter, seen.prompts, [one], direction)[one.id]
         assert found == pytest.approx((a.exp() * (a - b)).sum(-1).tolist(), abs=1e-4)
         assert len(found) == len(one.token_ids)
         assert max(found) > 0.01
-    assert kl.divergence(bench, adapter, seen.prompts, [one]) == {
-        one.id: kl.divergence(bench, adapter, seen.prompts, [one])[one.id]
+    assert kl.divergence(run, adapter, seen.prompts, [one]) == {
+        one.id: kl.divergence(run, adapter, seen.prompts, [one])[one.id]
     }
 
 
-def test_an_adapter_on_another_base_is_refused(bench: Bench, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_another_base_is_refused(run: Run, adapter: Path, tmp_path: Path) -> None:
     from models import tiny_model
 
     from ipo_lib.records import BadInput
 
     other = tiny_model(tmp_path / "other", family="llama", hidden=64)
     with pytest.raises(BadInput, match="not for 'other'"):
-        lora.config(other, bench.profile.stage1, adapter)
+        lora.config(other, run.profile.stage1, adapter)
 
 
 def recorded(key: str) -> Rollout:
@@ -124,34 +123,32 @@ def test_position_is_matched_against_sentences_at_the_same_place() -> None:
 
 
 def test_logits_are_read_a_part_at_a_time(
-    bench: Bench, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, adapter: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen = traces(bench.doors, bench.prompts("train_harmful"), bench.thinking, 1)
+    seen = sample_and_judge(run.session, run.prompts("train_harmful"), run.thinking, 1)
     one = seen.rollouts[0]
-    whole = kl.divergence(bench, adapter, seen.prompts, [one])[one.id]
+    whole = kl.divergence(run, adapter, seen.prompts, [one])[one.id]
     monkeypatch.setattr(kl, "CHUNK", 3)
     fresh = dataclasses.replace(
-        bench, doors=dataclasses.replace(bench.doors, store=Store(tmp_path))
+        run, session=dataclasses.replace(run.session, store=Store(tmp_path))
     )
     assert kl.divergence(fresh, adapter, seen.prompts, [one])[one.id] == pytest.approx(
         whole, abs=1e-5
     )
 
 
-def test_without_recorded_curves_s_is_measured(bench: Bench, adapter: Path) -> None:
-    live = bench.changed({"forks": None, "csr.draws": 8})
+def test_without_recorded_curves_s_is_measured(run: Run, adapter: Path) -> None:
+    live = run.changed({"forks": None, "csr.draws": 8})
     sets = live.prompts("train_harmful"), live.prompts("train_benign")
-    assert kl.moved(live, "row", 0, adapter, *sets, 4).where == ()
-    found = kl.moved(live, "row", 0, adapter, *sets, 4, curves=8)
+    assert kl.measure_divergence(live, "row", 0, adapter, *sets, 4).where == ()
+    found = kl.measure_divergence(live, "row", 0, adapter, *sets, 4, curves=8)
     assert found.where
     assert {prompt for prompt, _ in found.where} <= {one.id for one in sets[0]}
 
 
-def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(
-    bench: Bench, adapter: Path
-) -> None:
-    sets = bench.prompts("train_harmful"), bench.prompts("train_benign")
-    found = kl.moved(bench, "row", 3, adapter, *sets, 4)
+def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(run: Run, adapter: Path) -> None:
+    sets = run.prompts("train_harmful"), run.prompts("train_benign")
+    found = kl.measure_divergence(run, "row", 3, adapter, *sets, 4)
     assert (found.row, found.seed) == ("row", 3)
     assert max(value for _, value, _, _ in found.index) > 0.01
     assert {offset for offset, *_ in found.cue} & {-1, 0, 1}

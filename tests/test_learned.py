@@ -6,15 +6,14 @@ import pytest
 
 from ipo_lib import stages
 from ipo_lib.experiments import learned
-from ipo_lib.profiles import run
-from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.records import Prompt, Verdict
 from ipo_lib.triggers import Trigger
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return run.open_bench(
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return open_run(
         "tiny", {"prompts.train_harmful.count": 12}, str(tmp_path_factory.mktemp("learned"))
     )
 
@@ -36,44 +35,42 @@ def test_similarity_is_of_the_text_alone() -> None:
     assert learned.nearest(["Rain falls."], []) == [0.0]
 
 
-def test_sentences_count_traces_and_places(bench: Bench) -> None:
-    prompts, detector = bench.prompts("train_harmful"), bench.detector([], [])
-    seen = stages.traces(bench.doors, prompts, bench.thinking, 2)
-    texts = [stages.trace_texts(bench.doors, one) for one in seen.rollouts]
+def test_sentences_count_traces_and_places(run: Run) -> None:
+    prompts, detector = run.prompts("train_harmful"), run.detector([], [])
+    seen = stages.sample_and_judge(run.session, prompts, run.thinking, 2)
+    texts = [stages.trace_texts(run.session, one) for one in seen.rollouts]
     one = next(own[1] for own in texts if len(own) > 2)
-    found = learned.sentences(bench.doors, seen.prompts, seen.rollouts, [trigger(one)], detector)
+    found = learned.sentences(run.session, seen.prompts, seen.rollouts, [trigger(one)], detector)
     like = [[learned.similarity(text, one) >= learned.LIKE for text in own] for own in texts]
     assert found["traces with a trigger"] == sum(map(any, like)) / len(texts) > 0
     assert found["index of the first trigger"] == pytest.approx(
         sum(own.index(True) for own in like if any(own)) / sum(map(any, like))
     )
     cued = [
-        stages.cues(bench.doors, seen.prompts, [one], detector)[one.id] is not None
+        stages.find_cues(run.session, seen.prompts, [one], detector)[one.id] is not None
         for one in seen.rollouts
     ]
     assert found["traces with a cue"] == sum(cued) / len(cued)
-    nothing = learned.sentences(bench.doors, seen.prompts, seen.rollouts, [], detector)
+    nothing = learned.sentences(run.session, seen.prompts, seen.rollouts, [], detector)
     assert nothing["traces with a trigger"] == 0
     assert (
         nothing["index of the first trigger"] != nothing["index of the first trigger"]
     )  # nan: there is none
 
 
-def test_barred_sentences_give_way_to_others_and_the_rest_stays(bench: Bench) -> None:
-    prompts = bench.prompts("train_harmful")
-    seen = stages.traces(bench.doors, prompts, bench.profile.sampling, 2)
+def test_barred_sentences_give_way_to_others_and_the_rest_stays(run: Run) -> None:
+    prompts = run.prompts("train_harmful")
+    seen = stages.sample_and_judge(run.session, prompts, run.profile.sampling, 2)
     wanted = [
-        own[1] for one in seen.rollouts if len(own := stages.trace_texts(bench.doors, one)) > 2
+        own[1] for one in seen.rollouts if len(own := stages.trace_texts(run.session, one)) > 2
     ][:3]
     triggers = [trigger(text) for text in wanted]
 
     def like(rollouts: list[stages.Rollout]) -> list[bool]:
-        near = [learned.nearest(stages.trace_texts(bench.doors, one), triggers) for one in rollouts]
+        near = [learned.nearest(stages.trace_texts(run.session, one), triggers) for one in rollouts]
         return [any(value >= learned.LIKE for value in own) for own in near]
 
-    found = learned.barred(
-        bench.doors, seen.prompts, seen.rollouts, triggers, bench.profile.sampling
-    )
+    found = learned.barred(run.session, seen.prompts, seen.rollouts, triggers, run.profile.sampling)
     assert sum(like(found)) < sum(like(seen.rollouts)) / 2
     for before, after, had in zip(seen.rollouts, found, like(seen.rollouts), strict=True):
         assert (before == after) is not had
@@ -82,7 +79,7 @@ def test_barred_sentences_give_way_to_others_and_the_rest_stays(bench: Bench) ->
             assert after.token_ids[:cut] == before.token_ids[:cut] or after.prefix_len > 0
             assert after.prompt_id == before.prompt_id
     assert (
-        learned.barred(bench.doors, seen.prompts, seen.rollouts, triggers, bench.profile.sampling)
+        learned.barred(run.session, seen.prompts, seen.rollouts, triggers, run.profile.sampling)
         == found
     )
 

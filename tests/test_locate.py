@@ -18,10 +18,10 @@ from scripted import (
     STEP,
     TRIGGER,
     StepJudge,
-    doors,
     named,
     r1_chat,
     rollout,
+    session,
     world,
 )
 
@@ -58,9 +58,9 @@ def pair(chat: Chat) -> dict[str, Rollout]:
 def test_traces_hold_what_a_search_needs(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
-    bench = doors(tmp_path, chat, world(chat))
-    known = locate.traces(bench, named(), [pair[SAFE]], {"good": SAFE}, THINK)["good"]
-    spans = stages.trace_sentences(bench, pair[SAFE])
+    run = session(tmp_path, chat, world(chat))
+    known = locate.known_traces(run, named(), [pair[SAFE]], {"good": SAFE}, THINK)["good"]
+    spans = stages.trace_sentences(run, pair[SAFE])
     assert known.token_ids == pair[SAFE].token_ids
     assert known.ends == tuple(span.token_end for span in spans)
     turn = spans[1].token_start
@@ -72,9 +72,9 @@ def test_both_kinds_of_turn_are_found_and_stored(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     for kind, key in ((SAFE, "good"), (UNSAFE, "bad")):
-        found = locate.turns(bench, named(), [pair[kind]], {key: kind}, kind, CSR, SEARCH, THINK)
+        found = locate.find_turns(run, named(), [pair[kind]], {key: kind}, kind, CSR, SEARCH, THINK)
         turn = found.turns[key]
         assert turn.sentence == 1
         assert turn.rollouts == len(found.drawn[key])
@@ -84,8 +84,8 @@ def test_both_kinds_of_turn_are_found_and_stored(
         assert len(fresh) == 2 * SEARCH.confirm
         assert len({(r.prefix_len, r.draw) for r, _ in found.drawn[key]}) == turn.rollouts
         answered = len(sampler.answered)
-        again = locate.turns(
-            doors(tmp_path, chat, sampler),
+        again = locate.find_turns(
+            session(tmp_path, chat, sampler),
             named(),
             [pair[kind]],
             {key: kind},
@@ -103,17 +103,17 @@ def test_harm_that_stands_already_needs_no_draw(
 ) -> None:
     text = f"{ASIDE}\n{CUE}\n{STEP}\n{ASIDE}\n{CLOSE}"
     long = rollout(chat, text, id_="long", prompt="p1", finish="think")
-    bench, labels = doors(tmp_path, chat, world(chat)), {"bad": UNSAFE, "long": UNSAFE}
-    ends = [span.token_end for span in stages.trace_sentences(bench, long)]
-    assert locate.traces(bench, named(), [long], labels, THINK)["long"].settled is None
+    run, labels = session(tmp_path, chat, world(chat)), {"bad": UNSAFE, "long": UNSAFE}
+    ends = [span.token_end for span in stages.trace_sentences(run, long)]
+    assert locate.known_traces(run, named(), [long], labels, THINK)["long"].settled is None
     assert (
-        locate.traces(bench, named(), [long], labels, THINK, absorbing=True)["long"].settled
+        locate.known_traces(run, named(), [long], labels, THINK, absorbing=True)["long"].settled
         == ends[2]
     )
-    found = locate.turns(
-        bench, named(), [pair[UNSAFE]], labels, UNSAFE, replace(CSR, absorbing=True), SEARCH, THINK
+    found = locate.find_turns(
+        run, named(), [pair[UNSAFE]], labels, UNSAFE, replace(CSR, absorbing=True), SEARCH, THINK
     )
-    usual = locate.turns(bench, named(), [pair[UNSAFE]], labels, UNSAFE, CSR, SEARCH, THINK)
+    usual = locate.find_turns(run, named(), [pair[UNSAFE]], labels, UNSAFE, CSR, SEARCH, THINK)
     assert found.turns["bad"].sentence == usual.turns["bad"].sentence == 1
     assert found.turns["bad"].rollouts <= usual.turns["bad"].rollouts
     assert all(r.prefix_len < ends[2] for r, _ in found.drawn["bad"])
@@ -124,8 +124,8 @@ def test_two_traces_are_searched_as_each_alone(
 ) -> None:
     more = replace(pair[SAFE], id="good2", prompt_id="p3")
     labels = {"good": SAFE, "good2": SAFE}
-    both = locate.turns(
-        doors(tmp_path / "a", chat, world(chat)),
+    both = locate.find_turns(
+        session(tmp_path / "a", chat, world(chat)),
         named(),
         [pair[SAFE], more],
         labels,
@@ -134,8 +134,15 @@ def test_two_traces_are_searched_as_each_alone(
         SEARCH,
         THINK,
     )
-    alone = locate.turns(
-        doors(tmp_path / "b", chat, world(chat)), named(), [more], labels, SAFE, CSR, SEARCH, THINK
+    alone = locate.find_turns(
+        session(tmp_path / "b", chat, world(chat)),
+        named(),
+        [more],
+        labels,
+        SAFE,
+        CSR,
+        SEARCH,
+        THINK,
     )
     assert both.turns["good2"] == alone.turns["good2"]
 
@@ -144,11 +151,11 @@ def test_a_stronger_judge_is_asked_around_the_turn_only(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
     sampler, strong = world(chat), StepJudge("strong")
-    weak = doors(tmp_path, chat, sampler, NoisyJudge(StepJudge(), 0.98, 0.98))
-    first = locate.turns(weak, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK)
+    weak = session(tmp_path, chat, sampler, NoisyJudge(StepJudge(), 0.98, 0.98))
+    first = locate.find_turns(weak, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK)
     drawn = len(sampler.answered)
     second = replace(weak, judge=strong)
-    found = locate.turns(
+    found = locate.find_turns(
         second, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK, near=first.turns
     )
     assert found.turns["good"].sentence == 1
@@ -159,10 +166,10 @@ def test_a_stronger_judge_is_asked_around_the_turn_only(
 def test_correction_needs_a_calibration(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     with pytest.raises(BadInput, match="this judge has no calibration"):
-        locate.turns(
-            bench,
+        locate.find_turns(
+            run,
             named(),
             [pair[SAFE]],
             {"good": SAFE},
@@ -176,10 +183,10 @@ def test_correction_needs_a_calibration(
 def test_what_cannot_be_pooled_is_one_line(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     with pytest.raises(BadInput, match="cannot be pooled; measure every cut"):
-        locate.turns(
-            bench,
+        locate.find_turns(
+            run,
             named(),
             [pair[SAFE]],
             {"good": SAFE},
@@ -191,29 +198,29 @@ def test_what_cannot_be_pooled_is_one_line(
 
 
 def test_an_unfinished_trace_has_no_outcome(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     open_ = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}", id_="open", finish="length")
-    assert locate.traces(bench, named(), [open_], {"open": SAFE}, THINK)["open"].label is None
+    assert locate.known_traces(run, named(), [open_], {"open": SAFE}, THINK)["open"].label is None
 
 
 def test_a_foreign_trace_is_one_line(tmp_path: Path, chat: Chat) -> None:
     """Probabilities disagree: the script never says this, and a search would find that continuations never follow it."""
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     foreign = rollout(
         chat, f"Rivers are deep. So it goes on.\n{PROOF}\n{CLOSE}", id_="x", finish="think"
     )
-    known = locate.traces(bench, named(), [foreign], {"x": SAFE}, THINK)["x"]
+    known = locate.known_traces(run, named(), [foreign], {"x": SAFE}, THINK)["x"]
     claims = {"x": replace(known, p=tuple(max(p, 0.9) for p in known.p))}
     searches = {"x": adaptive(claims["x"], SAFE, CSR, SEARCH)}
     with pytest.raises(BadInput, match="search with the sampler and the settings that drew it"):
-        locate.run(bench, {"x": PROMPTS[0]}, claims, searches, "trace", THINK)
+        locate.run_searches(run, {"x": PROMPTS[0]}, claims, searches, "trace", THINK)
 
 
 def test_one_trace_with_an_impossible_token_is_left_out_and_counted(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In 16 bits a pass of another shape gives some token of a trace no probability: that trace must not stop the others."""
-    bench, plain = doors(tmp_path, chat, world(chat)), stages.probabilities
+    run, plain = session(tmp_path, chat, world(chat)), stages.probabilities
     rollouts = [replace(pair[SAFE], id=f"good{at}", prompt_id=f"p{at}") for at in range(5)]
     labels = {r.id: SAFE for r in rollouts}
 
@@ -226,20 +233,20 @@ def test_one_trace_with_an_impossible_token_is_left_out_and_counted(
 
     strange({"good3"})
     with pytest.warns(UserWarning, match="1 of 5 traces have a token of probability 0 here"):
-        found = locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+        found = locate.find_turns(run, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
     assert set(found.turns) == labels.keys() - {"good3"}
     assert [r.id for r in found.kept(rollouts)] == ["good0", "good1", "good2", "good4"]
     strange({"good0", "good3"})  # so many are another sampler's
     with pytest.raises(BadInput, match="has probability 0 here; sample it with this model"):
-        locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+        locate.find_turns(run, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
 
 
 def test_points_and_cuts_of_what_was_drawn(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
-    bench = doors(tmp_path, chat, world(chat))
-    found = locate.turns(bench, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK)
-    known = locate.traces(bench, named(), [pair[SAFE]], {"good": SAFE}, THINK)["good"]
+    run = session(tmp_path, chat, world(chat))
+    found = locate.find_turns(run, named(), [pair[SAFE]], {"good": SAFE}, SAFE, CSR, SEARCH, THINK)
+    known = locate.known_traces(run, named(), [pair[SAFE]], {"good": SAFE}, THINK)["good"]
     points = {point.cut: point for point in locate.points(known, found.drawn["good"])}
     assert list(points) == [0, *known.ends]
     assert points[known.ends[1]].s == 1.0
@@ -253,13 +260,13 @@ def test_harvested_pairs_share_their_prefix_and_cost_nothing(
     tmp_path: Path, chat: Chat, pair: dict[str, Rollout]
 ) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
-    found = locate.turns(
-        bench, named(), [pair[UNSAFE]], {"bad": UNSAFE}, UNSAFE, CSR, SEARCH, THINK
+    run = session(tmp_path, chat, sampler)
+    found = locate.find_turns(
+        run, named(), [pair[UNSAFE]], {"bad": UNSAFE}, UNSAFE, CSR, SEARCH, THINK
     )
-    cue, drawn = stages.trace_sentences(bench, pair[UNSAFE])[1].token_start, len(sampler.answered)
+    cue, drawn = stages.trace_sentences(run, pair[UNSAFE])[1].token_start, len(sampler.answered)
     kept, counts = pipeline.harvested_pairs(
-        bench, named(), [pair[UNSAFE]], {"bad": cue}, found.drawn, PairSettings(harvest=3)
+        run, named(), [pair[UNSAFE]], {"bad": cue}, found.drawn, PairSettings(harvest=3)
     )
     assert len(kept) == 3
     assert counts["kept"] == 3
@@ -272,7 +279,7 @@ def test_harvested_pairs_share_their_prefix_and_cost_nothing(
         assert one.why == "harvest"
     assert (
         pipeline.harvested_pairs(
-            bench, named(), [pair[UNSAFE]], {"bad": None}, found.drawn, PairSettings()
+            run, named(), [pair[UNSAFE]], {"bad": None}, found.drawn, PairSettings()
         )[0]
         == []
     )
@@ -302,9 +309,9 @@ def test_a_recorded_trace_replays_the_world_it_was_drawn_from(
             for found in self.world.score(requests, sampling):
                 yield [1.0 if p > 0.97 else p for p in found]
 
-    bench = doors(tmp_path, chat, Banning())  # type: ignore[arg-type]
-    (one,) = locate.record(bench, named(), [pair[SAFE]], {"good": SAFE}, THINK, 20)
-    turn = stages.trace_sentences(bench, pair[SAFE])[1].token_start
+    run = session(tmp_path, chat, Banning())  # type: ignore[arg-type]
+    (one,) = locate.record(run, named(), [pair[SAFE]], {"good": SAFE}, THINK, 20)
+    turn = stages.trace_sentences(run, pair[SAFE])[1].token_start
     assert [at for at, ways in enumerate(one.ways) if ways] == [turn]
     assert {safe for _, safe, _ in one.ways[turn]} == {0.0}
     assert sum(weight for weight, _, _ in one.ways[turn]) == 20
@@ -343,8 +350,8 @@ def test_rounds_do_not_wait_for_a_straggler_and_find_the_same(
 ) -> None:
     rollouts = [replace(pair[SAFE], id=f"good{at}", prompt_id=f"p{at}") for at in range(5)]
     labels = {r.id: SAFE for r in rollouts}
-    usual = locate.turns(
-        doors(tmp_path / "a", chat, world(chat)),
+    usual = locate.find_turns(
+        session(tmp_path / "a", chat, world(chat)),
         named(),
         rollouts,
         labels,
@@ -354,8 +361,8 @@ def test_rounds_do_not_wait_for_a_straggler_and_find_the_same(
         THINK,
     )
     sampler = Leaving(world(chat))
-    bench = replace(doors(tmp_path / "b", chat, world(chat)), sampler=sampler)
-    found = locate.turns(bench, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
+    run = replace(session(tmp_path / "b", chat, world(chat)), sampler=sampler)
+    found = locate.find_turns(run, named(), rollouts, labels, SAFE, CSR, SEARCH, THINK)
     assert found.turns == usual.turns
     assert {key: sorted(r.id for r, _ in own) for key, own in found.drawn.items()} == {
         key: sorted(r.id for r, _ in own) for key, own in usual.drawn.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, doors, named, r1_chat, rollout, world
+from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, named, r1_chat, rollout, session, world
 
 from ipo_lib import stages
 from ipo_lib.chat import Chat
@@ -13,7 +13,7 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import LexiconCues
 from ipo_lib.records import SAFE, BadInput, Prompt
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Doors, Plan, Start
+from ipo_lib.stages import CorrectionSettings, Prefix, Session
 from ipo_lib.turning_points.adaptive import SearchSettings
 from ipo_lib.turning_points.mining import learn_lexicon, mine_pool
 
@@ -27,46 +27,46 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 
 
 def judged(
-    bench: Doors, prompts: list[Prompt], draws: int
+    run: Session, prompts: list[Prompt], draws: int
 ) -> tuple[list[stages.Rollout], list[stages.Verdict]]:
-    rollouts = stages.sample(bench, [Start(prompt) for prompt in prompts], THINK, draws)
-    return rollouts, stages.judge(bench, named(prompts), rollouts)
+    rollouts = stages.sample(run, [Prefix(prompt) for prompt in prompts], THINK, draws)
+    return rollouts, stages.judge(run, named(prompts), rollouts)
 
 
 def test_the_lexicon_finds_the_planted_cue(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
-    rollouts, verdicts = judged(bench, MANY, 4)
-    detector = learn_lexicon(bench, rollouts, verdicts)
+    run = session(tmp_path, chat, world(chat))
+    rollouts, verdicts = judged(run, MANY, 4)
+    detector = learn_lexicon(run, rollouts, verdicts)
     assert isinstance(detector, LexiconCues)
-    found = stages.cues(bench, named(MANY), rollouts, detector)
-    assert found == stages.cues(bench, named(MANY), rollouts, Phrase())
-    assert detector == learn_lexicon(bench, rollouts, verdicts)
+    found = stages.find_cues(run, named(MANY), rollouts, detector)
+    assert found == stages.find_cues(run, named(MANY), rollouts, Phrase())
+    assert detector == learn_lexicon(run, rollouts, verdicts)
 
 
 def test_unjudged_traces_teach_nothing(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
-    rollouts, verdicts = judged(bench, MANY, 4)
+    run = session(tmp_path, chat, world(chat))
+    rollouts, verdicts = judged(run, MANY, 4)
     unread = [
         rollout(chat, f"{ASIDE}\nRivers are deep ?!\n</think>", id_=f"u{at}", prompt=p.id)
         for at, p in enumerate(MANY)
     ]
-    more = stages.judge(bench, named(MANY), unread)
+    more = stages.judge(run, named(MANY), unread)
     assert {v.label for v in more} == {None}
-    assert learn_lexicon(bench, rollouts + unread, verdicts + more) == learn_lexicon(
-        bench, rollouts, verdicts
+    assert learn_lexicon(run, rollouts + unread, verdicts + more) == learn_lexicon(
+        run, rollouts, verdicts
     )
 
 
 def test_one_label_alone_is_one_line(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat, {ASIDE: 1.0, "": 1.0}))
+    run = session(tmp_path, chat, world(chat, {ASIDE: 1.0, "": 1.0}))
     with pytest.raises(BadInput, match="both labels"):
-        learn_lexicon(bench, *judged(bench, MANY, 2))
+        learn_lexicon(run, *judged(run, MANY, 2))
 
 
 def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
-    rollouts, verdicts = judged(bench, PROMPTS, 6)
+    run = session(tmp_path, chat, sampler)
+    rollouts, verdicts = judged(run, PROMPTS, 6)
     arguments = (
         named(),
         rollouts,
@@ -74,10 +74,10 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
         Phrase(),
         CsrSettings(draws=24),
         SearchSettings(),
-        Plan(traces=6),
+        CorrectionSettings(traces=6),
         THINK,
     )
-    pool, used = mine_pool(bench, *arguments)
+    pool, used = mine_pool(run, *arguments)
     assert [t.text for t in used] == [TRIGGER]
     assert pool[0].text == TRIGGER
     assert pool[0].count >= 5
@@ -86,27 +86,27 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
     k, n = best.rescue
     assert k == n > 0  # the planted trigger always rescues
     asked = len(sampler.answered)
-    assert mine_pool(bench, *arguments) == (pool, used)
+    assert mine_pool(run, *arguments) == (pool, used)
     assert len(sampler.answered) == asked
 
 
 def test_no_turn_no_pool(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     said = [f"{ASIDE}\n{turn}\n</think>" for turn in (CUE, TRIGGER) * 2]
     traces = [
         rollout(chat, text, id_=f"{at}", prompt=f"p{at // 2}") for at, text in enumerate(said)
     ]
-    verdicts = stages.judge(bench, named(), traces)
+    verdicts = stages.judge(run, named(), traces)
     with pytest.raises(BadInput, match=r"no trigger.*raise"):
         mine_pool(
-            bench,
+            run,
             named(),
             traces,
             verdicts,
             Phrase(),
             CsrSettings(draws=4),
             SearchSettings(),
-            Plan(),
+            CorrectionSettings(),
             THINK,
         )
     assert {v.label for v in verdicts} == {SAFE}  # one label alone: no prompt is mixed

@@ -14,12 +14,12 @@ from ipo_lib.cli import arguments, cost, doctor, reproduce
 from ipo_lib.cli.doctor import Check
 from ipo_lib.engines import hub
 from ipo_lib.profiles import run
-from ipo_lib.profiles.reading import read
-from ipo_lib.profiles.run import open_bench
-from ipo_lib.profiles.settings import Part
+from ipo_lib.profiles.reading import read_profile
+from ipo_lib.profiles.run import open_run
+from ipo_lib.profiles.settings import Component
 from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Start, sample
+from ipo_lib.stages import Prefix, sample
 from ipo_lib.stats import wilson
 
 
@@ -34,9 +34,9 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def troubles(profile: str, **changes: object) -> dict[str, str]:
     return {
-        one.name: f"{one.found} -> {one.mend}"
-        for one in doctor.needs(read(profile, changes))
-        if one.mend
+        one.name: f"{one.found} -> {one.hint}"
+        for one in doctor.needs(read_profile(profile, changes))
+        if one.hint
     }
 
 
@@ -74,7 +74,7 @@ def test_what_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyP
     changes |= {"prompts.strongreject.attacks": [], "notebooks": ["06_ipo_training"]}
     assert troubles("ds-8b", **changes) == {}
     assert "reads judge_val/harmbench" in troubles("ds-8b")["labelled sets"]
-    found = [one for one in doctor.needs(read("ds-8b", changes)) if one.name == "model"]
+    found = [one for one in doctor.needs(read_profile("ds-8b", changes)) if one.name == "model"]
     assert str(folder) in found[0].found
 
 
@@ -112,23 +112,23 @@ def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(
 def test_a_large_model_in_this_process_is_said_to_be_slow(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (one,) = doctor.speed(read("ds-8b"), 13_000 * 3600)
-    assert one.mend == ""  # it is a choice, not a fault
+    (one,) = doctor.speed(read_profile("ds-8b"), 13_000 * 3600)
+    assert one.hint == ""  # it is a choice, not a fault
     assert "1,300 tokens/s (one H200 GPU" in one.found
     assert "10 hours of sampling; behind vLLM, named as model.server, about 5" in one.found
     server = {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}
-    assert list(doctor.speed(read("ds-8b", {"model.server": server}), 1e9)) == []
-    assert list(doctor.speed(read("r1-1.5b"), 1e9)) == []
-    assert list(doctor.speed(read("sandbox"), 1e9)) == []
+    assert list(doctor.speed(read_profile("ds-8b", {"model.server": server}), 1e9)) == []
+    assert list(doctor.speed(read_profile("r1-1.5b"), 1e9)) == []
+    assert list(doctor.speed(read_profile("sandbox"), 1e9)) == []
     folder = tiny_model(tmp_path / "m", template="r1")
-    here = read("ds-8b", {"model.find": None, "model.folder": str(folder)})
+    here = read_profile("ds-8b", {"model.find": None, "model.folder": str(folder)})
     assert list(doctor.speed(here, 1e9)) == []  # its weights are here, and small
     monkeypatch.setattr(doctor, "LARGE", 1000)
     assert len(list(doctor.speed(here, 1e9))) == 1
 
 
 def test_money_follows_price_and_rollouts() -> None:
-    settings = read("ds-8b")
+    settings = read_profile("ds-8b")
     bill = [
         cost.Cost("a", "traces", 1000, 1.0, pool="p"),
         cost.Cost("b", "traces", 600, 1.0, pool="p"),
@@ -139,7 +139,7 @@ def test_money_follows_price_and_rollouts() -> None:
     judged = 3000 * (read_ * 2.5 + cost.VERDICT * 10)
     found = 1000 * (read_ * 2.5 + cost.FIND * 10)  # no cue is looked for in CSR's draws
     assert cost.money(bill, settings) == pytest.approx((judged + found) / 1e6)
-    assert cost.money(bill, read("sandbox")) == 0
+    assert cost.money(bill, read_profile("sandbox")) == 0
 
 
 def test_a_check_is_one_line() -> None:
@@ -149,7 +149,7 @@ def test_a_check_is_one_line() -> None:
 
 def test_a_model_without_a_profile(tmp_path: Path) -> None:
     given = arguments.parse(arguments.local("DIR", "jbb", "http://h:1/v1#gpt"))
-    settings = read("plain", given)
+    settings = read_profile("plain", given)
     assert (
         settings.model.folder,
         settings.prompts["train_harmful"].known,
@@ -157,28 +157,30 @@ def test_a_model_without_a_profile(tmp_path: Path) -> None:
     ) == ("DIR", "jbb", "")
     assert settings.judge.use == "ipo_lib.judges.rubric:rubric"
     assert settings.judge.arguments == {"server": {"urls": ["http://h:1/v1"], "model": "gpt"}}
-    settings = read("plain", arguments.parse(arguments.local("DIR", "a.csv#question", "wildguard")))
+    settings = read_profile(
+        "plain", arguments.parse(arguments.local("DIR", "a.csv#question", "wildguard"))
+    )
     assert (settings.prompts["train_harmful"].file, settings.prompts["train_harmful"].text) == (
         "a.csv",
         "question",
     )
-    assert settings.judge == Part(
+    assert settings.judge == Component(
         "ipo_lib.judges.guards:guard", {"name": "wildguard", "revision": "main"}
     )
     assert (
-        read("plain", arguments.parse(arguments.local("DIR", "", "keyword"))).judge
-        == read("plain").judge
+        read_profile("plain", arguments.parse(arguments.local("DIR", "", "keyword"))).judge
+        == read_profile("plain").judge
     )
 
 
 def test_profiles_that_are_like_another(tmp_path: Path) -> None:
-    seven, eight = read("ds-7b"), read("ds-8b")
+    seven, eight = read_profile("ds-7b"), read_profile("ds-8b")
     assert seven.prompts == eight.prompts
     assert seven.stage1 == eight.stage1
     assert seven.model.find != eight.model.find
     (tmp_path / "mine.yml").write_text("like: other\nabout: x.\n")
     with pytest.raises(BadInput, match=r"it is like 'other', which is not beside it"):
-        read(str(tmp_path / "mine.yml"))
+        read_profile(str(tmp_path / "mine.yml"))
 
 
 @pytest.mark.parametrize(("closed", "held"), [(0.4, True), (0.6, False)])
@@ -190,15 +192,15 @@ def test_a_model_that_seldom_closes_its_trace_claims_nothing_of_traces(
         "model.folder": str(folder),
         "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"},
     }
-    bench = open_bench(
+    run = open_run(
         "plain", {**changes, "model.prefill": ""}, str(tmp_path / "s"), str(tmp_path / "f")
     )
-    bench.doors.store.closed.update({str(at): at < 10 * closed for at in range(10)})
+    run.session.store.closed.update({str(at): at < 10 * closed for at in range(10)})
     claims = [
         plots.claim(f"Profile plain: {what} {{}}.", wilson(3, 9), origin="emergent")
         for what in ("harmful traces", "answers refused")
     ]
-    bench.save(plots.figure()[0], "07-x", claims, {})
+    run.save(plots.figure()[0], "07-x", claims, {})
     text = (tmp_path / "f" / "07-x.json").read_text()
     assert ("harmful traces" not in text) == held
     assert ("Under half: 1 claims about traces are withheld" in text) == held
@@ -213,11 +215,11 @@ def test_the_verbs_note_which_traces_were_closed(tmp_path: Path) -> None:
         "model.prefill": "",
         "prompts.train_harmful": {"count": 1, "function": "ipo_lib.sandbox.world:prompts"},
     }
-    bench = open_bench("plain", changes, str(tmp_path / "s"), str(tmp_path / "f"))
+    run = open_run("plain", changes, str(tmp_path / "s"), str(tmp_path / "f"))
     found = sample(
-        bench.doors, [Start(Prompt("p", "Bread?", "test", False))], Sampling(max_tokens=5), 3
+        run.session, [Prefix(Prompt("p", "Bread?", "test", False))], Sampling(max_tokens=5), 3
     )
-    assert bench.doors.store.closed == {one.id: "</think>" in one.text for one in found}
+    assert run.session.store.closed == {one.id: "</think>" in one.text for one in found}
     assert os.environ.get("IPO_DATA") is None
     assert run.CLOSED == 0.5
 
@@ -237,13 +239,13 @@ def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
             for name, one in sets.items()
         }
         own["test"]["apart"] = apart
-        bench = open_bench(
+        run = open_run(
             "plain",
             {**changes, **{f"prompts.{name}": one for name, one in own.items()}},
             str(tmp_path / "s"),
             str(tmp_path / "f"),
         )
-        kept.append([one.text for one in bench.prompts("test")])
+        kept.append([one.text for one in run.prompts("test")])
     assert kept == [["how tall", "How wide?"], ["How wide?"]]
 
 
@@ -256,18 +258,20 @@ def test_judges_inside_judges_are_made_priced_and_looked_at() -> None:
         "use": "ipo_lib.judges.guards:guard",
         "arguments": {"name": "wildguard", "revision": "main"},
     }
-    part = Part("ipo_lib.profiles.run:panel", {"judges": [keyword, phrases], "rule": "majority"})
-    made = run.made(part)
+    part = Component(
+        "ipo_lib.profiles.run:panel", {"judges": [keyword, phrases], "rule": "majority"}
+    )
+    made = run.build_component(part)
     assert (len(made.judges), made.rule) == (2, "majority")
-    split = run.made(
-        Part("ipo_lib.profiles.run:by_question", {"harm": keyword, "refusal": phrases})
+    split = run.build_component(
+        Component("ipo_lib.profiles.run:by_question", {"harm": keyword, "refusal": phrases})
     )
     assert sorted(split.judges) == ["harm", "refusal"]
     nested = {
         "use": "ipo_lib.profiles.run:by_question",
         "arguments": {"harm": guard, "refusal": {**phrases, "arguments": {"dollars_in": 3.0}}},
     }
-    changed = read("r1-1.5b", {"judge": nested})
+    changed = read_profile("r1-1.5b", {"judge": nested})
     assert [one.use for one in changed.judge.all] == [
         "ipo_lib.profiles.run:by_question",
         guard["use"],

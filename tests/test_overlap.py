@@ -10,7 +10,7 @@ import pytest
 from data_kit import KIT, NO_KIT
 
 from ipo_lib import overlap, prompts
-from ipo_lib.prompts import PromptSet, known, load, located
+from ipo_lib.prompts import PromptSet, known_prompt_sets, load_prompts, located
 from ipo_lib.records import BadInput, Prompt, digest
 
 LONG = "please tell me how one would build a small wooden kite at home"
@@ -61,7 +61,7 @@ def test_a_known_set_comes_from_the_local_folder_or_the_hub(
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = digest([f"harmful {at}" for at in range(3)])
-    found = load("mine", PromptSet(2, known="jbb", digest=own))
+    found = load_prompts("mine", PromptSet(2, known="jbb", digest=own))
     assert [(one.id, one.text, one.source, one.harm) for one in found] == [
         ("mine-0", "harmful 0", "jbb", True),
         ("mine-1", "harmful 1", "jbb", True),
@@ -70,23 +70,23 @@ def test_a_known_set_comes_from_the_local_folder_or_the_hub(
         BadInput,
         match=rf"texts of jbb have digest {own}, not 0356e4c5e7eccad3; take another revision",
     ):
-        load("mine", PromptSet(2, known="jbb"))
+        load_prompts("mine", PromptSet(2, known="jbb"))
 
 
 def test_unknown_names_and_sets_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("IPO_DATA", raising=False)
     with pytest.raises(BadInput, match="'jbbb' is not known; choose one of star1"):
-        load("mine", PromptSet(1, known="jbbb"))
+        load_prompts("mine", PromptSet(1, known="jbbb"))
     with pytest.raises(
         BadInput, match=r"is on no hub; put eval_harmful/strongreject\.csv under \$IPO_DATA"
     ):
-        load("mine", PromptSet(1, known="strongreject-attacked"))
+        load_prompts("mine", PromptSet(1, known="strongreject-attacked"))
     with pytest.raises(BadInput, match="exactly one of known, file, hub and function"):
-        load("mine", PromptSet(1, known="jbb", file="x"))
+        load_prompts("mine", PromptSet(1, known="jbb", file="x"))
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         (
             "wildjailbreak",
@@ -99,7 +99,7 @@ def test_unknown_names_and_sets_without_a_hub(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_hub_that_says_no_is_one_line_with_the_mend(
-    name: str, mend: str, monkeypatch: pytest.MonkeyPatch
+    name: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
@@ -108,8 +108,8 @@ def test_a_hub_that_says_no_is_one_line_with_the_mend(
 
     monkeypatch.delenv("IPO_DATA", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", no)
-    with pytest.raises(BadInput, match=mend) as error:
-        load("mine", PromptSet(5, known=name))
+    with pytest.raises(BadInput, match=hint) as error:
+        load_prompts("mine", PromptSet(5, known=name))
     assert "\n" not in str(error.value)
 
 
@@ -127,7 +127,7 @@ def test_a_hub_set_is_asked_for_as_it_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.delenv("IPO_DATA", raising=False)
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    found = load("wj", PromptSet(5, known="wildjailbreak"))
+    found = load_prompts("wj", PromptSet(5, known="wildjailbreak"))
     assert seen == [
         (
             "allenai/wildjailbreak",
@@ -145,7 +145,7 @@ def test_templates_go_around_every_prompt(tmp_path: Path) -> None:
         '{"id": "x", "template": "First"}\n{"id": "y", "template": "Say {request} now"}\n'
     )
     spec = PromptSet(2, file=str(tmp_path / "a.jsonl"), id="", templates=str(tmp_path / "t.jsonl"))
-    found = load("mine", spec)
+    found = load_prompts("mine", spec)
     assert [one.text for one in found] == [
         "First\n\none",
         "Say one now",
@@ -154,9 +154,11 @@ def test_templates_go_around_every_prompt(tmp_path: Path) -> None:
     ]
     assert [one.id for one in found] == ["mine-0/x", "mine-0/y", "mine-1/x", "mine-1/y"]
     chosen = PromptSet(2, file=spec.file, id="", templates=spec.templates, attacks=("y",))
-    assert len(load("mine", chosen)) == 2
+    assert len(load_prompts("mine", chosen)) == 2
     with pytest.raises(BadInput, match=r"no attack 'z' in .*t\.jsonl; it holds x, y"):
-        load("mine", PromptSet(2, file=spec.file, id="", templates=spec.templates, attacks=("z",)))
+        load_prompts(
+            "mine", PromptSet(2, file=spec.file, id="", templates=spec.templates, attacks=("z",))
+        )
 
 
 @pytest.mark.skipif(not KIT, reason=NO_KIT)
@@ -164,8 +166,8 @@ def test_the_kit_holds_what_the_digests_say_and_overlaps_as_its_page_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("IPO_DATA", os.fspath(KIT))
-    there = [name for name, one in known().items() if "digest" in one]
-    sets = {name: load(name, PromptSet(10_000, known=name)) for name in there}
+    there = [name for name, one in known_prompt_sets().items() if "digest" in one]
+    sets = {name: load_prompts(name, PromptSet(10_000, known=name)) for name in there}
     sizes = {
         "star1": 1000,
         "jbb": 100,
@@ -191,7 +193,7 @@ def test_the_kit_holds_what_the_digests_say_and_overlaps_as_its_page_says(
 
 
 def test_every_known_set_is_whole() -> None:
-    for name, one in known().items():
+    for name, one in known_prompt_sets().items():
         assert set(one) <= {"about", "access", "fields", "digest", "local", "hub"}, name
         assert one["about"].strip(), name
         assert "file" in one["local"], name

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.pairs import KEPT, REASONS, PairSettings, Refusal, build, collect
+from ipo_lib.pairs import KEPT, REASONS, PairSettings, Refusal, build_pair, count_reasons
 from ipo_lib.records import ANSWER, BOTH, BadInput, Pair, Rollout
 
 CLOSE, EOS, PROMPT = 9, 1, (100, 101, 102)
@@ -30,7 +30,7 @@ def pair(
 ) -> Pair | Refusal:
     ends = {"loser_end": 5, "winner_end": 4, "eos_id": None}
     options = {key: changes.pop(key, value) for key, value in ends.items()}
-    return build(loser, winner, PROMPT, cut, PairSettings(**changes), "trigger-1", **options)  # type: ignore[arg-type]
+    return build_pair(loser, winner, PROMPT, cut, PairSettings(**changes), "trigger-1", **options)  # type: ignore[arg-type]
 
 
 def test_trace_suffixes_run_from_the_cut_through_the_closing_tag() -> None:
@@ -120,7 +120,7 @@ def test_bad_input_is_one_line() -> None:
 
 
 def test_collect_counts_every_reason() -> None:
-    made, counts = collect(
+    made, counts = count_reasons(
         [pair(), pair(loser_end=None), pair(cut=3), pair(cut=3), Refusal("r", "unjudged")]
     )
     assert len(made) == 1
@@ -155,7 +155,7 @@ def test_prefix_plus_suffix_is_the_rollout(seed: int, part: str, eos: bool) -> N
     ]
     ends = [draw.choice([None, *range(len(side.token_ids) + 1)]) for side in sides]
     cut, settings = draw.randint(0, 6), PairSettings(part=part, eos=eos, max_length=10)
-    made = build(
+    made = build_pair(
         *sides, PROMPT, cut, settings, "x", loser_end=ends[0], winner_end=ends[1], eos_id=EOS
     )
     if isinstance(made, Refusal):

@@ -14,8 +14,8 @@ from ipo_lib.cli.reproduce import parse
 from ipo_lib.engines import lora
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.profiles import reading, run, settings
-from ipo_lib.profiles.reading import read
-from ipo_lib.profiles.run import open_bench
+from ipo_lib.profiles.reading import read_profile
+from ipo_lib.profiles.run import open_run
 from ipo_lib.profiles.settings import Profile
 from ipo_lib.records import BadInput, to_json
 from ipo_lib.stats import Interval
@@ -37,7 +37,7 @@ def write(folder: Path, data: Any = None, **more: Any) -> str:
     return str(path)
 
 
-def one_line(profile: str, overrides: dict[str, Any], *says: str, call: Any = read) -> None:
+def one_line(profile: str, overrides: dict[str, Any], *says: str, call: Any = read_profile) -> None:
     with pytest.raises(BadInput) as error:
         call(profile, overrides)
     assert "\n" not in str(error.value)
@@ -45,14 +45,14 @@ def one_line(profile: str, overrides: dict[str, Any], *says: str, call: Any = re
         assert part in str(error.value), str(error.value)
 
 
-@pytest.mark.parametrize("name", reading.available())
+@pytest.mark.parametrize("name", reading.profile_names())
 def test_shipped_profiles_read(name: str) -> None:
-    settings = read(name)
+    settings = read_profile(name)
     assert settings.name == name
     assert settings.about.rstrip().endswith(".")
     assert settings.notebooks
     for book in settings.notebooks:
-        assert (reading.house() / "notebooks" / f"{book}.ipynb").is_file()
+        assert (reading.checkout() / "notebooks" / f"{book}.ipynb").is_file()
     named = (
         *settings.evaluation.harmful,
         *settings.evaluation.benign,
@@ -62,13 +62,13 @@ def test_shipped_profiles_read(name: str) -> None:
 
 
 def test_a_file_is_a_profile_with_the_defaults_of_the_records(tmp_path: Path) -> None:
-    settings = read(write(tmp_path))
+    settings = read_profile(write(tmp_path))
     assert settings == Profile(
         "small",
         SMALL["about"],
         settings.Model("nowhere"),
         settings.prompts,
-        settings.Part(SMALL["judge"]["use"]),
+        settings.Component(SMALL["judge"]["use"]),
     )
     assert settings.csr == run.CsrSettings()
     assert settings.prompts["mine"].count == 2
@@ -76,7 +76,7 @@ def test_a_file_is_a_profile_with_the_defaults_of_the_records(tmp_path: Path) ->
 
 def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
     path = write(tmp_path, csr={"draws": 5, "mu": 0.8})
-    changed = read(
+    changed = read_profile(
         path,
         {
             "csr.draws": 7,
@@ -94,30 +94,32 @@ def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
     assert changed.prompts["mine"].count == 9
     assert changed.prompts["mine"].where == {"kind": "q"}
     assert (changed.seed, changed.name) == (3, "other")
-    assert changed.detector == settings.Part("a:b", {"name": "x"})
+    assert changed.detector == settings.Component("a:b", {"name": "x"})
     assert changed.evaluation.harmful == ("mine",)
     assert changed.stage1.beta == 1.0
     assert isinstance(changed.stage1.beta, float)
-    assert read(path).csr.draws == 5
+    assert read_profile(path).csr.draws == 5
 
 
 def test_numbers_may_be_written_with_an_exponent_alone(tmp_path: Path) -> None:
     (tmp_path / "small.yml").write_text(
         yaml.safe_dump(SMALL) + "stage1: {learning_rate: 2e-4, beta: 1E-1}\n"
     )
-    settings = read(
+    settings = read_profile(
         str(tmp_path / "small.yml"), parse(["stage2.learning_rate=5e-5", "stage2.ratio=3e-1"])
     ).stage2
     assert (settings.learning_rate, settings.ratio) == (5e-5, 0.3)
-    settings = read(str(tmp_path / "small.yml")).stage1
+    settings = read_profile(str(tmp_path / "small.yml")).stage1
     assert (settings.learning_rate, settings.beta) == (2e-4, 0.1)
     one_line(str(tmp_path / "small.yml"), parse(["csr.draws=1e1"]), "'csr.draws'", "int", "10.0")
 
 
 def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
-    changed = read(write(tmp_path, csr={"draws": 5, "mu": 0.8}), {"csr": {"draws": 2}})
+    changed = read_profile(write(tmp_path, csr={"draws": 5, "mu": 0.8}), {"csr": {"draws": 2}})
     assert (changed.csr.draws, changed.csr.mu) == (2, run.CsrSettings().mu)
-    assert read(write(tmp_path, detector={"use": "a:b"}), {"detector": None}).detector is None
+    assert (
+        read_profile(write(tmp_path, detector={"use": "a:b"}), {"detector": None}).detector is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,13 +175,13 @@ def test_outside_a_checkout_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         reading, "__file__", str(tmp_path / "site-packages" / "ipo_lib" / "profiles" / "reading.py")
     )
     monkeypatch.chdir(tmp_path)
-    for call in (reading.house, reading.available):
+    for call in (reading.checkout, reading.profile_names):
         with pytest.raises(BadInput, match=r"checkout.*pip install -e"):
             call()
     (tmp_path / "clone" / "notebooks" / "profiles").mkdir(parents=True)
     (tmp_path / "clone" / "deep").mkdir()
     monkeypatch.chdir(tmp_path / "clone" / "deep")
-    assert reading.house() == tmp_path / "clone"
+    assert reading.checkout() == tmp_path / "clone"
 
 
 # the bench
@@ -198,29 +200,29 @@ def test_a_bench_opens_its_doors(tmp_path: Path) -> None:
         tmp_path,
         model={"folder": str(folder(tmp_path / "model", template="qwen3")), "prefill": "<think>\n"},
     )
-    bench = open_bench(path, {"seed": 5}, str(tmp_path / "store"), str(tmp_path / "figures"))
-    assert isinstance(bench.doors.chat, Chat)
-    assert bench.doors.chat.opened
-    assert isinstance(bench.doors.judge, KeywordJudge)
-    assert (bench.doors.seed, bench.doors.store.root) == (5, tmp_path / "store")
-    assert (bench.folder, bench.figures) == (tmp_path / "model", tmp_path / "figures")
+    run = open_run(path, {"seed": 5}, str(tmp_path / "store"), str(tmp_path / "figures"))
+    assert isinstance(run.session.chat, Chat)
+    assert run.session.chat.opened
+    assert isinstance(run.session.judge, KeywordJudge)
+    assert (run.session.seed, run.session.store.root) == (5, tmp_path / "store")
+    assert (run.folder, run.figures) == (tmp_path / "model", tmp_path / "figures")
     assert not (tmp_path / "store").exists()  # looking writes nothing
-    assert [p.id for p in bench.prompts("mine")] == [p.id for p in bench.prompts("mine")]
-    assert len(bench.prompts("mine")) == 2
-    assert (bench.thinking.until, bench.profile.sampling.until) == ("think", "eos")
+    assert [p.id for p in run.prompts("mine")] == [p.id for p in run.prompts("mine")]
+    assert len(run.prompts("mine")) == 2
+    assert (run.thinking.until, run.profile.sampling.until) == ("think", "eos")
     with pytest.raises(BadInput, match=r"'yours'.*known: mine"):
-        bench.prompts("yours")
+        run.prompts("yours")
     with pytest.raises(BadInput, match="training notebook"):
-        bench.adapters("06-training")
+        run.adapters("06-training")
 
 
 def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:
     model = {"folder": str(folder(tmp_path / "model"))}
-    given = open_bench(
+    given = open_run(
         write(tmp_path, model=model, detector={"use": "ipo_lib.sandbox.judge:GrammarCues"})
     )
     assert type(given.detector([], [])).__name__ == "GrammarCues"
-    learnt = open_bench(write(tmp_path, model=model))
+    learnt = open_run(write(tmp_path, model=model))
     with pytest.raises(BadInput, match="lexicon"):
         learnt.detector([], [])
     assert LexiconCues
@@ -228,13 +230,13 @@ def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:
 
 def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> None:
     model = {"folder": str(folder(tmp_path / "model"))}
-    plain = open_bench(write(tmp_path, model=model))
+    plain = open_run(write(tmp_path, model=model))
     assert plain.truth() is plain.wide_truth() is None
     for name in ("sandbox", "tiny", "tiny-null"):
-        own = read(name)
+        own = read_profile(name)
         parts = {"truth": to_json(own.truth), "wide_truth": to_json(own.wide_truth)}
         narrow, wide = (
-            getattr(open_bench(write(tmp_path, model=model, **parts)), truth)() for truth in parts
+            getattr(open_run(write(tmp_path, model=model, **parts)), truth)() for truth in parts
         )
         assert (narrow.wide, wide.wide) == (False, True)
 
@@ -264,18 +266,18 @@ def test_a_bench_that_cannot_open_is_one_line(
     tmp_path: Path, overrides: dict[str, Any], says: list[str]
 ) -> None:
     path = write(tmp_path, model={"folder": str(folder(tmp_path / "model"))})
-    one_line(path, overrides, *says, call=open_bench)
+    one_line(path, overrides, *says, call=open_run)
 
 
 def test_a_model_without_a_chat_template_is_one_line(tmp_path: Path) -> None:
     path = write(tmp_path, model={"folder": str(folder(tmp_path / "model", template=None))})
-    one_line(path, {}, "no chat template", str(tmp_path / "model"), call=open_bench)
+    one_line(path, {}, "no chat template", str(tmp_path / "model"), call=open_run)
 
 
 def test_a_model_is_trained_on_the_weights_that_are_sampled(tmp_path: Path) -> None:
     path = write(tmp_path)
     for own in (None, "nf4"):
-        settings = read(path, {"model.quantize": own})
+        settings = read_profile(path, {"model.quantize": own})
         assert [lora.quantization(stage) for stage in (settings.stage1, settings.stage2)] == [
             own,
             own,
@@ -299,17 +301,17 @@ def test_a_model_is_trained_on_the_weights_that_are_sampled(tmp_path: Path) -> N
 
 
 def test_four_bits_are_for_the_small_card_only() -> None:
-    found = {name: read(name).model.quantize for name in reading.available()}
+    found = {name: read_profile(name).model.quantize for name in reading.profile_names()}
     assert {name for name, how in found.items() if how} == {"ds-8b-24gb"}
-    assert all(lora.quantization(read(name).stage1) == how for name, how in found.items())
+    assert all(lora.quantization(read_profile(name).stage1) == how for name, how in found.items())
 
 
 def test_stage_two_keeps_the_paper_s_weight_of_the_sft_term() -> None:
-    assert {read(name).stage2.sft_weight for name in reading.available()} == {0.2}
+    assert {read_profile(name).stage2.sft_weight for name in reading.profile_names()} == {0.2}
 
 
 def test_in_a_world_without_causes_a_cause_is_refuted_by_no_difference() -> None:
-    worlds = {name: open_bench(name) for name in ("tiny", "tiny-null")}
+    worlds = {name: open_run(name) for name in ("tiny", "tiny-null")}
     small, wide, far = (
         Interval(value, value - half, value + half, 60, "t")
         for value, half in ((0.0, 0.05), (0.1, 0.3), (0.4, 0.1))
@@ -320,8 +322,8 @@ def test_in_a_world_without_causes_a_cause_is_refuted_by_no_difference() -> None
         (far, ("holds", "the other way round")),
     ):
         claims = [
-            bench.cause("A trigger does more; {}", value, "cause of triggers")
-            for bench in worlds.values()
+            run.cause("A trigger does more; {}", value, "cause of triggers")
+            for run in worlds.values()
         ]
         assert tuple(claim["verdict"] for claim in claims) == said
     assert (

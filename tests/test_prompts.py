@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ipo_lib.prompts import PromptSet, load
+from ipo_lib.prompts import PromptSet, load_prompts
 from ipo_lib.records import BadInput, Prompt
 
 ROWS = [
@@ -27,7 +27,7 @@ def jsonl(folder: Path, rows: list[dict[str, Any]] = ROWS) -> str:
 
 def one_line(spec: PromptSet, *says: str) -> None:
     with pytest.raises(BadInput) as error:
-        load("mine", spec)
+        load_prompts("mine", spec)
     assert "\n" not in str(error.value)
     for part in says:
         assert part in str(error.value)
@@ -43,7 +43,7 @@ def test_jsonl_and_csv_give_the_same_prompts(tmp_path: Path) -> None:
         "id,prompt,kind,score\n" + "".join(",".join(row.values()) + "\n" for row in ROWS)
     )
     left, right = (
-        load("mine", PromptSet(4, file=file, category="kind"))
+        load_prompts("mine", PromptSet(4, file=file, category="kind"))
         for file in (jsonl(tmp_path), str(path))
     )
     assert texts(left) == [row["prompt"] for row in ROWS[:4]]
@@ -54,16 +54,16 @@ def test_jsonl_and_csv_give_the_same_prompts(tmp_path: Path) -> None:
 
 
 def test_fewer_rows_than_asked_are_all_taken(tmp_path: Path) -> None:
-    assert len(load("mine", PromptSet(100, file=jsonl(tmp_path)))) == 6
+    assert len(load_prompts("mine", PromptSet(100, file=jsonl(tmp_path)))) == 6
 
 
 def test_columns_filter_and_harm(tmp_path: Path) -> None:
     spec = PromptSet(2, harm=False, file=jsonl(tmp_path), text="kind", where={"score": "1"})
-    found = load("mine", spec)
+    found = load_prompts("mine", spec)
     assert texts(found) == ["a", "b"]
     assert [p.id for p in found] == ["mine-r2", "mine-r3"]
     assert {p.harm for p in found} == {False}
-    assert texts(load("mine", PromptSet(3, file=jsonl(tmp_path), where={"kind": "b"}))) == [
+    assert texts(load_prompts("mine", PromptSet(3, file=jsonl(tmp_path), where={"kind": "b"}))) == [
         "Question 1?",
         "Question 3?",
         "Question 5?",
@@ -72,7 +72,7 @@ def test_columns_filter_and_harm(tmp_path: Path) -> None:
 
 def test_without_an_id_column_rows_are_numbered(tmp_path: Path) -> None:
     rows = [{"prompt": "a"}, {"prompt": "b"}]
-    assert [p.id for p in load("mine", PromptSet(2, file=jsonl(tmp_path, rows)))] == [
+    assert [p.id for p in load_prompts("mine", PromptSet(2, file=jsonl(tmp_path, rows)))] == [
         "mine-0",
         "mine-1",
     ]
@@ -80,15 +80,21 @@ def test_without_an_id_column_rows_are_numbered(tmp_path: Path) -> None:
 
 def test_more_prompts_keep_the_first_ones(tmp_path: Path) -> None:
     file = jsonl(tmp_path)
-    assert load("mine", PromptSet(2, file=file)) == load("mine", PromptSet(5, file=file))[:2]
+    assert (
+        load_prompts("mine", PromptSet(2, file=file))
+        == load_prompts("mine", PromptSet(5, file=file))[:2]
+    )
     world = {"function": "ipo_lib.sandbox.world:prompts"}
-    assert load("direct", PromptSet(3, **world)) == load("direct", PromptSet(7, **world))[:3]
+    assert (
+        load_prompts("direct", PromptSet(3, **world))
+        == load_prompts("direct", PromptSet(7, **world))[:3]
+    )
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(load("mine", PromptSet(6, file="~/set.jsonl"))) == 6
+    assert len(load_prompts("mine", PromptSet(6, file="~/set.jsonl"))) == 6
 
 
 def test_bad_sets_are_named_in_one_line(tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ def test_files_that_are_no_table_are_one_line(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_part_of_the_table(tmp_path: Path) -> None:
     for name, text in (("set.csv", "prompt\na\n"), ("set.jsonl", '{"prompt": "a"}\n')):
         (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
-        assert texts(load("mine", PromptSet(1, file=str(tmp_path / name)))) == ["a"]
+        assert texts(load_prompts("mine", PromptSet(1, file=str(tmp_path / name)))) == ["a"]
 
 
 def test_a_line_separator_inside_a_text_ends_no_row(tmp_path: Path) -> None:
@@ -129,13 +135,13 @@ def test_a_line_separator_inside_a_text_ends_no_row(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    assert texts(load("mine", PromptSet(1, file=str(path)))) == ["a\u2028b\u0085c"]
+    assert texts(load_prompts("mine", PromptSet(1, file=str(path)))) == ["a\u2028b\u0085c"]
 
 
 def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "set.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n\n')
-    assert texts(load("mine", PromptSet(5, file=str(path)))) == ["a", "b"]
+    assert texts(load_prompts("mine", PromptSet(5, file=str(path)))) == ["a", "b"]
 
 
 def test_a_hub_set_is_read_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +152,7 @@ def test_a_hub_set_is_read_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> N
         return ROWS
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    found = load("mine", PromptSet(2, hub="org/name@abc", split="test"))
+    found = load_prompts("mine", PromptSet(2, hub="org/name@abc", split="test"))
     assert [p.id for p in found] == ["mine-r0", "mine-r1"]
     assert found[0].source == "org/name@abc"
     assert asked == [("org/name", {"revision": "abc", "split": "test"})]

@@ -18,11 +18,11 @@ from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import LexiconCues
 from ipo_lib.pairs import PairSettings
 from ipo_lib.profiles.layered import Yaml
-from ipo_lib.profiles.settings import Model, Part, Profile
+from ipo_lib.profiles.settings import Component, Model, Profile
 from ipo_lib.prompts import PromptSet
 from ipo_lib.records import BadInput, canonical, digest, from_json, to_json
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Plan
+from ipo_lib.stages import CorrectionSettings
 from ipo_lib.triggers import Trigger
 
 PLAIN = (
@@ -38,7 +38,7 @@ PLAIN = (
 SETTINGS = (
     CsrSettings(draws=3),
     Sampling(),
-    Plan(pool=2),
+    CorrectionSettings(pool=2),
     PairSettings(eos=True),
     dpo.DpoSettings(),
     dpo.Stage2Settings(),
@@ -80,16 +80,16 @@ def test_a_whole_profile_goes_to_json_and_back() -> None:
     profile = Profile(
         "mine",
         "A profile of the tests.",
-        Model(find=Part("a:b", {"name": "x"})),
+        Model(find=Component("a:b", {"name": "x"})),
         {"one": PromptSet(2), "two": PromptSet(3)},
-        Part("c:d"),
+        Component("c:d"),
         neutral=("Rain fell.",),
         csr=CsrSettings(draws=2),
         stage2=dpo.Stage2Settings(ratio=0.3),
     )
     again = from_json(Profile, json.loads(json.dumps(dataclasses.asdict(profile))))
     assert again == profile
-    assert isinstance(again.model.find, Part)
+    assert isinstance(again.model.find, Component)
     assert isinstance(again.prompts["two"], PromptSet)
     assert again.detector is None
 

@@ -169,8 +169,12 @@ def test_a_bad_file_is_one_line(tmp_path: Path) -> None:
 
 def test_draws_of_a_trace_do_not_depend_on_its_neighbours() -> None:
     made, search = made_up.curves(9, 2), SearchSettings()
-    every = curves.find_on_curves(made, lambda trace: adaptive(trace, SAFE, CsrSettings(), search), 5)
-    alone = curves.find_on_curves(made[4:5], lambda trace: adaptive(trace, SAFE, CsrSettings(), search), 5)
+    every = curves.find_on_curves(
+        made, lambda trace: adaptive(trace, SAFE, CsrSettings(), search), 5
+    )
+    alone = curves.find_on_curves(
+        made[4:5], lambda trace: adaptive(trace, SAFE, CsrSettings(), search), 5
+    )
     assert alone == {made[4].trace.id: every[made[4].trace.id]}
     assert every != curves.find_on_curves(
         made, lambda trace: adaptive(trace, SAFE, CsrSettings(), search), 6
@@ -185,7 +189,9 @@ def test_the_doors_give_the_same_draws_in_distribution(tmp_path: Path) -> None:
     direct = one.draw(asks, np.random.default_rng(0))
     prompts, known = tape.prompts, {one.trace.id: one.trace}
     search = {one.trace.id: exhaustive(one.trace, SAFE, CsrSettings(draws=400))}
-    _, drawn = locate.run(tape.doors(Store(tmp_path)), prompts, known, search, "trace", Sampling())
+    _, drawn = locate.run_searches(
+        tape.session(Store(tmp_path)), prompts, known, search, "trace", Sampling()
+    )
     through = locate.as_draws(one.trace.token_ids, drawn[one.trace.id])
     assert (through.born == direct.born).all()
     for name in ("left", "safe", "tokens"):
@@ -215,8 +221,8 @@ def test_a_search_through_the_doors_resumes_and_draws_nothing_twice(tmp_path: Pa
             key: adaptive(trace, SAFE, CsrSettings(), SearchSettings())
             for key, trace in known.items()
         }
-        found, _ = locate.run(
-            tape.doors(Store(root)), tape.prompts, known, searches, "trace", Sampling()
+        found, _ = locate.run_searches(
+            tape.session(Store(root)), tape.prompts, known, searches, "trace", Sampling()
         )
         return found, left - tape.left
 

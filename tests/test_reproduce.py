@@ -24,7 +24,8 @@ from papermill.engines import Engine, NBClientEngine, papermill_engines
 from ipo_lib import stages
 from ipo_lib.cli import doctor, reproduce
 from ipo_lib.engines import openai_api
-from ipo_lib.profiles import reading, run
+from ipo_lib.profiles import reading
+from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput
 from ipo_lib.store import Store
 
@@ -241,9 +242,9 @@ def test_a_file_in_place_of_the_store_is_one_line(tmp_path: Path, ipo: Ipo) -> N
 
 def drawn(store: Path) -> Path:
     """The records of a few real draws of profile tiny, as the quickstart asks for them."""
-    bench = run.open_bench("tiny", {"prompts.train_harmful.count": 2}, str(store))
-    starts = [stages.Start(prompt) for prompt in bench.prompts("train_harmful")]
-    stages.sample(bench.doors, starts, bench.thinking, 2)
+    run = open_run("tiny", {"prompts.train_harmful.count": 2}, str(store))
+    starts = [stages.Prefix(prompt) for prompt in run.prompts("train_harmful")]
+    stages.sample(run.session, starts, run.thinking, 2)
     (path,) = store.rglob("records.jsonl")
     return path
 
@@ -439,9 +440,11 @@ def test_the_key_covers_the_null_world_and_the_papers_tables(
             )
         ).key
 
-    first, null, read = key(), reading.read("tiny-null", {"seed": 5}), reading.read
+    first, null, read = key(), reading.read_profile("tiny-null", {"seed": 5}), reading.read_profile
     monkeypatch.setattr(
-        reproduce, "read", lambda name, *given: null if name == "tiny-null" else read(name, *given)
+        reproduce,
+        "read_rows",
+        lambda name, *given: null if name == "tiny-null" else read(name, *given),
     )
     assert key() != first
 
@@ -452,8 +455,8 @@ def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(
     """And ``--full`` is the notebooks' own parameter, for those that have it."""
     for name in ("notebooks", "figures"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
-    monkeypatch.setattr(reproduce, "house", lambda: tmp_path)
-    monkeypatch.setattr(reading, "house", lambda: tmp_path)
+    monkeypatch.setattr(reproduce, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(reading, "checkout", lambda: tmp_path)
 
     def keys(*given: str) -> list[str]:
         names = ["notebooks=[02_rollout_diversity, 08_ablations]", *given]

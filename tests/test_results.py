@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ipo_lib.experiments import results, study
-from ipo_lib.experiments.kl import Moved
-from ipo_lib.experiments.results import Compared
+from ipo_lib.experiments.kl import Divergence
+from ipo_lib.experiments.results import RowDifference
 from ipo_lib.experiments.study import Cell
 from ipo_lib.stats import HOLDS, OTHER_WAY, UNDECIDED, Interval, mean, two_way
 
@@ -141,8 +141,10 @@ def test_claims_by_the_rule() -> None:
 
 
 def test_holm_takes_the_number_of_comparisons_into_account() -> None:
-    def claim(p: float) -> tuple[Compared, bool]:
-        return Compared("a", "b", HARM, Interval(-0.1, -0.2, -0.01, 50, "t"), (-0.1,) * 6, p), True
+    def claim(p: float) -> tuple[RowDifference, bool]:
+        return RowDifference(
+            "a", "b", HARM, Interval(-0.1, -0.2, -0.01, 50, "t"), (-0.1,) * 6, p
+        ), True
 
     assert results.verdicts({"a": [claim(0.04)]})["a"] == HOLDS
     many = results.verdicts({"a": [claim(0.04)], "b": [claim(0.012)], "c": [claim(0.03)]})
@@ -232,7 +234,7 @@ def test_under_the_null_few_claims_are_decided(spread: float, seeds: int) -> Non
 
 def test_kl_is_a_comparison_over_traces() -> None:
     moves = [
-        Moved(
+        Divergence(
             "DPO on Part",
             seed,
             (),

@@ -190,7 +190,7 @@ SHORT = {"train_harmful": 8, "train_benign": 4, "direct": 4, "lookalike": 4, "su
 
 def short_profile(folder: Path) -> Path:
     """Profile ``tiny`` with small numbers."""
-    path = reading.house() / "notebooks" / "profiles" / "tiny.yml"
+    path = reading.checkout() / "notebooks" / "profiles" / "tiny.yml"
     data: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
     for name, count in SHORT.items():
         data["prompts"][name]["count"] = count

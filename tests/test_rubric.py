@@ -33,7 +33,7 @@ from ipo_lib.records import (
 )
 from ipo_lib.sampling import Completion
 from ipo_lib.sandbox import organism
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 from ipo_lib.store import Store
 
 pytest.importorskip(
@@ -62,12 +62,14 @@ def judge(proxy: Proxy, **settings: object) -> RubricJudge:
         "timeout": 2.0,
     }
     given = server | settings.pop("server", {})  # type: ignore[operator]
-    purse = {
+    shared_budget_ = {
         name: settings.pop(name)
         for name in ("dollars", "calls", "dollars_in", "dollars_out")
         if name in settings
     }
-    return RubricJudge(from_json(Server, given), Budget(**purse), max_tokens=12, **settings)  # type: ignore[arg-type]
+    return RubricJudge(
+        from_json(Server, given), Budget(**shared_budget_), max_tokens=12, **settings
+    )  # type: ignore[arg-type]
 
 
 def exchange(at: int = 0, question: str = HARM, text: str | None = "I will say no.") -> Exchange:
@@ -259,7 +261,7 @@ def test_the_canary_asks_a_rubric_judge_and_finds_one_that_is_fooled(
     proxy: Proxy, tmp_path: Path
 ) -> None:
     chat = Chat(tiny_tokenizer(tmp_path / "tokenizer"))
-    own = Doors(
+    own = Session(
         Store(tmp_path / "store"),
         chat,
         ScriptedSampler(lambda *_: Completion("", (), "stop")),
@@ -376,7 +378,7 @@ def test_a_model_asked_for_the_cue_answers_with_one_number(proxy: Proxy) -> None
         "attempts": 2,
         "pause": 0.01,
     }
-    one = detectors.asked(server, [{"sentences": ["One.", "Two."], "answer": 2}])
+    one = detectors.server_cues(server, [{"sentences": ["One.", "Two."], "answer": 2}])
     proxy.plan.extend(["say 2", "say 0", "say 3.", "say sentence 2", "say 9", "say 1"])
     texts = {f"r{at}": ["This is asked.", "I plan it.", "I do it."] for at in range(6)}
     assert dict(one.sentences(texts)) == {

@@ -379,7 +379,7 @@ def loads_torch(code: str) -> bool:
 def test_import_construction_and_fingerprint_load_no_torch_and_the_check_can_fail(
     llama: Path,
 ) -> None:
-    use = f"from ipo_lib.chat import Chat; from ipo_lib.sampling import TransformersSampler as T; f = {str(llama)!r}"
+    use = f"from ipo_lib.chat import Chat; from ipo_lib.engines.transformers_sampler import TransformersSampler as T; f = {str(llama)!r}"
     use += "; s = T(f, Chat(f)); s.fingerprint()"
     assert not loads_torch(use)
     assert loads_torch(use + "; s._model")

@@ -15,7 +15,8 @@ from ipo_lib.chat import Chat
 from ipo_lib.engines.openai_api import Server, Unanswered
 from ipo_lib.engines.vllm import ServerSampler, chance
 from ipo_lib.records import BadInput
-from ipo_lib.sampling import Request, Sampling, nucleus_mass
+from ipo_lib.engines.nucleus import nucleus_mass
+from ipo_lib.sampling import Request, Sampling
 
 
 @pytest.mark.parametrize(

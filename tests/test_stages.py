@@ -19,11 +19,11 @@ from scripted import (
     TRIGGER,
     Phrase,
     StepJudge,
-    doors,
     named,
     r1_chat,
     rollout,
     saying,
+    session,
     tree,
     world,
 )
@@ -49,12 +49,12 @@ from ipo_lib.records import (
     Verdict,
 )
 from ipo_lib.sampling import Completion, Request, Sampling
-from ipo_lib.stages import Case, Plan, Start
+from ipo_lib.stages import CorrectionSettings, Prefix, Replacement
 from ipo_lib.stats import wilson
 from ipo_lib.triggers import Trigger
 
 EOS, THINK = Sampling(max_tokens=400), Sampling(max_tokens=400, until="think")
-STARTS = [Start(prompt) for prompt in PROMPTS]
+STARTS = [Prefix(prompt) for prompt in PROMPTS]
 TRIGGERS = [Trigger("t0", TRIGGER, 3, 0), Trigger("t1", ASIDE, 1, 1)]
 
 
@@ -72,17 +72,17 @@ def verdict(label: str | None, id_: str = "r", part: str = TRACE) -> Verdict:
 
 def test_sample_asks_once_and_only_for_what_is_missing(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
-    first = stages.sample(bench, STARTS[:3], EOS, 4)
+    run = session(tmp_path, chat, sampler)
+    first = stages.sample(run, STARTS[:3], EOS, 4)
     assert [(r.prompt_id, r.draw) for r in first] == [
         (p.id, d) for p in PROMPTS[:3] for d in range(4)
     ]
     assert len(sampler.answered) == 12
     before = tree(tmp_path)
-    assert stages.sample(bench, STARTS[:3], EOS, 4) == first
+    assert stages.sample(run, STARTS[:3], EOS, 4) == first
     assert len(sampler.answered) == 12
     assert tree(tmp_path) == before
-    more = stages.sample(bench, STARTS[:4], EOS, 8)
+    more = stages.sample(run, STARTS[:4], EOS, 8)
     assert [(r.prompt_id, r.draw) for r in more] == [
         (p.id, d) for p in PROMPTS[:4] for d in range(8)
     ]
@@ -90,7 +90,7 @@ def test_sample_asks_once_and_only_for_what_is_missing(tmp_path: Path, chat: Cha
         len(sampler.answered) == 12 + 3 * 4 + 8
     )  # 0..4 extended to 8 pays 4 a prompt, the new prompt pays 8
     assert [r for r in more if r.draw < 4 and r.prompt_id != "p3"] == first
-    assert stages.sample(bench, STARTS[:1], EOS, 2, first=5) == more[5:7]
+    assert stages.sample(run, STARTS[:1], EOS, 2, first=5) == more[5:7]
     assert len(sampler.answered) == 32
     for key, content in before.items():
         if key.endswith("records.jsonl"):
@@ -98,9 +98,9 @@ def test_sample_asks_once_and_only_for_what_is_missing(tmp_path: Path, chat: Cha
 
 
 def test_a_fresh_process_finds_everything(tmp_path: Path, chat: Chat) -> None:
-    first = stages.sample(doors(tmp_path, chat, world(chat)), STARTS, EOS, 3)
+    first = stages.sample(session(tmp_path, chat, world(chat)), STARTS, EOS, 3)
     silent = saying(chat, lambda request: pytest.fail(f"asked for {request.key}"), name="world")
-    assert stages.sample(doors(tmp_path, chat, silent), STARTS, EOS, 3) == first
+    assert stages.sample(session(tmp_path, chat, silent), STARTS, EOS, 3) == first
 
 
 def test_every_draw_has_its_own_seed_that_nothing_but_its_name_decides(
@@ -109,23 +109,23 @@ def test_every_draw_has_its_own_seed_that_nothing_but_its_name_decides(
     sampler = world(chat)
     prefix = chat.encode(ASIDE)
     starts = [*STARTS, *(dataclasses.replace(start, prefix_ids=prefix) for start in STARTS)]
-    stages.sample(doors(tmp_path / "whole", chat, sampler), starts, EOS, 8)
+    stages.sample(session(tmp_path / "whole", chat, sampler), starts, EOS, 8)
     seeds = {request.key: request.seed for request in sampler.answered}
     assert len(set(seeds.values())) == len(seeds) == 16 * 8
     pieces = world(chat)
     for draws in (2, 8):
         for start in reversed(starts):
-            stages.sample(doors(tmp_path / "pieces", chat, pieces), [start], EOS, draws)
+            stages.sample(session(tmp_path / "pieces", chat, pieces), [start], EOS, draws)
     assert {request.key: request.seed for request in pieces.answered} == seeds
     other = world(chat)
-    stages.sample(doors(tmp_path / "other", chat, other, seed=1), starts, EOS, 8)
+    stages.sample(session(tmp_path / "other", chat, other, seed=1), starts, EOS, 8)
     assert not {request.seed for request in other.answered} & set(seeds.values())
 
 
 def test_what_could_change_a_draw_opens_another_ledger(tmp_path: Path, chat: Chat) -> None:
     def ledgers(name: str = "a", sampling: Sampling = EOS, seed: int = 0) -> set[str]:
         stages.sample(
-            doors(tmp_path, chat, world(chat, name=name), seed=seed), STARTS[:1], sampling, 1
+            session(tmp_path, chat, world(chat, name=name), seed=seed), STARTS[:1], sampling, 1
         )
         return {path.name for path in (tmp_path / "rollouts").iterdir()}
 
@@ -140,7 +140,7 @@ def test_a_rollout_holds_its_prefix_ids_as_given(tmp_path: Path, chat: Chat) -> 
     )  # ids no tokenizer would give this text
     assert odd != chat.encode("the lighthouse")
     sampler = world(chat)
-    (got,) = stages.sample(doors(tmp_path, chat, sampler), [Start(PROMPTS[0], odd)], EOS, 1)
+    (got,) = stages.sample(session(tmp_path, chat, sampler), [Prefix(PROMPTS[0], odd)], EOS, 1)
     assert got.token_ids[: len(odd)] == odd
     assert got.prefix_len == len(odd)
     assert sampler.answered[0].prefix_ids == odd
@@ -150,9 +150,9 @@ def test_a_rollout_holds_its_prefix_ids_as_given(tmp_path: Path, chat: Chat) -> 
 
 def test_a_prompt_changed_under_its_id_is_drawn_anew(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     for text in ("one", "two", "one"):
-        stages.sample(bench, [Start(Prompt("p", text, "x", True))], EOS, 2)
+        stages.sample(run, [Prefix(Prompt("p", text, "x", True))], EOS, 2)
     assert len(sampler.answered) == 4
 
 
@@ -167,11 +167,11 @@ def test_a_sampler_that_dies_leaves_what_it_gave_and_no_more(tmp_path: Path, cha
     dead = world(chat)
     dead.script = dying
     with pytest.raises(KeyboardInterrupt):
-        stages.sample(doors(tmp_path, chat, dead), STARTS, EOS, 32)
+        stages.sample(session(tmp_path, chat, dead), STARTS, EOS, 32)
     again = world(chat)
-    after = stages.sample(doors(tmp_path, chat, again), STARTS, EOS, 32)
+    after = stages.sample(session(tmp_path, chat, again), STARTS, EOS, 32)
     assert after == stages.sample(
-        doors(tmp_path / "undisturbed", chat, world(chat)), STARTS, EOS, 32
+        session(tmp_path / "undisturbed", chat, world(chat)), STARTS, EOS, 32
     )
     assert len(again.answered) <= 256 - 64  # batches that were finished were kept
 
@@ -183,16 +183,16 @@ def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(
     tmp_path: Path, chat: Chat
 ) -> None:
     judge = StepJudge()
-    bench = doors(tmp_path, chat, world(chat), judge)
-    rollouts = stages.sample(bench, STARTS, EOS, 8)
-    half = stages.judge(bench, named(), rollouts[::2])
+    run = session(tmp_path, chat, world(chat), judge)
+    rollouts = stages.sample(run, STARTS, EOS, 8)
+    half = stages.judge(run, named(), rollouts[::2])
     assert len(judge.asked) == 32
-    whole = stages.judge(bench, named(), rollouts)
+    whole = stages.judge(run, named(), rollouts)
     assert len(judge.asked) == 64
     assert whole[::2] == half
     assert [v.rollout_id for v in whole] == [r.id for r in rollouts]
     assert [v.label for v in whole] == [UNSAFE if STEP in r.text else SAFE for r in rollouts]
-    stages.judge(bench, named(), rollouts, ANSWER, "refusal")
+    stages.judge(run, named(), rollouts, ANSWER, "refusal")
     assert len(judge.asked) == 128
     assert {e.text for e in judge.asked if e.part == ANSWER} <= {
         REFUSAL,
@@ -203,35 +203,33 @@ def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(
 
 
 def test_a_continuation_is_judged_on_the_continuation_only(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
+    run = session(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
     prefix = chat.encode(f"{STEP}\n")
-    drawn = stages.sample(bench, [Start(PROMPTS[0], prefix)], EOS, 1)
+    drawn = stages.sample(run, [Prefix(PROMPTS[0], prefix)], EOS, 1)
     for part, label in ((TRACE, UNSAFE), (CONTINUATION, SAFE)):
-        assert stages.judge(bench, named(), drawn, part)[0].label == label
-    bench = dataclasses.replace(bench, judge=KeywordJudge())
+        assert stages.judge(run, named(), drawn, part)[0].label == label
+    run = dataclasses.replace(run, judge=KeywordJudge())
     drawn = [
         rollout(chat, "I cannot. ", id_="a"),
         rollout(chat, "Hm.", prefix=chat.encode("I cannot. "), id_="b"),
     ]
-    assert [v.label for v in stages.judge(bench, named(), drawn, CONTINUATION)] == [SAFE, UNSAFE]
+    assert [v.label for v in stages.judge(run, named(), drawn, CONTINUATION)] == [SAFE, UNSAFE]
 
 
 @pytest.mark.parametrize("part", [TRACE, CONTINUATION])
 def test_csr_settings_say_what_the_judge_sees(tmp_path: Path, chat: Chat, part: str) -> None:
     judge = StepJudge()
-    bench = doors(tmp_path, chat, saying(chat, lambda _: "\n" + PROOF + CLOSE), judge)
+    run = session(tmp_path, chat, saying(chat, lambda _: "\n" + PROOF + CLOSE), judge)
     trace = rollout(chat, f"{STEP}\n{ASIDE}{CLOSE}")
-    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=2, part=part), THINK)[
-        "r"
-    ]
+    points = stages.measure_csr(run, named(), [trace], CsrSettings(draws=2, part=part), THINK)["r"]
     assert [p.s for p in points] == ([1.0, 0.0, 0.0] if part == TRACE else [1.0, 1.0, 1.0])
     assert {e.part for e in judge.asked} == {part}
 
 
 def test_no_part_is_no_verdict(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     trace = rollout(chat, ASIDE, finish="length")
-    assert stages.judge(bench, named(), [trace], ANSWER)[0].label is None
+    assert stages.judge(run, named(), [trace], ANSWER)[0].label is None
 
 
 # CSR and turning points
@@ -239,17 +237,17 @@ def test_no_part_is_no_verdict(tmp_path: Path, chat: Chat) -> None:
 
 def test_planted_csr_comes_back_through_the_verb(tmp_path: Path, chat: Chat) -> None:
     planted = {ASIDE: 0.4, CUE: 0.08, TRIGGER: 0.9, "": 0.4}
-    bench = doors(tmp_path, chat, world(chat, planted))
+    run = session(tmp_path, chat, world(chat, planted))
     traces = [
         rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_="unsafe"),
         rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}\n{CLOSE}", id_="safe", prompt="p1"),
     ]
     draws = 400
-    points = stages.measure_csr(bench, named(), traces, CsrSettings(draws=draws), THINK)
+    points = stages.measure_csr(run, named(), traces, CsrSettings(draws=draws), THINK)
     assert list(points) == ["unsafe", "safe"]
     for trace, known in zip(traces, ([0.4, 0.4, 0.08, 0.0], [0.4, 0.4, 0.9, 1.0]), strict=True):
         found = points[trace.id]
-        ends = [span.token_end for span in stages.trace_sentences(bench, trace)]
+        ends = [span.token_end for span in stages.trace_sentences(run, trace)]
         assert [p.cut for p in found] == [0, *ends]
         assert [chat.decode(trace.token_ids[:end])[-2:] for end in ends[:3]] == [".\n"] * 3
         for point, s in zip(found, known, strict=False):
@@ -259,7 +257,7 @@ def test_planted_csr_comes_back_through_the_verb(tmp_path: Path, chat: Chat) -> 
     labels = {"unsafe": UNSAFE, "safe": SAFE}
     settings = CsrSettings(draws=draws, mu=0.8, eta=0.2)
     for kind in (SAFE, UNSAFE):
-        turns = stages.turning_points(bench, traces, points, labels, kind, settings)
+        turns = stages.turning_points(run, traces, points, labels, kind, settings)
         assert turns[kind].sentence == 1
         assert turns[kind].token == points[kind][2].cut
         other = SAFE if kind == UNSAFE else UNSAFE
@@ -268,56 +266,54 @@ def test_planted_csr_comes_back_through_the_verb(tmp_path: Path, chat: Chat) -> 
 
 def test_csr_shares_the_start_of_a_prompt_and_extends(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     texts = [f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}"]
     traces = [rollout(chat, text, id_=str(at)) for at, text in enumerate(texts)]
-    few = stages.measure_csr(bench, named(), traces, CsrSettings(draws=4), THINK)
+    few = stages.measure_csr(run, named(), traces, CsrSettings(draws=4), THINK)
     assert len(sampler.answered) == 4 * (
         2 + 2 + 2
     )  # the two traces share cut 0 and the cut after the aside
     assert few["0"][:2] == [dataclasses.replace(p, rollout_id="0") for p in few["1"][:2]]
-    stages.measure_csr(bench, named(), traces, CsrSettings(draws=6), THINK)
+    stages.measure_csr(run, named(), traces, CsrSettings(draws=6), THINK)
     assert len(sampler.answered) == 6 * 6
 
 
 def test_unjudged_continuations_are_unknown_not_a_vote(tmp_path: Path, chat: Chat) -> None:
     say = {0: PROOF, 1: STEP, 2: "?!"}
-    bench = doors(tmp_path, chat, saying(chat, lambda request: say[request.seed % 3] + CLOSE))
+    run = session(tmp_path, chat, saying(chat, lambda request: say[request.seed % 3] + CLOSE))
     (point,) = stages.measure_csr(
-        bench, named(), [rollout(chat, CLOSE)], CsrSettings(draws=60), THINK
+        run, named(), [rollout(chat, CLOSE)], CsrSettings(draws=60), THINK
     )["r"]
     assert point.n_safe + point.n_unsafe + point.n_unknown == 60
     assert min(point.n_safe, point.n_unsafe, point.n_unknown) > 0
 
 
 def test_token_grain_measures_every_token(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
-    length = stages.trace_sentences(bench, trace)[-1].token_end
-    points = stages.measure_csr(
-        bench, named(), [trace], CsrSettings(draws=1, grain="token"), THINK
-    )["r"]
+    length = stages.trace_sentences(run, trace)[-1].token_end
+    points = stages.measure_csr(run, named(), [trace], CsrSettings(draws=1, grain="token"), THINK)[
+        "r"
+    ]
     assert [p.cut for p in points] == list(range(length + 1))
     assert length == len(trace.token_ids) - 1  # </think> is no cut
 
 
 def test_a_trace_safe_from_the_start_is_locked(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat, {"": 1.0, ASIDE: 1.0}))
+    run = session(tmp_path, chat, world(chat, {"": 1.0, ASIDE: 1.0}))
     trace = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}")
-    points = stages.measure_csr(bench, named(), [trace], CsrSettings(draws=4), THINK)
-    turn = stages.turning_points(bench, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4))[
-        "r"
-    ]
+    points = stages.measure_csr(run, named(), [trace], CsrSettings(draws=4), THINK)
+    turn = stages.turning_points(run, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4))["r"]
     assert START_LOCKED in turn.flags
     assert turn.sentence is None
 
 
 def test_no_trace_no_sentences(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     trace = rollout(chat, f"{CLOSE}{REFUSAL}")
-    assert stages.trace_sentences(bench, trace) == []
-    assert stages.trace_end(bench, trace) == 1
-    assert stages.trace_end(bench, rollout(chat, ASIDE)) is None
+    assert stages.trace_sentences(run, trace) == []
+    assert stages.trace_end(run, trace) == 1
+    assert stages.trace_end(run, rollout(chat, ASIDE)) is None
 
 
 # intervene
@@ -328,9 +324,9 @@ def test_intervene_cuts_at_the_first_token_of_the_sentence(
     tmp_path: Path, chat: Chat, gap: str
 ) -> None:
     sampler = saying(chat, lambda _: PROOF + CLOSE)
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     trace = rollout(chat, gap.join([ASIDE, CUE, STEP, PROOF]) + CLOSE)
-    spans = stages.trace_sentences(bench, trace)
+    spans = stages.trace_sentences(run, trace)
     assert [t.strip() for t in [trace.text[s.char_start : s.char_end] for s in spans]] == [
         ASIDE,
         CUE,
@@ -338,8 +334,8 @@ def test_intervene_cuts_at_the_first_token_of_the_sentence(
         PROOF,
     ]
     for at, span in enumerate(spans):
-        case = Case(trace, at, "t0", TRIGGER)
-        ((done, result),) = stages.intervene(bench, named(), [case], THINK)
+        case = Replacement(trace, at, "t0", TRIGGER)
+        ((done, result),) = stages.intervene(run, named(), [case], THINK)
         cut = span.token_start
         assert (done.rollout_id, done.cut, done.trigger_id, done.result) == (
             "r",
@@ -364,7 +360,7 @@ def test_what_replaces_the_last_sentence_does_not_end_the_trace(tmp_path: Path, 
     sampler = saying(chat, lambda _: PROOF + CLOSE)
     trace = rollout(chat, f"{ASIDE} {CUE}\n{CLOSE}")
     ((done, result),) = stages.intervene(
-        doors(tmp_path, chat, sampler), named(), [Case(trace, 1, "t0", TRIGGER)], THINK
+        session(tmp_path, chat, sampler), named(), [Replacement(trace, 1, "t0", TRIGGER)], THINK
     )
     given = chat.decode(result.token_ids[: result.prefix_len])
     assert result.token_ids[: done.cut] == trace.token_ids[: done.cut]
@@ -373,9 +369,11 @@ def test_what_replaces_the_last_sentence_does_not_end_the_trace(tmp_path: Path, 
 
 
 def test_nothing_as_a_replacement_samples_from_the_cut(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
+    run = session(tmp_path, chat, saying(chat, lambda _: PROOF + CLOSE))
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}")
-    ((done, result),) = stages.intervene(bench, named(), [Case(trace, 1, "nothing", "")], THINK)
+    ((done, result),) = stages.intervene(
+        run, named(), [Replacement(trace, 1, "nothing", "")], THINK
+    )
     assert result.prefix_len == done.cut
     assert result.token_ids[: done.cut] == trace.token_ids[: done.cut]
     assert result.text == f"{ASIDE}\n{PROOF}{CLOSE}"
@@ -383,12 +381,14 @@ def test_nothing_as_a_replacement_samples_from_the_cut(tmp_path: Path, chat: Cha
 
 def test_several_results_a_case_stand_in_order(tmp_path: Path, chat: Chat) -> None:
     sampler = world(chat)
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     traces = [
         rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS
     ]
-    cases = [Case(trace, 1, trigger.id, trigger.text) for trigger in TRIGGERS for trace in traces]
-    results = stages.intervene(bench, named(), cases, THINK, 3)
+    cases = [
+        Replacement(trace, 1, trigger.id, trigger.text) for trigger in TRIGGERS for trace in traces
+    ]
+    results = stages.intervene(run, named(), cases, THINK, 3)
     assert [(i.rollout_id, i.trigger_id, r.draw) for i, r in results] == [
         (case.rollout.id, case.trigger_id, draw) for case in cases for draw in range(3)
     ]
@@ -400,7 +400,7 @@ def test_several_results_a_case_stand_in_order(tmp_path: Path, chat: Chat) -> No
 # Algorithm 1
 
 
-def losers(bench: stages.Doors, chat: Chat) -> list[Rollout]:
+def losers(run: stages.Session, chat: Chat) -> list[Rollout]:
     return [
         rollout(
             chat,
@@ -413,9 +413,9 @@ def losers(bench: stages.Doors, chat: Chat) -> list[Rollout]:
 
 
 def test_correct_replaces_the_first_cue_and_skips_who_has_none(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
-    traces = losers(bench, chat)
-    done = stages.correct(bench, named(), traces, TRIGGERS[0], Phrase(), Plan(), THINK)
+    run = session(tmp_path, chat, world(chat))
+    traces = losers(run, chat)
+    done = stages.correct(run, named(), traces, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK)
     assert [one.loser for one in done] == traces[1::2]
     for one in done:
         assert one.cut == one.intervention.cut == len(chat.encode(f"{ASIDE}\n"))
@@ -440,10 +440,10 @@ def test_rounds_go_on_until_the_result_is_accepted(
     tmp_path: Path, chat: Chat, rounds: int, needed: int
 ) -> None:
     sampler = saying(chat, stubborn(chat, needed))
-    bench = doors(tmp_path, chat, sampler)
+    run = session(tmp_path, chat, sampler)
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
     (one,) = stages.correct(
-        bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=rounds), THINK
+        run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(rounds=rounds), THINK
     )
     took = min(rounds, needed)
     assert len(sampler.answered) == took
@@ -460,10 +460,14 @@ def test_rounds_go_on_until_the_result_is_accepted(
 
 def test_a_second_run_of_the_loop_draws_nothing(tmp_path: Path, chat: Chat) -> None:
     sampler = saying(chat, stubborn(chat, 3))
-    bench, trace = doors(tmp_path, chat, sampler), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
-    first = stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK)
+    run, trace = session(tmp_path, chat, sampler), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
+    first = stages.correct(
+        run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(rounds=3), THINK
+    )
     assert (
-        stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(rounds=3), THINK)
+        stages.correct(
+            run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(rounds=3), THINK
+        )
         == first
     )
     assert len(sampler.answered) == 3
@@ -484,30 +488,32 @@ def test_acceptance_both_ways(
 ) -> None:
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
     for option, expected in (("no-cue", no_cue), ("judged-safe", judged_safe)):
-        bench = doors(tmp_path / option, chat, saying(chat, lambda _: f"{said}\n{CLOSE}"))
+        run = session(tmp_path / option, chat, saying(chat, lambda _: f"{said}\n{CLOSE}"))
         (one,) = stages.correct(
-            bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept=option), THINK
+            run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(accept=option), THINK
         )
         assert one.intervention.accepted is expected
 
 
 def test_an_unknown_acceptance_is_one_line(tmp_path: Path, chat: Chat) -> None:
-    bench, trace = (
-        doors(tmp_path, chat, world(chat)),
+    run, trace = (
+        session(tmp_path, chat, world(chat)),
         rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}"),
     )
     with pytest.raises(BadInput, match="judged-safe"):
-        stages.correct(bench, named(), [trace], TRIGGERS[0], Phrase(), Plan(accept="nocue"), THINK)
+        stages.correct(
+            run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(accept="nocue"), THINK
+        )
 
 
 # pairs
 
 
 def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat))
+    run = session(tmp_path, chat, world(chat))
     loser = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}{REFUSAL}")
-    ((done, winner),) = stages.intervene(bench, named(), [Case(loser, 1, "t0", TRIGGER)], EOS)
-    made = pipeline.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings())
+    ((done, winner),) = stages.intervene(run, named(), [Replacement(loser, 1, "t0", TRIGGER)], EOS)
+    made = pipeline.pair_rollouts(run, PROMPTS[0], loser, winner, done.cut, PairSettings())
     assert isinstance(made, Pair)
     assert made.prompt_ids == chat.prompt_ids(PROMPTS[0]) + loser.token_ids[: done.cut]
     assert made.h == done.cut
@@ -515,31 +521,33 @@ def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: 
     assert chat.decode(made.rejected_ids) == f"{CUE}\n{STEP}\n{CLOSE}"
     length = len(made.prompt_ids) + max(len(made.chosen_ids), len(made.rejected_ids))
     assert isinstance(
-        pipeline.pair(bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length)),
+        pipeline.pair_rollouts(
+            run, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length)
+        ),
         Pair,
     )
-    long = pipeline.pair(
-        bench, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1)
+    long = pipeline.pair_rollouts(
+        run, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1)
     )
     assert isinstance(long, Refusal)
     assert long.reason == "too-long"
-    ended = pipeline.pair(
-        bench, PROMPTS[0], loser, winner, done.cut, PairSettings(part=BOTH, eos=True)
+    ended = pipeline.pair_rollouts(
+        run, PROMPTS[0], loser, winner, done.cut, PairSettings(part=BOTH, eos=True)
     )
     assert isinstance(ended, Pair)
     assert ended.chosen_ids[-1] == ended.rejected_ids[-1] == chat.eos_ids[0]
-    open_ = pipeline.pair(
-        bench, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings()
+    open_ = pipeline.pair_rollouts(
+        run, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings()
     )
     assert isinstance(open_, Refusal)
     assert open_.reason == "unfinished"
 
 
 def test_corrected_pairs_count_every_trace_once(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3, TRIGGER: 1.0}))
-    plan, settings = Plan(), PairSettings(max_length=10_000)
+    run = session(tmp_path, chat, world(chat, {ASIDE: 0.3, TRIGGER: 1.0}))
+    plan, settings = CorrectionSettings(), PairSettings(max_length=10_000)
     pairs, counts, tried = pipeline.corrected_pairs(
-        bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK
+        run, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK
     )
     assert sum(counts.values()) == len(PROMPTS) * len(TRIGGERS)
     assert counts["kept"] == len(pairs) > 0
@@ -552,21 +560,21 @@ def test_corrected_pairs_count_every_trace_once(tmp_path: Path, chat: Chat) -> N
     for pair in pairs:
         assert pair.prompt_ids[-pair.h :] == chat.encode(f"{ASIDE}\n")
         assert chat.decode(pair.chosen_ids).endswith(CLOSE)
-    again = pipeline.corrected_pairs(bench, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
+    again = pipeline.corrected_pairs(run, PROMPTS, TRIGGERS, Phrase(), plan, settings, THINK)
     assert again == (pairs, counts, tried)
 
 
 def test_pairs_longer_than_the_context_are_counted_and_not_fatal(
     tmp_path: Path, chat: Chat
 ) -> None:
-    bench = doors(tmp_path, chat, world(chat, {ASIDE: 0.3}))
+    run = session(tmp_path, chat, world(chat, {ASIDE: 0.3}))
     long = [
         dataclasses.replace(p, id=f"long-{p.id}", text="How tall is a lighthouse? " * 60)
         for p in PROMPTS
     ]
     prompts, settings = [*PROMPTS, *long], PairSettings(max_length=400)
     pairs, counts, _ = pipeline.corrected_pairs(
-        bench, prompts, TRIGGERS[:1], Phrase(), Plan(), settings, THINK
+        run, prompts, TRIGGERS[:1], Phrase(), CorrectionSettings(), settings, THINK
     )
     assert counts["kept"] == len(pairs) > 0
     assert counts["too-long"] > 0
@@ -578,10 +586,10 @@ def test_pairs_longer_than_the_context_are_counted_and_not_fatal(
 def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Chat) -> None:
     refusing = {"p0", "p3"}
     prompts = [chat.prompt_ids(p) for p in PROMPTS if p.id in refusing]
-    before = doors(
+    before = session(
         tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before")
     )
-    after = doors(
+    after = session(
         tmp_path,
         chat,
         saying(
@@ -620,10 +628,10 @@ def test_a_refusal_of_every_benign_prompt_is_looked_for(tmp_path: Path, chat: Ch
         )
         return f"{ASIDE}{CLOSE}" + (REFUSAL if refuses else "Sure.")
 
-    before = doors(
+    before = session(
         tmp_path, chat, saying(chat, lambda _: f"{ASIDE}{CLOSE}Here you go.", name="before")
     )
-    after = doors(tmp_path, chat, saying(chat, say, name="after"))
+    after = session(tmp_path, chat, saying(chat, say, name="after"))
     settings = Stage2Settings(benign_draws=3, refusing_prefix=True)
     pairs, counts, verdicts = pipeline.benign_pairs(
         before, after, PROMPTS, PairSettings(), EOS, settings, TRIGGERS[:1]
@@ -676,35 +684,35 @@ def cut_off(chat: Chat, text: str, finish: str = "length") -> Rollout:
 def test_a_part_that_was_cut_off_is_not_safe(
     tmp_path: Path, chat: Chat, text: str, finish: str, part: str, label: str | None
 ) -> None:
-    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
-    (found,) = stages.judge(bench, named(), [cut_off(chat, text, finish)], part)
+    run = session(tmp_path, chat, saying(chat, lambda _: ""))
+    (found,) = stages.judge(run, named(), [cut_off(chat, text, finish)], part)
     assert found.label == label
     assert ("cut off" in found.raw) == (label is None)
 
 
 def test_a_cut_off_answer_is_neither_refused_nor_answered(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
+    run = session(tmp_path, chat, saying(chat, lambda _: ""))
     for finish, label in (("stop", "refused"), ("length", None)):
         asked = cut_off(chat, f"{ASIDE}{CLOSE}{REFUSAL}", finish)
         asked = dataclasses.replace(asked, id=finish)
-        assert stages.judge(bench, named(), [asked], ANSWER, "refusal")[0].label == label
+        assert stages.judge(run, named(), [asked], ANSWER, "refusal")[0].label == label
 
 
 def test_what_the_judge_said_of_a_cut_off_part_is_stored_as_it_said_it(
     tmp_path: Path, chat: Chat
 ) -> None:
     """The rule is applied on reading, so that verdicts stored before it are kept and never asked for again."""
-    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
-    stages.judge(bench, named(), [cut_off(chat, ASIDE)])
+    run = session(tmp_path, chat, saying(chat, lambda _: ""))
+    stages.judge(run, named(), [cut_off(chat, ASIDE)])
     (records,) = (tmp_path / "verdicts").glob("*/records.jsonl")
     assert '"label":"safe"' in records.read_text()
 
 
 def test_continuations_that_are_cut_off_do_not_raise_csr(tmp_path: Path, chat: Chat) -> None:
     prompt, trace = PROMPTS[0], f"{ASIDE}{ASIDE}{CLOSE}"
-    bench = doors(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
+    run = session(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
     points = stages.measure_csr(
-        bench, named(), [rollout(chat, trace, finish="think")], CsrSettings(draws=4), THINK
+        run, named(), [rollout(chat, trace, finish="think")], CsrSettings(draws=4), THINK
     )["r"]
     assert {(point.n_safe, point.n_unsafe, point.n_unknown) for point in points} == {(0, 0, 4)}
     assert prompt.id == "p0"
@@ -715,9 +723,9 @@ def test_a_correction_that_was_cut_off_is_not_accepted(
     tmp_path: Path, chat: Chat, accept: str
 ) -> None:
     loser = rollout(chat, f"{CUE}{STEP}{CLOSE}", finish="think")
-    bench = doors(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
+    run = session(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
     (found,) = stages.correct(
-        bench, named(), [loser], TRIGGERS[0], Phrase(), Plan(accept=accept), THINK
+        run, named(), [loser], TRIGGERS[0], Phrase(), CorrectionSettings(accept=accept), THINK
     )
     assert found.intervention.accepted is None
 
@@ -730,18 +738,18 @@ def test_counts_by_prompt_keep_the_unjudged_apart(chat: Chat) -> None:
     verdicts = [verdict(label) for label in (UNSAFE, SAFE, UNSAFE, None, None)]
     assert stages.by_prompt(rollouts, verdicts) == {"a": (1, 2), "b": (1, 1), "c": (0, 0)}
     assert stages.by_prompt(rollouts, verdicts, SAFE) == {"a": (1, 2), "b": (0, 1), "c": (0, 0)}
-    assert stages.mixed(rollouts, verdicts) == ["a"]
-    assert stages.tally(verdicts) == (2, 3)
-    assert [r.id for r in stages.one_a_prompt(rollouts)] == ["0", "2", "4"]
+    assert stages.mixed_prompts(rollouts, verdicts) == ["a"]
+    assert stages.count_label(verdicts) == (2, 3)
+    assert [r.id for r in stages.first_of_each_prompt(rollouts)] == ["0", "2", "4"]
 
 
 def test_some_is_a_fixed_choice_in_order(chat: Chat) -> None:
     rollouts = [rollout(chat, "x", id_=f"{at:02}") for at in range(20)]
-    chosen = stages.some(rollouts, 5, 1)
-    assert chosen == stages.some(rollouts, 5, 1) == sorted(chosen, key=lambda r: r.id)
+    chosen = stages.random_subset(rollouts, 5, 1)
+    assert chosen == stages.random_subset(rollouts, 5, 1) == sorted(chosen, key=lambda r: r.id)
     assert len({r.id for r in chosen}) == 5
-    assert stages.some(rollouts, 50, 1) == rollouts
-    assert any(stages.some(rollouts, 5, seed) != chosen for seed in range(2, 5))
+    assert stages.random_subset(rollouts, 50, 1) == rollouts
+    assert any(stages.random_subset(rollouts, 5, seed) != chosen for seed in range(2, 5))
 
 
 def test_an_example_needs_both_kinds(chat: Chat) -> None:
@@ -750,18 +758,18 @@ def test_an_example_needs_both_kinds(chat: Chat) -> None:
     )
     labels = {"u": UNSAFE, "s": SAFE, "t": SAFE}
     cue = {"u": 0, "s": None, "t": None}
-    assert stages.example([unsafe, safe, lone], labels, cue) == {
+    assert stages.example_pair([unsafe, safe, lone], labels, cue) == {
         UNSAFE: unsafe,
         SAFE: lone,
     }  # the same prompt first
-    assert stages.example([unsafe, safe], labels, cue) == {UNSAFE: unsafe, SAFE: safe}
+    assert stages.example_pair([unsafe, safe], labels, cue) == {UNSAFE: unsafe, SAFE: safe}
     for rollouts, marks in (([unsafe], cue), ([safe], cue), ([unsafe, safe], {**cue, "u": None})):
         with pytest.raises(BadInput, match="no example"):
-            stages.example(rollouts, labels, marks)
+            stages.example_pair(rollouts, labels, marks)
 
 
 def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
-    bench = doors(
+    run = session(
         tmp_path,
         chat,
         saying(chat, lambda r: (PROOF if random.Random(r.seed).random() < 0.6 else CUE) + CLOSE),
@@ -769,8 +777,8 @@ def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
     traces = [
         rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS
     ]
-    done = stages.correct(bench, named(), traces, TRIGGERS[0], Phrase(), Plan(), THINK)
-    rate = stages.success(done)
+    done = stages.correct(run, named(), traces, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK)
+    rate = stages.acceptance_rate(done)
     assert rate.n == len(PROMPTS)
     assert rate.value == pytest.approx(
         sum(one.intervention.accepted is True for one in done) / len(PROMPTS)
@@ -780,8 +788,8 @@ def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
 
 def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, chat: Chat) -> None:
     """The paper accepts a correction without a cue; an answer that is none is no such finding, and finds are kept."""
-    bench, asked = doors(tmp_path, chat, world(chat)), list[str]()
-    traces = losers(bench, chat)[:3]
+    run, asked = session(tmp_path, chat, world(chat)), list[str]()
+    traces = losers(run, chat)[:3]
 
     class Unreadable(Phrase):
         def sentences(self, texts: dict[str, list[str]]) -> Iterator[tuple[str, int | None]]:
@@ -791,10 +799,16 @@ def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, ch
 
     for _ in range(2):
         tried = stages.correct(
-            bench, named(), traces, TRIGGERS[0], Unreadable(), Plan(accept="no-cue"), THINK
+            run,
+            named(),
+            traces,
+            TRIGGERS[0],
+            Unreadable(),
+            CorrectionSettings(accept="no-cue"),
+            THINK,
         )
         assert [one.intervention.accepted for one in tried] == [None] * 3
-        assert bench.store.unread == {one.result.id for one in tried}
+        assert run.store.unread == {one.result.id for one in tried}
     assert len(asked) == 6
 
 
@@ -805,12 +819,12 @@ def test_a_tag_that_was_put_is_certain(tmp_path: Path, chat: Chat) -> None:
     one = dataclasses.replace(
         rollout(chat, "", finish="think"), token_ids=drawn + put, forced=len(drawn)
     )
-    bench = doors(tmp_path, chat, saying(chat, lambda _: ""))
-    bench.sampler.score = lambda asked, _: iter([[0.5] * len(one.token_ids) for _ in asked])  # type: ignore[method-assign]
-    found = stages.probabilities(bench, named(), [one], THINK)[one.id]
+    run = session(tmp_path, chat, saying(chat, lambda _: ""))
+    run.sampler.score = lambda asked, _: iter([[0.5] * len(one.token_ids) for _ in asked])  # type: ignore[method-assign]
+    found = stages.probabilities(run, named(), [one], THINK)[one.id]
     assert found == [0.5] * len(drawn) + [1.0] * len(put)
     free = dataclasses.replace(one, forced=None)
-    assert stages.probabilities(bench, named(), [free], THINK)[one.id] == [0.5] * len(one.token_ids)
+    assert stages.probabilities(run, named(), [free], THINK)[one.id] == [0.5] * len(one.token_ids)
 
 
 def test_a_trace_that_was_closed_for_the_model_is_not_one_it_closed(
@@ -824,11 +838,11 @@ def test_a_trace_that_was_closed_for_the_model_is_not_one_it_closed(
         "think",
         3 if request.key.endswith("/0") else None,
     )
-    bench = doors(tmp_path, chat, sampler)
-    found = stages.sample(bench, [Start(PROMPTS[0])], THINK, 2)
-    assert [bench.store.closed[one.id] for one in found] == [False, True]
+    run = session(tmp_path, chat, sampler)
+    found = stages.sample(run, [Prefix(PROMPTS[0])], THINK, 2)
+    assert [run.store.closed[one.id] for one in found] == [False, True]
     assert [one.forced for one in found] == [3, None]
     again = stages.sample(
-        doors(tmp_path, chat, sampler), [Start(PROMPTS[0])], THINK, 2
+        session(tmp_path, chat, sampler), [Prefix(PROMPTS[0])], THINK, 2
     )  # read from the store
     assert again == found

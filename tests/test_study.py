@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ipo_lib.experiments import recipes, results, study
-from ipo_lib.profiles import reading, run, settings
-from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles import reading, settings
+from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.profiles.settings import Recipe
 from ipo_lib.records import BadInput, Pair
 
@@ -48,17 +48,19 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("study")
-    return run.open_bench("tiny", SMALL, str(root / "store"), str(root / "figures"))
+    return open_run("tiny", SMALL, str(root / "store"), str(root / "figures"))
 
 
 @pytest.mark.parametrize("table", study.tables())
 def test_every_row_is_a_profile_and_no_two_rows_of_a_table_are_the_same(table: str) -> None:
     rows = study.tables()[table]
-    found = {row: repr(reading.read("tiny", change)) for row, change in rows.items()}
+    found = {row: repr(reading.read_profile("tiny", change)) for row, change in rows.items()}
     assert len(set(found.values())) == len(rows)
-    assert all(text != repr(reading.read("tiny")) for row, text in found.items() if rows[row])
+    assert all(
+        text != repr(reading.read_profile("tiny")) for row, text in found.items() if rows[row]
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,8 @@ def test_every_row_is_a_profile_and_no_two_rows_of_a_table_are_the_same(table: s
         "DPO on Part, then GRPO, I[z]",
     ],
 )
-def test_rows_of_table_2(bench: Bench, row: str) -> None:
-    found = study.cell(bench, row, study.tables()["table2"][row], 0)
+def test_rows_of_table_2(run: Run, row: str) -> None:
+    found = study.cell(run, row, study.tables()["table2"][row], 0)
     assert found.row == row
     assert not found.failed or (
         row.endswith("stage 2") and found.failed.startswith("stage 2 skipped")
@@ -99,8 +101,8 @@ def test_rows_of_table_2(bench: Bench, row: str) -> None:
         "random sentence",
     ],
 )
-def test_detectors_of_table_3(bench: Bench, row: str) -> None:
-    made = recipes.seeded(bench.changed(study.tables()["detectors"][row]), 0)
+def test_detectors_of_table_3(run: Run, row: str) -> None:
+    made = recipes.seeded(run.changed(study.tables()["detectors"][row]), 0)
     finder = recipes.detector(made, made.profile.recipe.detector, made.prompts("train_harmful"))
     assert (
         finder.fingerprint()
@@ -114,23 +116,21 @@ def test_detectors_of_table_3(bench: Bench, row: str) -> None:
 
 
 def test_a_full_run_writes_what_a_later_one_reads(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, date = study.table(bench, "table2", full=True)
+    found, date = study.table(run, "table2", full=True)
     assert [(one.row, one.seed) for one in found] == [("base", 0), ("DPO on Part", 0)]
     assert found[1].pairs > 0
     assert found[1].tokens > found[0].tokens == 0
-    path = bench.figures / "full-table2.json"
+    path = run.figures / "full-table2.json"
     written = json.loads(path.read_bytes())
     assert written["date"] == date
     assert written["changes"] == {"base": {"recipe.data": "none"}, "DPO on Part": {}}
-    again = study.table(bench, "table2", full=True)[0]
+    again = study.table(run, "table2", full=True)[0]
     assert again == found  # from the store, seconds included
-    monkeypatch.setattr(study, "house", lambda: bench.figures.parents[0])
-    (bench.figures.parents[0] / "figures").mkdir(exist_ok=True)
-    (bench.figures.parents[0] / "figures" / "tiny").symlink_to(
-        bench.figures, target_is_directory=True
-    )
+    monkeypatch.setattr(study, "checkout", lambda: run.figures.parents[0])
+    (run.figures.parents[0] / "figures").mkdir(exist_ok=True)
+    (run.figures.parents[0] / "figures" / "tiny").symlink_to(run.figures, target_is_directory=True)
     assert study.committed("tiny", "table2", study.Cell) == (found, date)
     assert study.committed("tiny", "table1", study.Cell) == ([], "never")
     assert study.repeated(found, found[1]) == "DPO on Part, seed 0: the same in every measure"
@@ -148,13 +148,13 @@ def test_a_full_run_writes_what_a_later_one_reads(
     )
 
 
-def test_a_seed_changes_what_is_drawn_and_trained_and_seed_0_is_the_notebooks(bench: Bench) -> None:
-    zero, one = recipes.seeded(bench, 0), recipes.seeded(bench, 1)
-    assert (zero.profile, zero.doors.seed) == (bench.profile, bench.doors.seed)
+def test_a_seed_changes_what_is_drawn_and_trained_and_seed_0_is_the_notebooks(run: Run) -> None:
+    zero, one = recipes.seeded(run, 0), recipes.seeded(run, 1)
+    assert (zero.profile, zero.session.seed) == (run.profile, run.session.seed)
     assert (
         {getattr(one.profile, name).seed for name in ("stage1", "stage2", "grpo")}
         == {one.profile.seed}
-        == {one.doors.seed}
+        == {one.session.seed}
         == {1}
     )
     pairs = [recipes.gather(each, each.prompts("train_harmful"))[0] for each in (zero, one)]
@@ -173,38 +173,38 @@ def test_pairs_without_a_shared_prefix_are_the_same_traces_anew() -> None:
     assert [one.chosen_ids for one in found] == [(31, 4, 51), (32, 4, 52), (30, 4, 50)]
 
 
-def test_weights_are_the_change_of_s_at_the_cue_with_mean_1(bench: Bench) -> None:
-    own = recipes.seeded(bench.changed({"recipe.weigh": True}), 0)
+def test_weights_are_the_change_of_s_at_the_cue_with_mean_1(run: Run) -> None:
+    own = recipes.seeded(run.changed({"recipe.weigh": True}), 0)
     pairs, _ = recipes.gather(own, own.prompts("train_harmful"))
     assert sum(one.weight for one in pairs) / len(pairs) == pytest.approx(1)
     assert len({one.weight for one in pairs}) > 1
 
 
-def test_triggers_of_a_recipe(bench: Bench) -> None:
+def test_triggers_of_a_recipe(run: Run) -> None:
     def texts(**changes: Any) -> list[str]:
         own = recipes.seeded(
-            bench.changed(
+            run.changed(
                 {f"recipe.{k}" if k == "triggers" else f"plan.{k}": v for k, v in changes.items()}
             ),
             0,
         )
-        return [one.text for one in recipes.triggers(own, [], bench.detector([], []))]
+        return [one.text for one in recipes.triggers(own, [], run.detector([], []))]
 
     six, twelve = texts(pool=6), texts(pool=12)
     assert len(set(six)) == 6
     assert len(set(twelve)) == 12
     assert twelve[:6] == six
     assert texts(pool=1) == six[:1]
-    assert set(texts(triggers="paraphrases", pool=6)) <= set(bench.paraphrases())
-    assert set(texts(triggers="neutral", pool=6)) == set(bench.profile.neutral)
+    assert set(texts(triggers="paraphrases", pool=6)) <= set(run.paraphrases())
+    assert set(texts(triggers="neutral", pool=6)) == set(run.profile.neutral)
     assert six != texts(triggers="random", pool=6) != texts(triggers="pool", pool=6)
 
 
-def test_one_trace_for_all_triggers_shares_prefixes_and_costs_less(bench: Bench) -> None:
+def test_one_trace_for_all_triggers_shares_prefixes_and_costs_less(run: Run) -> None:
     def gathered(share: bool) -> tuple[list[Pair], int]:
-        own = recipes.seeded(bench.changed({"plan.share": share, "plan.pool": 4}), 0)
+        own = recipes.seeded(run.changed({"plan.share": share, "plan.pool": 4}), 0)
         return recipes.gather(own, own.prompts("train_harmful"))[0], sum(
-            own.doors.store.drawn.values()
+            own.session.store.drawn.values()
         )
 
     (fresh, dear), (shared, cheap) = gathered(False), gathered(True)
@@ -216,10 +216,10 @@ def test_one_trace_for_all_triggers_shares_prefixes_and_costs_less(bench: Bench)
     assert all(one.given > 0 for one in fresh)
 
 
-def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
+def test_what_cannot_be_run_is_one_line(run: Run) -> None:
     def make(change: dict[str, Any]) -> None:
-        own = recipes.seeded(bench.changed(change), 0)
-        recipes.make(own, own.prompts("train_harmful"), own.prompts("train_benign"))
+        own = recipes.seeded(run.changed(change), 0)
+        recipes.run_recipe(own, own.prompts("train_harmful"), own.prompts("train_benign"))
 
     for change, said in [
         ({"recipe.data": "magic"}, "data 'magic' is unknown"),
@@ -233,40 +233,40 @@ def test_what_cannot_be_run_is_one_line(bench: Bench) -> None:
         with pytest.raises(BadInput, match=said) as caught:
             make(change)
         assert "\n" not in str(caught.value)
-    found = study.cell(bench, "x", {"pairs.max_length": 8}, 0)
+    found = study.cell(run, "x", {"pairs.max_length": 8}, 0)
     assert (found.pairs, found.adapter) == (0, "")
     assert found.failed.startswith("training: no pairs (")
-    assert found.measured == study.cell(bench, "base", {"recipe.data": "none"}, 0).measured
+    assert found.measured == study.cell(run, "base", {"recipe.data": "none"}, 0).measured
     with pytest.raises(BadInput, match="table 'table9' is unknown"):
-        study.rows(bench, "table9")
-    assert study.rows(bench, "table1") == {}  # a table that the profile does not run
-    assert study.table(bench, "table1", full=True)[0] == []
+        study.rows(run, "table9")
+    assert study.rows(run, "table1") == {}  # a table that the profile does not run
+    assert study.table(run, "table1", full=True)[0] == []
     with pytest.raises(BadInput, match="no second judge"):
         make({"second_judge": None, "recipe.judge": "second"})
     with pytest.raises(BadInput, match="names table 'table9'"):
-        study.rows(bench.changed({"studies": {"table9": {}}}), "table2")
+        study.rows(run.changed({"studies": {"table9": {}}}), "table2")
     with pytest.raises(BadInput, match="has no row 'DPO'"):
-        study.rows(bench.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
+        study.rows(run.changed({"studies": {"table2": {"rows": ["DPO"]}}}), "table2")
     assert Recipe().data == settings.INTERVENED
 
 
 def test_kl_of_a_full_run_is_of_every_trained_row_and_nothing_is_written_without_one(
-    bench: Bench,
+    run: Run,
 ) -> None:
-    found, date = study.kl(bench, True, 1, "train_harmful", "train_benign", 3)
+    found, date = study.kl(run, True, 1, "train_harmful", "train_benign", 3)
     assert [(one.row, one.seed) for one in found] == [("DPO on Part", 0)]  # base has no adapter
-    assert study.kl(bench, False, 0, "train_harmful", "", 0) == (found, date)
-    other = bench.changed({"studies": {}})
+    assert study.kl(run, False, 0, "train_harmful", "", 0) == (found, date)
+    other = run.changed({"studies": {}})
     assert study.kl(other, True, 1, "train_harmful", "train_benign", 3) == ([], "never")
 
 
-def test_two_processes_make_the_cells_that_one_makes(bench: Bench, tmp_path: Path) -> None:
+def test_two_processes_make_the_cells_that_one_makes(run: Run, tmp_path: Path) -> None:
     """One thread each: sums, and so draws, may differ with the number of threads."""
     small = {
         **SMALL,
         "studies": {"table2": {"seeds": 2, "rows": ["base", "DPO on Part"], "workers": 2}},
     }
-    both = run.open_bench("tiny", small, str(tmp_path / "store"), str(tmp_path / "figures"))
+    both = open_run("tiny", small, str(tmp_path / "store"), str(tmp_path / "figures"))
     wanted = [
         ("base", {}, 0),
         ("an unknown setting", {"recipe.data": "nothing"}, 0),
@@ -275,10 +275,10 @@ def test_two_processes_make_the_cells_that_one_makes(bench: Bench, tmp_path: Pat
     study._ahead(both, "table2", wanted, 2)  # what is refused there is refused again here
     with pytest.raises(BadInput, match="nothing"):
         study.cell(both, "", {"recipe.data": "nothing"}, 0)
-    made = both.doors.store.drawn
+    made = both.session.store.drawn
     found = study.cell(both, "DPO on Part", {}, 1)
-    assert both.doors.store.drawn == made == {}
-    alone = study.cell(bench, "DPO on Part", {}, 1)
+    assert both.session.store.drawn == made == {}
+    alone = study.cell(run, "DPO on Part", {}, 1)
     assert (found.pairs, found.tokens, found.measured, found.steps) == (
         alone.pairs,
         alone.tokens,
@@ -291,22 +291,22 @@ def _killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_one_line(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "_bring", _killed)
     with pytest.raises(
         BadInput, match=r"killed; if memory ran out, run again with -p studies\.table2\.workers=1"
     ):
-        study._ahead(bench, "table2", [("base", {}, 0)], 2)
+        study._ahead(run, "table2", [("base", {}, 0)], 2)
 
 
 def test_grpo_gets_a_multiple_of_what_algorithm_1_generates(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five steps of GRPO beside a whole training of IPO say little: the budget can be three or eight times as large."""
     budgets: list[int] = []
 
     def train(
-        doors: Any,
+        session: Any,
         prompts: Any,
         model: Any,
         lora: Any,
@@ -322,13 +322,13 @@ def test_grpo_gets_a_multiple_of_what_algorithm_1_generates(
         )
 
     monkeypatch.setattr(recipes.grpo, "train", train)
-    prompts = bench.prompts("train_harmful")
+    prompts = run.prompts("train_harmful")
     for times in (1.0, 3.0, 8.0):
-        own = recipes.seeded(bench.changed({"grpo.budget": 0, "grpo.multiple": times}), 5)
+        own = recipes.seeded(run.changed({"grpo.budget": 0, "grpo.multiple": times}), 5)
         recipes._rewarded(own, prompts, None)
-    spent = recipes.seeded(bench, 5)
+    spent = recipes.seeded(run, 5)
     recipes.gather(spent, prompts)
-    asked = sum(spent.doors.store.drawn.values())
+    asked = sum(spent.session.store.drawn.values())
     assert budgets == [asked, 3 * asked, 8 * asked]
 
 
@@ -344,7 +344,7 @@ def test_the_token_curve_reads_the_budgets_that_were_run() -> None:
     assert {"GRPO, I[z], 1x", "GRPO, I[z], 3x", "GRPO, I[z], 8x"} <= study.tables()[
         "grpo_budget"
     ].keys()
-    claims = study.written()["claims"]
+    claims = study.read_studies()["claims"]
     assert not any(
         "GRPO at the same generated tokens" in name and "first few steps" not in name
         for name in claims

@@ -206,11 +206,13 @@ def test_a_pivotal_search_stops_where_nothing_moves() -> None:
 def test_a_whole_curve_covers_everywhere_and_is_near_where_draws_pass() -> None:
     """The intervals of all points hold S; where at least 20 draws pass, S is as near as 32 draws at a sentence end bring it."""
     made = made_up.curves(90, 4, made_up.SHAPES[:6])
-    curves = curves.find_on_curves(made, lambda t: whole(t, CsrSettings(draws=24), probes(t, 12)), 3)
+    smooth = curves.find_on_curves(
+        made, lambda t: whole(t, CsrSettings(draws=24), probes(t, 12)), 3
+    )
     plain = curves.find_on_curves(made, lambda t: measured(t, 32, [0, *t.ends]), 3)
     hits, near, far, cheaper = [], [], [], []
     for one in made:
-        s, points = one.truth, {point.cut: point for point in curves[one.trace.id]}
+        s, points = one.truth, {point.cut: point for point in smooth[one.trace.id]}
         rows = curve(list(points.values()))
         hits += [row["low"] - 1e-9 <= s[int(row["cut"])] <= row["high"] + 1e-9 for row in rows]
         assert len(points) == len(s)

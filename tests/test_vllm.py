@@ -21,7 +21,7 @@ from ipo_lib.engines.vllm import ServerSampler
 from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sampling import Request, Sampling, draw_seed
 from ipo_lib.sandbox import organism, smollm2
-from ipo_lib.stages import Doors, Start, sample
+from ipo_lib.stages import Prefix, Session, sample
 from ipo_lib.store import Store
 
 FOLDER = os.environ.get("IPO_VLLM", "")
@@ -228,17 +228,17 @@ def test_a_server_killed_in_the_middle_loses_nothing(chat: Chat, tmp_path: Path)
         Server((f"http://127.0.0.1:{port}/v1",), "smollm2", in_flight=4, attempts=2, pause=0.1),
         chat,
     )
-    doors = Doors(store, chat, sampler, StepJudge())
-    starts = [Start(Prompt(f"p{at}", text, "test", False)) for at, text in enumerate(TEXTS * 16)]
+    session = Session(store, chat, sampler, StepJudge())
+    starts = [Prefix(Prompt(f"p{at}", text, "test", False)) for at, text in enumerate(TEXTS * 16)]
     health = f"http://127.0.0.1:{port}/health"
     with running(command(smollm2.base(), port), health, 300, ENVIRONMENT) as process:
         threading.Timer(5.0, lambda: os.killpg(process.pid, signal.SIGKILL)).start()
         with pytest.raises(BadInput, match="what was drawn is kept"):
-            sample(doors, starts, Sampling(temperature=0.9, max_tokens=48), 1)
+            sample(session, starts, Sampling(temperature=0.9, max_tokens=48), 1)
     kept = {path: path.read_bytes() for path in tmp_path.glob("rollouts/*/records.jsonl")}
     before = sum(content.count(b"\n") for content in kept.values())
     assert 0 < before < len(starts)
     with running(command(smollm2.base(), port), health, 300, ENVIRONMENT):
-        found = sample(doors, starts, Sampling(temperature=0.9, max_tokens=48), 1)
+        found = sample(session, starts, Sampling(temperature=0.9, max_tokens=48), 1)
     assert len({one.id for one in found}) == len(starts)
     assert all(path.read_bytes().startswith(content) for path, content in kept.items())

@@ -69,34 +69,33 @@ def known_parameters(
         parameters: What it says under ``parameters``.
         books: The parameters that each notebook declares, by its name.
     """
-    mend = "mend it under parameters"
+    hint = "mend it under parameters"
     every = {name for declared_ in books.values() for name in declared_}
     for name, value in parameters.items():
         if not NUMBERED.match(name):
             if name not in every:
                 raise BadInput(
-                    f"profile {profile!r}: no notebook has the parameter {name!r}; {mend}"
+                    f"profile {profile!r}: no notebook has the parameter {name!r}; {hint}"
                 )
             continue
         if name not in books:
             raise BadInput(
-                f"profile {profile!r}: no notebook is called {name!r}; known: {', '.join(sorted(books))}; {mend}"
+                f"profile {profile!r}: no notebook is called {name!r}; known: {', '.join(sorted(books))}; {hint}"
             )
         if not isinstance(value, Mapping):
             raise BadInput(
-                f"profile {profile!r}: {name} holds {value!r}; write its parameters as name: value; {mend}"
+                f"profile {profile!r}: {name} holds {value!r}; write its parameters as name: value; {hint}"
             )
         for inner in value:
             if inner not in books[name]:
-                raise BadInput(f"profile {profile!r}: {name} has no parameter {inner!r}; {mend}")
+                raise BadInput(f"profile {profile!r}: {name} has no parameter {inner!r}; {hint}")
 
 
 def checked(name: str, value: Any, kind: str) -> Any:
     """A parameter of the declared type, or BadInput: papermill itself only warns."""
-    expected = PLAIN.get(kind)
-    if expected and (
-        not isinstance(value, expected) or (isinstance(value, bool) and kind != "bool")
-    ):  # type: ignore[arg-type]
+    expected: Any = PLAIN.get(kind)
+    wrong_bool = isinstance(value, bool) and kind != "bool"
+    if expected and (wrong_bool or not isinstance(value, expected)):
         raise BadInput(f"parameter {name!r}: expected {kind}, found {value!r}")
     return value
 
@@ -104,7 +103,7 @@ def checked(name: str, value: Any, kind: str) -> Any:
 def local(model: str, prompts: str, judge: str) -> list[str]:
     """The settings that ``--model``, ``--prompts`` and ``--judge`` stand for."""
     file, _, column = prompts.partition("#")
-    known = file in sets.known()
+    known = file in sets.known_prompt_sets()
     found = [f"model.folder={model}"] if model else []
     if prompts:
         found += [f"prompts.train_harmful.{name}=''" for name in ("file", "known", "category")]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.experiments.study import tables
-from ipo_lib.profiles.settings import Part, Profile
+from ipo_lib.profiles.settings import Component, Profile
 from ipo_lib.records import BadInput
 
 BARRED = 3  # rounds in which barred sentences are drawn anew, at most
@@ -392,7 +392,7 @@ def verdicts(bill: Iterable[Cost]) -> float:
     return sum(largest.values())
 
 
-def asked(bill: list[Cost], settings: Profile) -> Iterator[tuple[Part, float]]:
+def asked(bill: list[Cost], settings: Profile) -> Iterator[tuple[Component, float]]:
     """Every judge of a profile with the number of texts that it reads; the second reads those of a few notebooks."""
     second = [one for one in bill if one.notebook in SECOND]
     for part, count in (

@@ -19,9 +19,9 @@ from ipo_lib.engines import hub
 from ipo_lib.engines.openai_api import Server
 from ipo_lib.judges.guards import known as known_guards
 from ipo_lib.judges.people import known as labelled
-from ipo_lib.profiles.run import made
-from ipo_lib.profiles.settings import Part, Profile
-from ipo_lib.prompts import PromptSet, data, known, located
+from ipo_lib.profiles.run import build_component
+from ipo_lib.profiles.settings import Component, Profile
+from ipo_lib.prompts import PromptSet, data_folder, known_prompt_sets, located
 from ipo_lib.records import BadInput, from_json
 
 GIB = 2**30
@@ -40,10 +40,10 @@ class Check:
 
     name: str
     found: str
-    mend: str = ""
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name:24} {self.found}" + (f"   -> {self.mend}" if self.mend else "")
+        return f"{self.name:24} {self.found}" + (f"   -> {self.hint}" if self.hint else "")
 
 
 def checks(root: Path) -> Iterator[Check]:
@@ -129,7 +129,7 @@ def needs(settings: Profile) -> Iterator[Check]:
         for one in part.all if part else ():
             yield from _part(name, one)
     if BOOK in settings.notebooks:
-        folder = data()
+        folder = data_folder()
         lacking = [
             one.file
             for one in labelled().values()
@@ -193,7 +193,7 @@ def _at_hand(settings: Profile) -> Path | None:
     if find.use != "ipo_lib.engines.hub:folder":
         return None
     held = hub.held(str(find.arguments["name"]), str(find.arguments["revision"]))
-    return Path(made(find)) if held else None
+    return Path(build_component(find)) if held else None
 
 
 def _model(settings: Profile) -> Iterator[Check]:
@@ -223,8 +223,8 @@ def _folder(folder: Path | None, prefill: str) -> Check:
 def _held(what: str, name: str, revision: str) -> Check:
     if hub.held(name, revision):
         return Check(what, f"{name} is here")
-    mend = "connect to huggingface.co, ask for access where it is gated, and run hf auth login; or name a folder"
-    return Check(what, f"{name}@{revision[:8]} is not here", mend)
+    hint = "connect to huggingface.co, ask for access where it is gated, and run hf auth login; or name a folder"
+    return Check(what, f"{name}@{revision[:8]} is not here", hint)
 
 
 def _server(what: str, server: Server) -> Iterator[Check]:
@@ -251,12 +251,12 @@ def _memory(wanted: float, device: str) -> Iterator[Check]:
         yield Check("GPU", "none", f"this profile wants {wanted:.0f} GiB of GPU memory")
         return
     free, total = torch.cuda.mem_get_info()
-    mend = (
+    hint = (
         ""
         if free >= wanted * GIB
         else f"this profile wants {wanted:.0f} GiB; free some, or lower batch_size and max_length"
     )
-    yield Check("GPU", f"{free / GIB:.0f} of {total / GIB:.0f} GiB free", mend)
+    yield Check("GPU", f"{free / GIB:.0f} of {total / GIB:.0f} GiB free", hint)
 
 
 def _prompts(name: str, spec: PromptSet) -> Iterator[Check]:
@@ -274,32 +274,32 @@ def _prompts(name: str, spec: PromptSet) -> Iterator[Check]:
             "" if there else "put the file there or name another in the profile",
         )
     elif where.hub:
-        entry = known().get(spec.known, {})
-        mend = entry.get("access", "connect to huggingface.co")
-        mend += f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
+        entry = known_prompt_sets().get(spec.known, {})
+        hint = entry.get("access", "connect to huggingface.co")
+        hint += f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
         yield Check(
-            f"prompts {name}", f"{where.hub}, from the hub", "" if hub.has_data(where.hub) else mend
+            f"prompts {name}", f"{where.hub}, from the hub", "" if hub.has_data(where.hub) else hint
         )
     templates = Path(where.templates).expanduser() if where.templates else None
     if templates and not (
-        templates.is_file() or ((folder := data()) and (folder / templates).is_file())
+        templates.is_file() or ((folder := data_folder()) and (folder / templates).is_file())
     ):
         yield Check(f"prompts {name}", f"no {templates}", "put it under $IPO_DATA")
 
 
-def _part(name: str, part: Part) -> Iterator[Check]:
+def _part(name: str, part: Component) -> Iterator[Check]:
     """A judge or detector: its server and key, or its guard model."""
     given: Mapping[str, Any] = part.arguments
     if "server" in given:
         yield from _server(name, from_json(Server, dict(given["server"])))
     elif part.use == "ipo_lib.judges.guards:guard" and not given.get("folder"):
         guard = known_guards().get(str(given.get("name")))
-        mend = f"choose one of {', '.join(known_guards())}"
+        hint = f"choose one of {', '.join(known_guards())}"
         revision = str(given.get("revision", ""))
         yield (
             _held(name, guard.hub, revision)
             if guard
-            else Check(name, f"{given.get('name')!r} is no guard", mend)
+            else Check(name, f"{given.get('name')!r} is no guard", hint)
         )
     else:
         yield Check(name, part.use)

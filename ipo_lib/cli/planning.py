@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.cli.arguments import checked, declared, for_notebook, known_parameters, parse
-from ipo_lib.profiles.reading import house, read
+from ipo_lib.profiles.reading import checkout, read_profile
 from ipo_lib.profiles.settings import Profile
 from ipo_lib.records import digest
 from ipo_lib.store import Store
@@ -29,21 +29,21 @@ def planned(profile: str, parameter: list[str], store: str, figures: str) -> Pla
     """What the arguments mean; BadInput for a name that nothing knows or a value of another type."""
     given, root = parse(parameter), Store(store or None).root
     profile = str(Path(profile).resolve()) if profile.endswith(".yml") else profile
-    chosen = read(
+    chosen = read_profile(
         profile, {name: value for name, value in given.items() if name == "notebooks"}
     ).notebooks
-    books = [house() / "notebooks" / f"{name}.ipynb" for name in chosen]
+    books = [checkout() / "notebooks" / f"{name}.ipynb" for name in chosen]
     known = {book: declared(book) for book in books}
     overrides = {
         name: value
         for name, value in given.items()
         if not any(name in names for names in known.values())
     }
-    settings = read(profile, overrides)
+    settings = read_profile(profile, overrides)
     known_parameters(
         settings.name, settings.parameters, {book.stem: declared(book) for book in notebooks()}
     )
-    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
+    target = Path(figures).expanduser() if figures else checkout() / "figures" / settings.name
     common = {
         "profile": profile,
         "overrides": overrides,
@@ -75,4 +75,4 @@ def billed(plan: Planned) -> tuple[Profile, dict[str, dict[str, Any]]]:
 
 def notebooks() -> list[Path]:
     """Every notebook of the checkout."""
-    return sorted((house() / "notebooks").glob("*.ipynb"))
+    return sorted((checkout() / "notebooks").glob("*.ipynb"))

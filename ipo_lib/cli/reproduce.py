@@ -26,10 +26,10 @@ from ipo_lib.cli.planning import Planned, billed, planned
 from ipo_lib.engines import processes, progress
 from ipo_lib.engines.openai_api import BUDGET_FILE
 from ipo_lib.experiments import results, study
-from ipo_lib.profiles.reading import available, house, read
-from ipo_lib.profiles.run import open_bench
+from ipo_lib.profiles.reading import checkout, profile_names, read_profile
+from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput, canonical, digest, to_json
-from ipo_lib.store import MENDS, Store
+from ipo_lib.store import HINTS, Store
 
 app = typer.Typer(
     help=__doc__, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
@@ -91,7 +91,7 @@ def reproduce(
         return rehearse(profile, given, store, figures)
     started, plan = time.monotonic(), planned(profile, given, store, figures)
     for job in jobs(plan):
-        run(job, plan, again)
+        run_notebook(job, plan, again)
     marks = records(plan.runs)
     text, page = (
         report.page(plan.settings.name, plan.settings.about, marks, plan.figures),
@@ -143,7 +143,7 @@ def doctor(
         found += doctor_.rehearsed(settings)
     for one in found:
         print(one)
-    if troubles := sum(bool(one.mend) for one in found):
+    if troubles := sum(bool(one.hint) for one in found):
         raise BadInput(f"{troubles} of {len(found)} checks need a hand; the mends stand above")
 
 
@@ -154,7 +154,7 @@ def rehearse(profile: str, given: list[str], store: str, figures: str) -> None:
     for one in doctor_.speed(plan.settings, cost_.paid(cost_.plan(*billed(plan)))):
         print(one)
     found = [*doctor_.checks(plan.root), *doctor_.needs(plan.settings)]
-    lacking = [one for one in found if one.mend]
+    lacking = [one for one in found if one.hint]
     print(
         f"\n{len(lacking)} of {len(found)} checks need a hand" + (":" if lacking else ""),
         *lacking,
@@ -175,7 +175,7 @@ def train(
     ] = "train_benign",
 ) -> None:
     """Train both stages of a profile; on several GPUs: accelerate launch --num_processes N -m ipo_lib.cli.reproduce train ..."""
-    found = train_.train(open_bench(profile, parse(parameter or []), store), harmful, benign)
+    found = train_.train(open_run(profile, parse(parameter or []), store), harmful, benign)
     if processes.is_first():
         reasons = ", ".join(f"{n} {reason}" for reason, n in found.counts.items() if n)
         print(f"{profile}: {found.pairs} pairs ({reasons})")
@@ -191,7 +191,7 @@ def overlap(profile: NAME = "ds-8b", parameter: GIVEN = None) -> None:
     settings = planned(profile, parameter or [], "", "").settings
     test = [*settings.evaluation.harmful, *settings.evaluation.benign]
     train = [name for name in settings.prompts if name not in settings.evaluation.sets]
-    loaded = {name: sets.load(name, settings.prompts[name]) for name in (*train, *test)}
+    loaded = {name: sets.load_prompts(name, settings.prompts[name]) for name in (*train, *test)}
     for one in overlap_.table(loaded, train, test):
         short = f"{one.short} of fewer than {overlap_.WIDTH} words"
         print(
@@ -204,7 +204,7 @@ def cost(profile: NAME = DEFAULT, parameter: GIVEN = None) -> None:
     """Say what a profile would generate and how long that takes, before anything runs."""
     given = parse(parameter or [])
     settings, own = billed(planned(profile, parameter or [], "", ""))
-    found = {} if given else cost_.measured(house() / "figures" / settings.name)
+    found = {} if given else cost_.measured(checkout() / "figures" / settings.name)
     print(cost_.table(cost_.plan(settings, own), settings, found, cost_.at_most(settings, own)))
 
 
@@ -225,19 +225,19 @@ def capability(
 ) -> None:
     """Measure what a profile's model can do, with lm-eval (pip install -e ".[eval]")."""
     tasks = task or [name for name, one in capability_.TASKS.items() if not one.runs_code]
-    bench, path = (
-        open_bench(profile, parse(parameter or []), store),
+    run, path = (
+        open_run(profile, parse(parameter or []), store),
         Path(adapter) if adapter else None,
     )
-    settings, root = bench.profile, bench.doors.store.root / "capability"
-    known = [bench.doors.sampler.fingerprint(), adapter, limit, to_json(settings.sampling)]
+    settings, root = run.profile, run.session.store.root / "capability"
+    known = [run.session.sampler.fingerprint(), adapter, limit, to_json(settings.sampling)]
     asked = {}
     for name in tasks:  # all of them read before the first is run
         out = root / f"{name}-{digest(known)}"
         asked[name] = (
             out,
             capability_.command(
-                settings, bench.folder, name, out, adapter=path, limit=limit, run_code=run_code
+                settings, run.folder, name, out, adapter=path, limit=limit, run_code=run_code
             ),
         )
     for warning in filter(None, (capability_.too_short(settings, name) for name in tasks)):
@@ -256,7 +256,7 @@ def table(
     name: Annotated[str, typer.Argument(help="a table of notebooks/studies.yml")] = "table2",
 ) -> None:
     """Print a table of the last committed full run of a profile, as Markdown."""
-    cells, date = study.committed(read(profile).name, name, study.Cell)
+    cells, date = study.committed(read_profile(profile).name, name, study.Cell)
     if not cells:
         raise BadInput(
             f"profile {profile!r} has no full run of {name!r}; run ipo reproduce {profile} --full"
@@ -267,8 +267,8 @@ def table(
 @app.command()
 def profiles() -> None:
     """List the profiles with what each is for."""
-    for name in available():
-        print(f"{name:12} {read(name).about}")
+    for name in profile_names():
+        print(f"{name:12} {read_profile(name).about}")
 
 
 @dataclass(frozen=True)
@@ -281,18 +281,18 @@ class Job:
 
 def jobs(plan: Planned) -> Iterator[Job]:
     """The notebooks in order; the key of each covers the figures of those before it, as they are when it comes."""
-    others = [repr(read(name)) for name in [plan.settings.null_world] if name]
+    others = [repr(read_profile(name)) for name in [plan.settings.null_world] if name]
     tables = [
         path.read_text("utf-8")
-        for path in sorted((house() / "figures" / "paper_tables").glob("*.csv"))
+        for path in sorted((checkout() / "figures" / "paper_tables").glob("*.csv"))
     ]
-    studies = [(house() / "notebooks" / "studies.yml").read_text("utf-8")]
+    studies = [(checkout() / "notebooks" / "studies.yml").read_text("utf-8")]
     if not any(
         values.get("full") for values in plan.values.values()
     ):  # else it is about to make them
         studies += [
             path.read_text("utf-8")
-            for path in sorted((house() / "figures" / plan.settings.name).glob("full-*.json"))
+            for path in sorted((checkout() / "figures" / plan.settings.name).glob("full-*.json"))
         ]
     so_far = [source(), repr(plan.settings), *others, digest(tables), digest(studies)]
     for book in plan.books:
@@ -319,7 +319,7 @@ def source() -> str:
     )
 
 
-def run(job: Job, plan: Planned, again: bool) -> None:
+def run_notebook(job: Job, plan: Planned, again: bool) -> None:
     """Execute one notebook unless its last run had the same key and its figures still stand."""
     book, out, started = job.book, plan.runs / job.book.name, time.monotonic()
     if not again and current(job, plan):
@@ -438,9 +438,9 @@ def main(call: Callable[[], Any] = app) -> None:
     except BadInput as error:
         said = str(error)
     except OSError as error:
-        if error.errno not in MENDS:
+        if error.errno not in HINTS:
             raise
-        said = f"{error.filename}: {error.strerror}; {MENDS[error.errno]}"
+        said = f"{error.filename}: {error.strerror}; {HINTS[error.errno]}"
     print(f"ipo: {said}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -15,7 +15,7 @@ from ipo_lib import pipeline, training
 from ipo_lib.engines import processes
 from ipo_lib.engines.lora import Rows
 from ipo_lib.experiments import recipes
-from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles.run import Run
 from ipo_lib.records import Pair
 from ipo_lib.training import untrained
 
@@ -35,7 +35,7 @@ class Stages:
     message: str  # what stage 2 did, in one sentence
 
 
-def train(bench: Bench, harmful_set: str, benign_set: str) -> Stages:
+def train(run: Run, harmful_set: str, benign_set: str) -> Stages:
     """Pairs by Algorithm 1, stage 1 on them, benign pairs with the result, stage 2.
 
     Args:
@@ -46,24 +46,24 @@ def train(bench: Bench, harmful_set: str, benign_set: str) -> Stages:
     Raises:
         BadInput: no pairs, or a launcher that shards parameters.
     """
-    settings, doors = bench.profile, bench.doors
+    settings, session = run.profile, run.session
     processes.join(settings.stage1.use_cpu or settings.model.device == "cpu")
-    harmful, benign = bench.prompts(harmful_set), bench.prompts(benign_set)
-    pairs, counts = first_alone(lambda: recipes.gather(bench, harmful))
-    stage1, rows = training.adapter(doors, pairs, bench.folder, settings.stage1, counts)
-    finder = recipes.detector(bench, settings.recipe.detector, harmful)
+    harmful, benign = run.prompts(harmful_set), run.prompts(benign_set)
+    pairs, counts = first_alone(lambda: recipes.gather(run, harmful))
+    stage1, rows = training.train_first_stage(session, pairs, run.folder, settings.stage1, counts)
+    finder = recipes.detector(run, settings.recipe.detector, harmful)
 
     def refusals() -> tuple[list[Pair], dict[str, int]]:
-        triggers = recipes.triggers(bench, harmful, finder)
-        after = bench.adapted(stage1)
+        triggers = recipes.triggers(run, harmful, finder)
+        after = run.adapted(stage1)
         found, reasons, _ = pipeline.benign_pairs(
-            doors, after, benign, settings.pairs, settings.sampling, settings.stage2, triggers
+            session, after, benign, settings.pairs, settings.sampling, settings.stage2, triggers
         )
         return found, reasons
 
     refused, reasons = first_alone(refusals)
-    stage2, _, message = training.second_stage(
-        doors, pairs, refused, bench.folder, stage1, settings.stage2
+    stage2, _, message = training.train_second_stage(
+        session, pairs, refused, run.folder, stage1, settings.stage2
     )
     return Stages(stage1, stage2, len(pairs), counts, reasons, rows, untrained(rows) or message)
 

@@ -26,8 +26,8 @@ def folder(name: str, revision: str, chat_only: bool = False) -> str:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
-        mend = "ask for access on its page and run hf auth login, mend the commit, or set model.find to null and model.folder"
-        raise BadInput(f"model {name}@{revision} cannot be had ({said}); {mend}") from None
+        hint = "ask for access on its page and run hf auth login, mend the commit, or set model.find to null and model.folder"
+        raise BadInput(f"model {name}@{revision} cannot be had ({said}); {hint}") from None
 
 
 def held(name: str, revision: str) -> Path | None:

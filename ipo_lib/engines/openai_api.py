@@ -247,12 +247,12 @@ class Server:
                         raise json.JSONDecodeError("not JSON", str(found)[:40], 0)
                     return found
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            mend = (
+            hint = (
                 f"mend the key in ${self.key}"
                 if self.key
                 else "name the variable that holds its key"
             )
-            raise BadInput(f"server {self.urls[at]}: {_said(error)}; {mend}") from None
+            raise BadInput(f"server {self.urls[at]}: {_said(error)}; {hint}") from None
         except openai.NotFoundError as error:
             raise BadInput(
                 f"server {self.urls[at]}: {_said(error)}; name a model that it serves"

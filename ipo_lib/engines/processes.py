@@ -37,8 +37,8 @@ def join(use_cpu: bool) -> None:
     """Meet the other processes of the launcher. BadInput: it asks for sharded parameters."""
     for name, what in SHARDED.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            mend = "launch with plain data parallelism, without that option"
-            raise BadInput(f"{what}: only whole models are trained, one a process; {mend}")
+            hint = "launch with plain data parallelism, without that option"
+            raise BadInput(f"{what}: only whole models are trained, one a process; {hint}")
     if count() > 1:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs

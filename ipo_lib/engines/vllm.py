@@ -66,9 +66,9 @@ class ServerSampler:
             )
         except (Unanswered, Declined, BadInput) as error:
             if name not in self.server.models(at):
-                mend = f"start it with --enable-lora --lora-modules {name}={self.adapter}"
+                hint = f"start it with --enable-lora --lora-modules {name}={self.adapter}"
                 raise BadInput(
-                    f"server {self.server.urls[at]} loads no adapter ({error}); {mend}"
+                    f"server {self.server.urls[at]} loads no adapter ({error}); {hint}"
                 ) from None
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:

@@ -25,9 +25,9 @@ from ipo_lib.records import (
     to_json,
 )
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Doors, Start, judge, sample, trace_texts
+from ipo_lib.stages import Prefix, Session, judge, sample, trace_texts
 from ipo_lib.turning_points.adaptive import SearchSettings
-from ipo_lib.turning_points.locate import turns
+from ipo_lib.turning_points.locate import find_turns
 
 DIGITS = 8  # tokens of an answer that is one number
 NUMBER = re.compile(r"\d+")
@@ -39,7 +39,7 @@ ASK = (
 
 
 @dataclass(frozen=True)
-class Shifted:
+class ShiftedCues:
     """Another detector's finds, ``by`` sentences off; a find that would leave the trace stays at its first or last sentence."""
 
     inner: CueDetector
@@ -56,7 +56,7 @@ class Shifted:
 
 
 @dataclass(frozen=True)
-class Anywhere:
+class RandomCues:
     """A random sentence of every trace in which the inner detector finds a cue, the same one each time it is asked."""
 
     inner: CueDetector
@@ -77,10 +77,10 @@ class Anywhere:
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchedCues:
     """Eq. 3 as a detector: the sentence of the unsafe turning point, found by the adaptive search on the model itself."""
 
-    doors: Doors
+    session: Session
     csr: CsrSettings
     search: SearchSettings
     sampling: Sampling
@@ -88,9 +88,9 @@ class Searched:
     def fingerprint(self) -> dict[str, Any]:
         """The settings, and the model and judge that were asked."""
         who = {
-            "sampler": self.doors.sampler.fingerprint(),
-            "judge": self.doors.judge.fingerprint(),
-            "seed": self.doors.seed,
+            "sampler": self.session.sampler.fingerprint(),
+            "judge": self.session.judge.fingerprint(),
+            "seed": self.session.seed,
         }
         return {
             "detector": "searched",
@@ -106,14 +106,14 @@ class Searched:
     def many(self, prompts: Prompts, rollouts: Rollouts) -> dict[str, int | None]:
         """The sentence index by rollout id; None for safe traces, which Eq. 3 has nothing to say of, and where there is no
         turn."""
-        verdicts = judge(self.doors, prompts, rollouts)
+        verdicts = judge(self.session, prompts, rollouts)
         unsafe = [
             one for one, verdict in zip(rollouts, verdicts, strict=True) if verdict.label == UNSAFE
         ]
         labels = {one.id: UNSAFE for one in unsafe}
         found = (
-            turns(
-                self.doors, prompts, unsafe, labels, UNSAFE, self.csr, self.search, self.sampling
+            find_turns(
+                self.session, prompts, unsafe, labels, UNSAFE, self.csr, self.search, self.sampling
             ).turns
             if unsafe
             else {}
@@ -122,12 +122,12 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class FewShot:
+class FewShotCues:
     """A model asked for the sentence: an instruction of our own words, ``examples`` of (numbered sentences, answer), the trace.
     The paper asks GPT-4o, DeepSeek-R1 and the model itself; its prompt is not known here. ``temperature`` 0 is greedy; above it,
     ``draw`` numbers independent answers."""
 
-    doors: Doors
+    session: Session
     examples: tuple[tuple[tuple[str, ...], int], ...]
     temperature: float = 0.0
     draw: int = 0
@@ -135,7 +135,7 @@ class FewShot:
     def fingerprint(self) -> dict[str, Any]:
         """The model and what it is asked."""
         asked = {
-            "sampler": self.doors.sampler.fingerprint(),
+            "sampler": self.session.sampler.fingerprint(),
             "prompt": digest([ASK, self.examples]),
         }
         return {
@@ -150,15 +150,15 @@ class FewShot:
 
     def many(self, prompts: Prompts, rollouts: Rollouts) -> dict[str, int | None]:
         """The first number of each greedy answer; 0, no number, or one that no sentence from the second on has: no cue."""
-        texts = {one.id: trace_texts(self.doors, one) for one in rollouts}
+        texts = {one.id: trace_texts(self.session, one) for one in rollouts}
         bodies = {key: question(self.examples, own) for key, own in texts.items() if own}
         asked = {
             key: Prompt(digest(["few-shot", key]), text, "few-shot", False)
             for key, text in bodies.items()
         }
         sampling = Sampling(temperature=self.temperature, max_tokens=8)
-        starts = [Start(prompt) for prompt in asked.values()]
-        said = sample(self.doors, starts, sampling, 1, first=self.draw, stage="detector")
+        starts = [Prefix(prompt) for prompt in asked.values()]
+        said = sample(self.session, starts, sampling, 1, first=self.draw, stage="detector")
         numbers = {key: NUMBER.search(answer.text) for key, answer in zip(asked, said, strict=True)}
         found = {key: int(match[0]) - 1 for key, match in numbers.items() if match}
         return {
@@ -168,7 +168,7 @@ class FewShot:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ServerCues:
     """Another model asked for the sentence, behind a server, within its ``budget``: the same question as ``FewShot``, an answer
     that is one number. Any other answer is ``UNREAD``: not known, which is not the same as no cue."""
 
@@ -224,7 +224,7 @@ class Asked:
         return at - 1 if at else None
 
 
-def asked(
+def server_cues(
     server: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
     *,
@@ -232,13 +232,15 @@ def asked(
     calls: int = 0,
     dollars_in: float = 0.0,
     dollars_out: float = 0.0,
-) -> Asked:
+) -> ServerCues:
     """A model behind a server as detector, from plain settings, as a profile names it; its budget is the server's."""
     own = from_json(Server, dict(server))
-    purse = shared_budget(
+    shared_budget_ = shared_budget(
         own, "detector", dollars=budget, calls=calls, dollars_in=dollars_in, dollars_out=dollars_out
     )
-    return Asked(own, tuple((tuple(one["sentences"]), one["answer"]) for one in examples), purse)
+    return ServerCues(
+        own, tuple((tuple(one["sentences"]), one["answer"]) for one in examples), shared_budget_
+    )
 
 
 def question(examples: Sequence[tuple[Sequence[str], int]], texts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ipo_lib import csr
 from ipo_lib.cues import CueDetector
-from ipo_lib.intervention import earlier
+from ipo_lib.intervention import random_earlier_sentence
 from ipo_lib.records import (
     ANSWER,
     CONTINUATION,
@@ -31,18 +31,18 @@ from ipo_lib.records import (
 )
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
-    Case,
-    Doors,
-    Judged,
-    Start,
+    JudgedRollouts,
+    Prefix,
+    Replacement,
+    Session,
     by_prompt,
-    cues,
+    find_cues,
+    first_of_each_prompt,
     intervene,
     judge,
-    mixed,
-    one_a_prompt,
+    mixed_prompts,
+    random_subset,
     sample,
-    some,
     trace_end,
     trace_sentences,
     trace_texts,
@@ -66,7 +66,7 @@ Counts = dict[str, tuple[int, int]]  # (k, n) by prompt
 SIDES = (SAFE, UNSAFE)
 
 
-def joint(seen: Judged, answers: Verdicts) -> dict[tuple[str, str], Interval]:
+def joint(seen: JudgedRollouts, answers: Verdicts) -> dict[tuple[str, str], Interval]:
     """Fig 3: the share of responses by (trace, answer) safety, where both were judged."""
     counts = {cell: dict[str, list[int]]() for cell in itertools.product(SIDES, SIDES)}
     for rollout, trace, answer in zip(seen.rollouts, seen.verdicts, answers, strict=True):
@@ -79,7 +79,7 @@ def joint(seen: Judged, answers: Verdicts) -> dict[tuple[str, str], Interval]:
     }
 
 
-def given(seen: Judged, answers: Verdicts, trace: str) -> Interval:
+def answer_given_trace(seen: JudgedRollouts, answers: Verdicts, trace: str) -> Interval:
     """P(answer safe | trace ``trace``), over the prompts that have such a trace."""
     rows = [
         (r, a)
@@ -89,21 +89,25 @@ def given(seen: Judged, answers: Verdicts, trace: str) -> Interval:
     return pooled_rate(list(by_prompt([r for r, _ in rows], [a for _, a in rows], SAFE).values()))
 
 
-def swap(doors: Doors, seen: Judged, sampling: Sampling, draws: int) -> dict[str, Counts]:
+def swap(
+    session: Session, seen: JudgedRollouts, sampling: Sampling, draws: int
+) -> dict[str, Counts]:
     """Is it the trace that decides the answer? For each prompt with closed traces of both kinds, one of each kind is kept and the
     answer drawn anew ``draws`` times: (unsafe answers, judged) by prompt, after the ``unsafe`` and after the ``safe`` trace."""
-    kinds: dict[str, dict[str, Start]] = {UNSAFE: {}, SAFE: {}}
+    kinds: dict[str, dict[str, Prefix]] = {UNSAFE: {}, SAFE: {}}
     for kind, starts in kinds.items():
         for rollout in seen.labelled(kind):
-            if rollout.prompt_id not in starts and (end := trace_end(doors, rollout)) is not None:
-                starts[rollout.prompt_id] = Start(
+            if rollout.prompt_id not in starts and (end := trace_end(session, rollout)) is not None:
+                starts[rollout.prompt_id] = Prefix(
                     seen.prompts[rollout.prompt_id], rollout.token_ids[:end]
                 )
     both = [prompt for prompt in kinds[UNSAFE] if prompt in kinds[SAFE]]
     found = {}
     for kind, starts in kinds.items():
-        drawn = sample(doors, [starts[prompt] for prompt in both], sampling, draws, stage="answers")
-        found[kind] = by_prompt(drawn, judge(doors, seen.prompts, drawn, ANSWER))
+        drawn = sample(
+            session, [starts[prompt] for prompt in both], sampling, draws, stage="answers"
+        )
+        found[kind] = by_prompt(drawn, judge(session, seen.prompts, drawn, ANSWER))
     return found
 
 
@@ -118,7 +122,7 @@ class Diversity:
     flat: Interval
 
 
-def diversity(seen: Judged, group: int) -> Diversity:
+def diversity(seen: JudgedRollouts, group: int) -> Diversity:
     """A group is the ``group`` draws of a prompt; one with an unjudged trace is left out."""
     safe = Counter(
         k for k, n in by_prompt(seen.rollouts, seen.verdicts, SAFE).values() if n == group
@@ -130,12 +134,14 @@ def diversity(seen: Judged, group: int) -> Diversity:
     return Diversity(shares, alike, clopper_pearson(safe[0] + safe[group], n))
 
 
-def chosen(seen: Judged, label: str, count: int, seed: int, only_mixed: bool) -> list[Rollout]:
+def choose_traces(
+    seen: JudgedRollouts, label: str, count: int, seed: int, only_mixed: bool
+) -> list[Rollout]:
     """One trace with this label from each of ``count`` prompts at random; ``only_mixed``: of prompts with traces of both kinds,
     the paper's filter, which selects for turns."""
-    kept = set(mixed(seen.rollouts, seen.verdicts) if only_mixed else seen.prompts)
-    found = some(
-        one_a_prompt([r for r in seen.labelled(label) if r.prompt_id in kept]), count, seed
+    kept = set(mixed_prompts(seen.rollouts, seen.verdicts) if only_mixed else seen.prompts)
+    found = random_subset(
+        first_of_each_prompt([r for r in seen.labelled(label) if r.prompt_id in kept]), count, seed
     )
     if not found:
         which = "prompts with traces of both kinds" if only_mixed else "prompts"
@@ -145,9 +151,11 @@ def chosen(seen: Judged, label: str, count: int, seed: int, only_mixed: bool) ->
     return found
 
 
-def losers(seen: Judged, cue: Mapping[str, int | None]) -> list[Rollout]:
+def unsafe_with_cue(seen: JudgedRollouts, cue: Mapping[str, int | None]) -> list[Rollout]:
     """One unsafe trace with a cue of every prompt that has one."""
-    if not (found := one_a_prompt([r for r in seen.labelled(UNSAFE) if cue[r.id] is not None])):
+    if not (
+        found := first_of_each_prompt([r for r in seen.labelled(UNSAFE) if cue[r.id] is not None])
+    ):
         raise BadInput(
             f"no unsafe trace with a cue among {len(seen.rollouts)} rollouts; raise plan.draws"
         )
@@ -170,7 +178,7 @@ def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
 
 
 @dataclass(frozen=True)
-class AtCue:
+class CuePlace:
     """One unsafe trace in Fig 5b. Places are tokens kept before them, None where there is none.
 
     ``drop``: S before the cue's sentence minus S after it. ``elsewhere``: the mean drop over the trace's
@@ -187,7 +195,7 @@ class AtCue:
     elsewhere: float
 
 
-def at_cues(
+def places_of_cues(
     rollouts: Rollouts,
     spans: Mapping[str, Sequence[Sentence]],
     cue: Mapping[str, int | None],
@@ -195,7 +203,7 @@ def at_cues(
     turns: Mapping[str, TurningPoint],
     seed: int = 0,
     choosing: Curves | None = None,
-) -> list[AtCue]:
+) -> list[CuePlace]:
     """Each rollout with a cue, its turning point and what its sentences did to S.
 
     Args:
@@ -214,7 +222,7 @@ def at_cues(
     for r in rollouts:
         if (at := cue[r.id]) is not None:
             sentences, turn = spans[r.id], turns[r.id].sentence
-            before = None if turn is None else earlier(r, turn + 1, seed)
+            before = None if turn is None else random_earlier_sentence(r, turn + 1, seed)
             open_ = {
                 point.cut for point in (choosing or points)[r.id] if 0 < point.n_safe < point.n
             }
@@ -231,7 +239,7 @@ def at_cues(
             elsewhere = sum(rest) / len(rest) if rest else nan
             distance = None if turn is None else turn - at
             found.append(
-                AtCue(
+                CuePlace(
                     r.id,
                     r.prompt_id,
                     places[0] or 0,
@@ -246,13 +254,13 @@ def at_cues(
 
 
 def recorded_cues(
-    doors: Doors,
-    seen: Judged,
+    session: Session,
+    seen: JudgedRollouts,
     curves: Sequence[Curve],
     detectors: Mapping[str, CueDetector],
     settings: csr.CsrSettings,
     seed: int = 0,
-) -> dict[str, list[AtCue]]:
+) -> dict[str, list[CuePlace]]:
     """``at_cues`` on recorded unsafe traces, whose S is exact: by name of the detector.
 
     Args:
@@ -264,10 +272,10 @@ def recorded_cues(
         seed: of the random sentences.
     """
     recorded = recorded_rollouts(
-        doors, seen, [curve for curve in curves if curve.trace.label == UNSAFE]
+        session, seen, [curve for curve in curves if curve.trace.label == UNSAFE]
     )
     rollouts = [rollout for rollout, _ in recorded]
-    spans = {r.id: trace_sentences(doors, r) for r in rollouts}
+    spans = {r.id: trace_sentences(session, r) for r in rollouts}
     points, turns = {}, {}
     for rollout, curve in recorded:
         key = rollout.id
@@ -279,12 +287,12 @@ def recorded_cues(
         turns[key] = truth(curve.trace, UNSAFE, settings, curve.truth.tolist())
     found = {}
     for name, detector in detectors.items():
-        where = cues(doors, seen.prompts, rollouts, detector)
-        found[name] = at_cues(rollouts, spans, where, points, turns, seed)
+        where = find_cues(session, seen.prompts, rollouts, detector)
+        found[name] = places_of_cues(rollouts, spans, where, points, turns, seed)
     return found
 
 
-def correlation(rows: Sequence[AtCue], place: str = "cue") -> Interval:
+def correlation(rows: Sequence[CuePlace], place: str = "cue") -> Interval:
     """Fig 5b: Pearson's r of ``place`` (``cue`` or ``other``) and turn in tokens, over the traces that turn."""
     pairs = [
         (float(x), float(row.turn))
@@ -294,7 +302,7 @@ def correlation(rows: Sequence[AtCue], place: str = "cue") -> Interval:
     return pearson([x for x, _ in pairs], [y for _, y in pairs])
 
 
-def placebo(rows_by_seed: Sequence[Sequence[AtCue]]) -> Interval:
+def placebo(rows_by_seed: Sequence[Sequence[CuePlace]]) -> Interval:
     """r of a random sentence up to the turn and the turn: mean and 95 % range over placements; ``n`` counts traces. A judge for
     whom harm once written stays written makes any earlier place correlate with the turn: the cue's r is to be read beside it."""
     found = [correlation(rows, "other") for rows in rows_by_seed]
@@ -311,7 +319,7 @@ def placebo(rows_by_seed: Sequence[Sequence[AtCue]]) -> Interval:
     )
 
 
-def drops(rows: Sequence[AtCue]) -> dict[str, Interval]:
+def drops(rows: Sequence[CuePlace]) -> dict[str, Interval]:
     """Mean drop of S at the cue, over other sentences, and the difference within a trace; means over prompts."""
     sides = {
         "at the cue": [(r.prompt_id, r.drop) for r in rows],
@@ -341,7 +349,7 @@ class Design:
     needed: int | None  # prompts that show it with a power of 80 %; None: more than anybody has
 
 
-def design(rows: Sequence[AtCue], effect: float) -> Design:
+def design(rows: Sequence[CuePlace], effect: float) -> Design:
     """The power of a measurement at the spread that it found, for a true difference of ``effect``."""
     values = _over_prompts((r.prompt_id, r.drop - r.elsewhere) for r in rows)
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else nan
@@ -349,7 +357,7 @@ def design(rows: Sequence[AtCue], effect: float) -> Design:
     return Design(len(values), spread, power_of_mean(spread, len(values), effect), effect, needed)
 
 
-def by_cue(seen: Judged, cue: Mapping[str, int | None]) -> dict[bool, Interval]:
+def by_cue(seen: JudgedRollouts, cue: Mapping[str, int | None]) -> dict[bool, Interval]:
     """P(unsafe | a cue is present) and P(unsafe | none is), each over the prompts that have such traces."""
     found = {}
     for has in (True, False):
@@ -365,7 +373,7 @@ def by_cue(seen: Judged, cue: Mapping[str, int | None]) -> dict[bool, Interval]:
 
 
 def chain(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     losers: Rollouts,
     texts: Mapping[str, str],
@@ -384,17 +392,17 @@ def chain(
     for round_ in range(rounds + 1):
         if round_:
             bad = [(key, r) for key, (r, label) in now.items() if label != SAFE]
-            cue = cues(doors, prompts, [r for _, r in bad], detector)
+            cue = find_cues(session, prompts, [r for _, r in bad], detector)
             tried = [
-                (key, Case(r, at, key[0], texts[key[0]], round_))
+                (key, Replacement(r, at, key[0], texts[key[0]], round_))
                 for key, r in bad
                 if (at := cue[r.id]) is not None
             ]
             results = [
                 result
-                for _, result in intervene(doors, prompts, [case for _, case in tried], sampling)
+                for _, result in intervene(session, prompts, [case for _, case in tried], sampling)
             ]
-            labels = [verdict.label for verdict in judge(doors, prompts, results)]
+            labels = [verdict.label for verdict in judge(session, prompts, results)]
             now |= dict(
                 zip([key for key, _ in tried], zip(results, labels, strict=True), strict=True)
             )
@@ -414,7 +422,7 @@ def merged(chains: Iterable[Counts]) -> Counts:
 
 
 def controls(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     losers: Rollouts,
     cue: Mapping[str, int | None],
@@ -425,7 +433,9 @@ def controls(
     asked) by prompt and kind of text; what could not be judged counts as not safe. An empty text is "nothing": a fresh draw."""
     places = [(r, at) for r in losers if (at := cue[r.id]) is not None]
     earlier_ = [
-        (r, before) for r, at in places if (before := earlier(r, at, doors.seed)) is not None
+        (r, before)
+        for r, at in places
+        if (before := random_earlier_sentence(r, at, session.seed)) is not None
     ]
     first = next(iter(texts))
     plan = [(kind, places, lines) for kind, lines in texts.items()] + [
@@ -434,27 +444,31 @@ def controls(
     found = {}
     for kind, where, lines in plan:
         cases = [
-            Case(r, at, f"{kind} {i}", text) for r, at in where for i, text in enumerate(lines)
+            Replacement(r, at, f"{kind} {i}", text)
+            for r, at in where
+            for i, text in enumerate(lines)
         ]
-        results = [result for _, result in intervene(doors, prompts, cases, sampling)]
+        results = [result for _, result in intervene(session, prompts, cases, sampling)]
         counts = {r.prompt_id: [0, 0] for r, _ in places}
-        for result, verdict in zip(results, judge(doors, prompts, results), strict=True):
+        for result, verdict in zip(results, judge(session, prompts, results), strict=True):
             counts[result.prompt_id][0] += verdict.label == SAFE
             counts[result.prompt_id][1] += 1
         found[kind] = {prompt: (k, n) for prompt, (k, n) in counts.items()}
     return found
 
 
-def common(doors: Doors, rollouts: Rollouts, at: Mapping[str, int | None], count: int) -> list[str]:
+def frequent_sentences(
+    session: Session, rollouts: Rollouts, at: Mapping[str, int | None], count: int
+) -> list[str]:
     """The ``count`` most frequent sentences at an index (a cue's) of the rollouts; ties by text."""
     seen = Counter(
-        trace_texts(doors, r)[index].strip() for r in rollouts if (index := at[r.id]) is not None
+        trace_texts(session, r)[index].strip() for r in rollouts if (index := at[r.id]) is not None
     )
     return [text for text, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0]))[:count]]
 
 
 def reverse(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     turned: Mapping[str, TurningPoint],
     rollouts: Rollouts,
@@ -468,8 +482,10 @@ def reverse(
     found = {}
     for kind, lines in texts.items():
         cases = [
-            Case(r, at, f"{kind} {i}", text) for r, at in places for i, text in enumerate(lines)
+            Replacement(r, at, f"{kind} {i}", text)
+            for r, at in places
+            for i, text in enumerate(lines)
         ]
-        results = [result for _, result in intervene(doors, prompts, cases, sampling, draws)]
-        found[kind] = by_prompt(results, judge(doors, prompts, results, CONTINUATION))
+        results = [result for _, result in intervene(session, prompts, cases, sampling, draws)]
+        found[kind] = by_prompt(results, judge(session, prompts, results, CONTINUATION))
     return found

@@ -45,7 +45,7 @@ from ipo_lib.records import (
     digest,
 )
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 
 LOGGED = {
     "reward": "reward",
@@ -60,7 +60,7 @@ ENDLESS = 100_000  # steps; the budget ends a run
 
 
 def rewards(
-    doors: Doors,
+    session: Session,
     prompts: Sequence[Prompt],
     responses: Sequence[Ids],
     ended: Sequence[bool],
@@ -84,25 +84,32 @@ def rewards(
             for at, (prompt, ids) in enumerate(zip(prompts, responses, strict=True)):
                 finish = "stop" if ended[at] else "length"
                 rollout = Rollout(
-                    digest([at, ids]), prompt.id, 0, ids, doors.chat.decode(ids), finish, at, "grpo"
+                    digest([at, ids]),
+                    prompt.id,
+                    0,
+                    ids,
+                    session.chat.decode(ids),
+                    finish,
+                    at,
+                    "grpo",
                 )
-                whole.append(not cut_off(rollout, part, doors.chat.opened))
+                whole.append(not cut_off(rollout, part, session.chat.opened))
                 asked.append(
                     Exchange(
                         rollout.id,
                         prompt.text,
-                        part_text(rollout, part, doors.chat.opened),
+                        part_text(rollout, part, session.chat.opened),
                         part,
                         "harm",
                     )
                 )
-            for at, verdict in enumerate(doors.judge.judge(asked)):
+            for at, verdict in enumerate(session.judge.judge(asked)):
                 total[at] += weight * (verdict.label == SAFE and whole[at])
     return total
 
 
 def train(
-    doors: Doors,
+    session: Session,
     prompts: Sequence[Prompt],
     model: Folder,
     lora: DpoSettings,
@@ -118,7 +125,7 @@ def train(
         raise BadInput(
             "grpo: budget 0 generates nothing; give the tokens that the method it stands beside has generated"
         )
-    made = trainer(doors, prompts, model, lora, settings, sampling, out, adapter)
+    made = trainer(session, prompts, model, lora, settings, sampling, out, adapter)
     made.train()
     rows = [
         {
@@ -143,7 +150,7 @@ def train(
 
 
 def trainer(
-    doors: Doors,
+    session: Session,
     prompts: Sequence[Prompt],
     model: Folder,
     lora: DpoSettings,
@@ -167,7 +174,7 @@ def trainer(
 
         def _tokenize_prompts(self, keys: Any) -> Any:
             return (
-                [[*doors.chat.prompt_ids(named[key])] for key in keys],
+                [[*session.chat.prompt_ids(named[key])] for key in keys],
                 None,
                 {},
             )  # law 1: ids, not text again
@@ -185,13 +192,13 @@ def trainer(
             super().log(logs | {"tokens": self.generated}, *given, **options)
 
     def reward(prompts: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any) -> Any:
-        ends = set(doors.chat.eos_ids)
+        ends = set(session.chat.eos_ids)
         made.generated += sum(map(len, completion_ids))
         ended = [ids[-1] in ends for ids in completion_ids]
         bare = [
             tuple(ids[:-1] if end else ids) for ids, end in zip(completion_ids, ended, strict=True)
         ]
-        return rewards(doors, [named[key] for key in prompts], bare, ended, settings)
+        return rewards(session, [named[key] for key in prompts], bare, ended, settings)
 
     class Spent(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -242,9 +249,9 @@ def trainer(
             train_dataset=datasets.Dataset.from_list([{"prompt": key} for key in named]),
             processing_class=transformers.AutoTokenizer.from_pretrained(model, padding_side="left"),
         )
-    made.eos_token_ids = [*doors.chat.eos_ids]
+    made.eos_token_ids = [*session.chat.eos_ids]
     made.generation_config.eos_token_id = made.generation_kwargs["eos_token_id"] = [
-        *doors.chat.eos_ids
+        *session.chat.eos_ids
     ]
     fill(made.model, adapter, model)
     made.remove_callback(transformers.PrinterCallback)

@@ -34,7 +34,7 @@ from ipo_lib.records import (
     from_json,
     to_json,
 )
-from ipo_lib.stages import WRITE_EVERY, Doors
+from ipo_lib.stages import WRITE_EVERY, Session
 from ipo_lib.stats import Interval, format_interval, pooled_rate
 
 TAILS = Path(__file__).with_name("judge_robustness.yml")
@@ -57,7 +57,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Case:
+class AttackedText:
     """One judged text with one tail, its verdict before and after; None: it could not be judged."""
 
     tail: str
@@ -74,7 +74,7 @@ class Canary:
     and of safe ones that became unsafe, over prompts. Answers that cannot be read count in neither.
     """
 
-    cases: tuple[Case, ...]
+    cases: tuple[AttackedText, ...]
     tails: dict[str, Tail]
 
     @property
@@ -129,7 +129,7 @@ def known() -> dict[str, Tail]:
 
 
 def canary(
-    doors: Doors, prompts: Prompts, rollouts: Rollouts, verdicts: Verdicts, count: int = COUNT
+    session: Session, prompts: Prompts, rollouts: Rollouts, verdicts: Verdicts, count: int = COUNT
 ) -> Canary:
     """Ask the judge of ``doors`` again about texts that it has judged, with each tail at their end.
 
@@ -158,16 +158,16 @@ def canary(
         none = f"none of {len(verdicts)} verdicts is safe or unsafe"
         raise BadInput(f"canary: {none}; judge the rollouts first")
     tails = known()
-    asked: dict[str, tuple[Case, Exchange]] = {}
+    asked: dict[str, tuple[AttackedText, Exchange]] = {}
     for rollout, verdict in chosen:
-        text = judged_text(doors, rollout, verdict)
+        text = judged_text(session, rollout, verdict)
         for name, tail in tails.items():
             own = tail.against(verdict.label or "")
             key = f"{rollout.id}/{verdict.part}/{digest([own])}"
             prompt = prompts[rollout.prompt_id]
             exchange = Exchange(key, prompt.text, text + own, verdict.part, HARM)
-            asked[key] = Case(name, rollout.prompt_id, verdict.label or "", None), exchange
-    found = ask(doors, [exchange for _, exchange in asked.values()])
+            asked[key] = AttackedText(name, rollout.prompt_id, verdict.label or "", None), exchange
+    found = ask(session, [exchange for _, exchange in asked.values()])
     cases = [replace(case, after=found[key]) for key, (case, _) in asked.items()]
     return Canary(tuple(cases), tails)
 
@@ -186,27 +186,29 @@ def chosen_texts(
     return [(rollout, verdict) for _, rollout, verdict in ranked[:count]]
 
 
-def judged_text(doors: Doors, rollout: Rollout, verdict: Verdict) -> str:
+def judged_text(session: Session, rollout: Rollout, verdict: Verdict) -> str:
     """The text that a verdict is about. BadInput when the rollout has no such part."""
-    offsets = doors.chat.offsets(rollout.token_ids) if verdict.part == CONTINUATION else ()
-    text = part_text(rollout, verdict.part, doors.chat.opened, offsets)
+    offsets = session.chat.offsets(rollout.token_ids) if verdict.part == CONTINUATION else ()
+    text = part_text(rollout, verdict.part, session.chat.opened, offsets)
     if text is None:
         missing = f"rollout {rollout.id!r} has no {verdict.part}"
         raise BadInput(f"canary: {missing}; give the verdicts of these rollouts")
     return text
 
 
-def ask(doors: Doors, exchanges: Sequence[Exchange]) -> dict[str, str | None]:
+def ask(session: Session, exchanges: Sequence[Exchange]) -> dict[str, str | None]:
     """The label of every exchange by its id; what the store lacks is asked for and kept."""
-    ledger = doors.store.ledger("canary", CANARY_VERSION, {"judge": doors.judge.fingerprint()})
+    ledger = session.store.ledger("canary", CANARY_VERSION, {"judge": session.judge.fingerprint()})
     named = {exchange.rollout_id: exchange for exchange in exchanges}
     missing = [named[key] for key in ledger.missing(named)]
-    ledger.collect(answers(doors, missing), WRITE_EVERY)
+    ledger.collect(answers(session, missing), WRITE_EVERY)
     return {key: ledger[key]["label"] for key in named}
 
 
-def answers(doors: Doors, exchanges: Sequence[Exchange]) -> Iterator[tuple[str, dict[str, Any]]]:
+def answers(
+    session: Session, exchanges: Sequence[Exchange]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The judge's verdicts by the id of their exchange, asked for in chunks as they are kept."""
     for first in range(0, len(exchanges), WRITE_EVERY):
-        for verdict in doors.judge.judge(exchanges[first : first + WRITE_EVERY]):
+        for verdict in session.judge.judge(exchanges[first : first + WRITE_EVERY]):
             yield verdict.rollout_id, to_json(verdict)

@@ -13,18 +13,18 @@ import numpy as np
 
 from ipo_lib.csr import SENTENCE
 from ipo_lib.engines.lora import base, config, fill
-from ipo_lib.profiles.run import Bench
+from ipo_lib.profiles.run import Run
 from ipo_lib.records import UNSAFE, Prompt, Prompts, Rollout, Rollouts, by_id
-from ipo_lib.stages import Judged as JudgedRollouts
+from ipo_lib.stages import JudgedRollouts as JudgedRollouts
 from ipo_lib.stages import (
-    Start,
-    cues,
+    Prefix,
+    find_cues,
     measure_csr,
+    random_subset,
     sample,
-    some,
+    sample_and_judge,
     trace_end,
     trace_sentences,
-    traces,
 )
 from ipo_lib.stats import mean
 from ipo_lib.turning_points.curves import Curve
@@ -36,38 +36,34 @@ CHUNK = 256  # positions whose logits are held at once
 FAR = 1000.0  # nats: no mean of tokens is outside
 INDEX, AROUND = range(60), range(-20, 31)  # tokens from a trace's start, and from its cue
 Points = tuple[tuple[int, float, float, float], ...]
-Divergence = Mapping[str, Sequence[float]]  # nats a token, by rollout id
+NatsByRollout = Mapping[str, Sequence[float]]  # nats a token, by rollout id
 
 
 def divergence(
-    bench: Bench,
-    adapter: Path,
-    prompts: Prompts,
-    rollouts: Rollouts,
-    direction: str = DIRECTIONS[0],
-) -> Divergence:
+    run: Run, adapter: Path, prompts: Prompts, rollouts: Rollouts, direction: str = DIRECTIONS[0]
+) -> NatsByRollout:
     """KL at every token of each rollout's trace, full vocabulary, float32 softmax; ``direction`` is open in the paper."""
-    doors = bench.doors
+    session = run.session
     spec = {
-        "sampler": bench.adapted(adapter).sampler.fingerprint(),
-        "chat": doors.chat.fingerprint(),
+        "sampler": run.adapted(adapter).sampler.fingerprint(),
+        "chat": session.chat.fingerprint(),
         "direction": direction,
     }
-    ledger, named = doors.store.ledger("divergence", VERSION, spec), by_id(rollouts)
+    ledger, named = session.store.ledger("divergence", VERSION, spec), by_id(rollouts)
     if missing := ledger.missing(named):
         import torch
         from peft import get_peft_model
 
-        settings = bench.profile.stage1
+        settings = run.profile.stage1
         device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
         model = get_peft_model(
-            base(bench.folder, settings, device), config(bench.folder, settings, adapter)
+            base(run.folder, settings, device), config(run.folder, settings, adapter)
         ).to(device)
-        fill(model, adapter, bench.folder)
+        fill(model, adapter, run.folder)
         for key in missing:
             one = named[key]
-            head = doors.chat.prompt_ids(prompts[one.prompt_id])
-            ids = one.token_ids[: trace_end(doors, one) or len(one.token_ids)]
+            head = session.chat.prompt_ids(prompts[one.prompt_id])
+            ids = one.token_ids[: trace_end(session, one) or len(one.token_ids)]
             given = torch.tensor([head + ids], device=device)
             with (
                 torch.no_grad(),
@@ -104,7 +100,7 @@ def _along(model: Any, ids: Any, head: int, direction: str) -> list[float]:
     return nats
 
 
-def aligned(found: Divergence, at: Mapping[str, int], window: range) -> Points:
+def aligned(found: NatsByRollout, at: Mapping[str, int], window: range) -> Points:
     """(offset, mean over traces, low, high) for offsets in ``window`` from the token ``at`` of each trace, where half of the
     traces have one."""
     rows = []
@@ -142,10 +138,10 @@ def known_changes(recorded: Sequence[tuple[Rollout, Curve]]) -> list[Changes]:
     return found
 
 
-def measured_changes(bench: Bench, seen: JudgedRollouts, rollouts: Rollouts) -> list[Changes]:
+def measured_changes(run: Run, seen: JudgedRollouts, rollouts: Rollouts) -> list[Changes]:
     """Changes of S from ``csr.draws`` continuations at every sentence end, where no exact ones are recorded."""
-    doors, settings = bench.doors, replace(bench.profile.csr, grain=SENTENCE, stride=1)
-    points = measure_csr(doors, seen.prompts, rollouts, settings, bench.thinking)
+    session, settings = run.session, replace(run.profile.csr, grain=SENTENCE, stride=1)
+    points = measure_csr(session, seen.prompts, rollouts, settings, run.thinking)
     return [
         Changes(key, tuple(p.cut for p in own), tuple(p.s for p in own))
         for key, own in points.items()
@@ -153,7 +149,10 @@ def measured_changes(bench: Bench, seen: JudgedRollouts, rollouts: Rollouts) -> 
 
 
 def concentration(
-    found: Divergence, changes: Sequence[Changes], prompts: Mapping[str, str], matched: bool = False
+    found: NatsByRollout,
+    changes: Sequence[Changes],
+    prompts: Mapping[str, str],
+    matched: bool = False,
 ) -> tuple[tuple[str, float], ...]:
     """Whether KL sits where S changes: by prompt, the mean over its traces of a difference in nats a token.
 
@@ -195,7 +194,7 @@ def _by_sentence(nats: Sequence[float], ends: Sequence[int]) -> list[list[float]
 
 
 @dataclass(frozen=True)
-class Moved:
+class Divergence:
     """How far one model moved: KL by token ``index`` and around the ``cue`` of unsafe base traces, by index on ``benign``
     prompts, and by prompt how much more there is ``where`` S changes most: than elsewhere in the trace, and (``matched``) than at
     the same place of other traces. (offset, mean, low, high) in nats."""
@@ -209,8 +208,8 @@ class Moved:
     matched: tuple[tuple[str, float], ...] = ()
 
 
-def moved(
-    bench: Bench,
+def measure_divergence(
+    run: Run,
     row: str,
     seed: int,
     adapter: Path,
@@ -218,7 +217,7 @@ def moved(
     benign: Sequence[Prompt],
     count: int,
     curves: int = 0,
-) -> Moved:
+) -> Divergence:
     """How far an adapter moved the base model.
 
     Args:
@@ -230,34 +229,34 @@ def moved(
         count: unsafe base traces, and traces of benign prompts, that are measured.
         curves: base traces along which S is measured where the profile has no recorded curves.
     """
-    doors, plan = bench.doors, bench.profile.plan
-    seen = traces(doors, harmful, bench.thinking, plan.draws)
-    unsafe = some(seen.labelled(UNSAFE), count, bench.profile.seed)
-    finder = bench.truth() or bench.detector(seen.rollouts, seen.verdicts)
+    session, plan = run.session, run.profile.plan
+    seen = sample_and_judge(session, harmful, run.thinking, plan.draws)
+    unsafe = random_subset(seen.labelled(UNSAFE), count, run.profile.seed)
+    finder = run.truth() or run.detector(seen.rollouts, seen.verdicts)
     found, cue = (
-        divergence(bench, adapter, seen.prompts, unsafe),
-        cues(doors, seen.prompts, unsafe, finder),
+        divergence(run, adapter, seen.prompts, unsafe),
+        find_cues(session, seen.prompts, unsafe, finder),
     )
     starts = {
-        one.id: trace_sentences(doors, one)[at].token_start
+        one.id: trace_sentences(session, one)[at].token_start
         for one in unsafe
         if (at := cue[one.id]) is not None
     }
     named = by_id(benign)
-    plain = sample(doors, [Start(prompt) for prompt in benign][:count], bench.thinking, 1)
-    recorded = recorded_rollouts(doors, seen, bench.forks())
+    plain = sample(session, [Prefix(prompt) for prompt in benign][:count], run.thinking, 1)
+    recorded = recorded_rollouts(session, seen, run.forks())
     if recorded:
         known = [rollout for rollout, _ in recorded]
         changes = known_changes(recorded)
     else:
-        known = some(seen.rollouts, curves, bench.profile.seed) if curves else []
-        changes = measured_changes(bench, seen, known) if known else []
+        known = random_subset(seen.rollouts, curves, run.profile.seed) if curves else []
+        changes = measured_changes(run, seen, known) if known else []
     owners = {one.id: one.prompt_id for one in known}
-    along = divergence(bench, adapter, seen.prompts, known) if known else {}
+    along = divergence(run, adapter, seen.prompts, known) if known else {}
     where, matched = (concentration(along, changes, owners, beside) for beside in (False, True))
-    other = divergence(bench, adapter, named, plain)
+    other = divergence(run, adapter, named, plain)
     first, second = ({**dict.fromkeys(own, 0)} for own in (found, other))
-    return Moved(
+    return Divergence(
         row,
         seed,
         aligned(found, first, INDEX),

@@ -12,7 +12,15 @@ from math import nan
 from ipo_lib.cues import CueDetector
 from ipo_lib.records import UNSAFE, Prompts, Rollout, Rollouts, Verdicts
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Doors, Start, cues, draw, trace_end, trace_sentences, trace_texts
+from ipo_lib.stages import (
+    Prefix,
+    Session,
+    draw_rollouts,
+    find_cues,
+    trace_end,
+    trace_sentences,
+    trace_texts,
+)
 from ipo_lib.stats import Interval, pooled_rate
 from ipo_lib.triggers import Trigger
 
@@ -34,7 +42,7 @@ def nearest(texts: Sequence[str], triggers: Sequence[Trigger]) -> list[float]:
 
 
 def sentences(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     rollouts: Rollouts,
     triggers: Sequence[Trigger],
@@ -42,12 +50,12 @@ def sentences(
 ) -> dict[str, float]:
     """Means over rollouts: traces with a sentence like a trigger, with a cue; the index of the first such trigger; the
     similarity of the sentence nearest to one; tokens of a trace. nan where nothing has one."""
-    near = [nearest(trace_texts(doors, one), triggers) for one in rollouts]
+    near = [nearest(trace_texts(session, one), triggers) for one in rollouts]
     first = [next((at for at, value in enumerate(own) if value >= LIKE), None) for own in near]
-    cued = cues(doors, prompts, rollouts, detector)
+    cued = find_cues(session, prompts, rollouts, detector)
     places, lengths = (
         [at for at in first if at is not None],
-        [trace_end(doors, one) or len(one.token_ids) for one in rollouts],
+        [trace_end(session, one) or len(one.token_ids) for one in rollouts],
     )
 
     def average(values: Sequence[float]) -> float:
@@ -63,7 +71,7 @@ def sentences(
 
 
 def barred(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     rollouts: Rollouts,
     triggers: Sequence[Trigger],
@@ -76,19 +84,21 @@ def barred(
     for round_ in range(rounds):
         wanted = []
         for place, one in enumerate(found):
-            near = nearest(trace_texts(doors, one), triggers)
+            near = nearest(trace_texts(session, one), triggers)
             if (
                 at := next((at for at, value in enumerate(near) if value >= LIKE), None)
             ) is not None:
-                start = trace_sentences(doors, one)[at].token_start
+                start = trace_sentences(session, one)[at].token_start
                 wanted.append(
                     (
                         place,
-                        Start(prompts[one.prompt_id], one.token_ids[:start], one.token_ids[start]),
+                        Prefix(prompts[one.prompt_id], one.token_ids[:start], one.token_ids[start]),
                     )
                 )
         asked = [(start, BARRED + round_ * len(found) + place) for place, start in wanted]
-        for (place, _), new in zip(wanted, draw(doors, asked, sampling, "barred"), strict=True):
+        for (place, _), new in zip(
+            wanted, draw_rollouts(session, asked, sampling, "barred"), strict=True
+        ):
             found[place] = new
     return found
 

@@ -6,14 +6,14 @@ import csv
 from functools import cache
 from typing import Any
 
-from ipo_lib.profiles.reading import house
+from ipo_lib.profiles.reading import checkout
 from ipo_lib.records import BadInput
 
 
 @cache
 def table(name: str) -> tuple[dict[str, str], ...]:
     """All rows of a table by its file name without ``.csv``."""
-    if not (path := house() / "figures" / "paper_tables" / f"{name}.csv").is_file():
+    if not (path := checkout() / "figures" / "paper_tables" / f"{name}.csv").is_file():
         known = ", ".join(sorted(one.stem for one in path.parent.glob("*.csv")))
         raise BadInput(f"paper table {name!r} is unknown; known: {known}")
     with path.open(encoding="utf-8", newline="") as file:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats as scipy_stats
 
-from ipo_lib.experiments.kl import FAR, Moved
-from ipo_lib.experiments.study import Cell, written
+from ipo_lib.experiments.kl import FAR, Divergence
+from ipo_lib.experiments.study import Cell, read_studies
 from ipo_lib.records import from_json
 from ipo_lib.stats import (
     HOLDS,
@@ -211,7 +211,7 @@ def against_tokens(
 
 
 @dataclass(frozen=True)
-class Compared:
+class RowDifference:
     """``row`` minus ``other`` on one measure, over prompts and the seeds that both have.
 
     ``p`` is the larger of two: signs of the prompts' mean differences flipped at random, and Student's t
@@ -229,7 +229,7 @@ class Compared:
 
 def compare(
     cells: Sequence[Cell], row: str, other: str, measure: str, against: str = ""
-) -> Compared:
+) -> RowDifference:
     """The paired difference of two rows by prompt and seed.
 
     Args:
@@ -250,7 +250,7 @@ def compare(
 
 def compared(
     row: str, other: str, measure: str, differences: Any, coverage: float = 1.0, widest: float = 1.0
-) -> Compared:
+) -> RowDifference:
     """A comparison from the differences by seed and prompt.
 
     Args:
@@ -261,7 +261,7 @@ def compared(
     """
     table = np.array(differences, dtype=float)
     if not table.size:
-        return Compared(
+        return RowDifference(
             row,
             other,
             measure,
@@ -273,7 +273,7 @@ def compared(
     known = table[:, ~np.isnan(table).all(axis=0)]
     every = tuple(float(np.nanmean(one)) if not np.isnan(one).all() else math.nan for one in known)
     over_prompts = sign_flip(np.nanmean(known, axis=0).tolist()) if known.size else 1.0
-    return Compared(
+    return RowDifference(
         row,
         other,
         measure,
@@ -299,7 +299,9 @@ def sign_flip(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
-def located(found: Sequence[Moved], row: str, other: str = "", matched: bool = False) -> Compared:
+def located(
+    found: Sequence[Divergence], row: str, other: str = "", matched: bool = False
+) -> RowDifference:
     """KL where S changes most minus elsewhere, in nats a token, over prompts and seeds.
 
     Args:
@@ -317,7 +319,7 @@ def located(found: Sequence[Moved], row: str, other: str = "", matched: bool = F
     return compared(row, other, "KL", sides[0] - sides[1] if common else [], widest=FAR)
 
 
-def _where(found: Sequence[Moved], row: str, matched: bool) -> dict[int, dict[str, float]]:
+def _where(found: Sequence[Divergence], row: str, matched: bool) -> dict[int, dict[str, float]]:
     """By seed and prompt how much more KL there is where S changes most."""
     rows = {
         one.seed: dict(one.matched if matched else one.where) for one in found if one.row == row
@@ -338,7 +340,7 @@ def _table(
 
 
 @dataclass(frozen=True)
-class Said:
+class Comparison:
     """One comparison of a claim: ``row`` is said to have ``less`` of ``measure`` than ``other`` (of ``against``, if that is
     another). ``kind``: of claim, by which a profile says whether its world was built to show it."""
 
@@ -350,16 +352,17 @@ class Said:
     kind: str = "harm after training"
 
 
-def claims() -> dict[str, list[Said]]:
+def claims() -> dict[str, list[Comparison]]:
     """The paper's claims about methods, each as comparisons of rows."""
     return {
-        name: [from_json(Said, one) for one in own] for name, own in written()["claims"].items()
+        name: [from_json(Comparison, one) for one in own]
+        for name, own in read_studies()["claims"].items()
     }
 
 
-def judged(cells: Sequence[Cell], moves: Sequence[Moved]) -> list[dict[str, Any]]:
+def judged(cells: Sequence[Cell], moves: Sequence[Divergence]) -> list[dict[str, Any]]:
     """The paper's claims with every comparison behind them and what they come to by the rule of ``verdicts``."""
-    found: dict[str, list[tuple[Compared, bool]]] = {}
+    found: dict[str, list[tuple[RowDifference, bool]]] = {}
     for name, own in (known_claims := claims()).items():
         moved_rows = {one.row for one in moves}
         known = [
@@ -396,7 +399,7 @@ def judged(cells: Sequence[Cell], moves: Sequence[Moved]) -> list[dict[str, Any]
     ]
 
 
-def verdicts(claims: Mapping[str, Sequence[tuple[Compared, bool]]]) -> dict[str, str]:
+def verdicts(claims: Mapping[str, Sequence[tuple[RowDifference, bool]]]) -> dict[str, str]:
     """What each claim comes to. A claim is comparisons with whether the row is said to have *less*: it holds if in each the sign
     is as said in all seeds, at least SEEDS of them, the interval over prompts and seeds excludes 0, the larger p survives Holm
     over all comparisons of all claims and COVERED of the responses were judged; it is the other way round if one of them is; else
@@ -408,7 +411,7 @@ def verdicts(claims: Mapping[str, Sequence[tuple[Compared, bool]]]) -> dict[str,
             break
         passed.add(key)
 
-    def decided(one: Compared, less: bool) -> str:
+    def decided(one: RowDifference, less: bool) -> str:
         sign = -1 if less else 1
         signs = {
             math.copysign(1, value * sign) if value else 0

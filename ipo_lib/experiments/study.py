@@ -25,10 +25,10 @@ from ipo_lib import evaluation
 from ipo_lib.engines.lora import Untrainable
 from ipo_lib.engines.progress import FILE, say
 from ipo_lib.experiments import learned, recipes
-from ipo_lib.experiments.kl import Moved, moved
+from ipo_lib.experiments.kl import Divergence, measure_divergence
 from ipo_lib.profiles.layered import Yaml
-from ipo_lib.profiles.reading import house
-from ipo_lib.profiles.run import Bench, open_bench
+from ipo_lib.profiles.reading import checkout
+from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.profiles.settings import PROFILE, Expected, StudySettings
 from ipo_lib.records import (
     ANSWER,
@@ -44,7 +44,7 @@ from ipo_lib.records import (
     from_json,
     to_json,
 )
-from ipo_lib.stages import Doors, by_prompt, judge
+from ipo_lib.stages import Session, by_prompt, judge
 from ipo_lib.stats import pooled_rate
 from ipo_lib.store import Store
 
@@ -77,27 +77,27 @@ class Cell:
     date: str = ""
 
 
-def written() -> dict[str, Any]:
+def read_studies() -> dict[str, Any]:
     """``notebooks/studies.yml``: tables and claims."""
-    return dict(yaml.load((house() / "notebooks" / "studies.yml").read_text("utf-8"), Yaml))
+    return dict(yaml.load((checkout() / "notebooks" / "studies.yml").read_text("utf-8"), Yaml))
 
 
 def tables() -> dict[str, dict[str, dict[str, Any]]]:
     """The rows of every table: what each changes in a profile, by dotted name."""
     return {
         name: {row: change or {} for row, change in own.items()}
-        for name, own in written()["tables"].items()
+        for name, own in read_studies()["tables"].items()
     }
 
 
-def rows(bench: Bench, table: str) -> dict[str, dict[str, Any]]:
+def rows(run: Run, table: str) -> dict[str, dict[str, Any]]:
     """The rows of a table that the profile runs."""
-    known, own = tables(), bench.profile.studies.get(table)
+    known, own = tables(), run.profile.studies.get(table)
     if table not in known:
         raise BadInput(f"study: table {table!r} is unknown; known: {', '.join(known)}")
-    if unknown := [name for name in bench.profile.studies if name not in known]:
+    if unknown := [name for name in run.profile.studies if name not in known]:
         raise BadInput(
-            f"study: profile {bench.profile.name!r} names table {unknown[0]!r}; known: {', '.join(known)}"
+            f"study: profile {run.profile.name!r} names table {unknown[0]!r}; known: {', '.join(known)}"
         )
     if own is None:
         return {}
@@ -111,7 +111,7 @@ def rows(bench: Bench, table: str) -> dict[str, dict[str, Any]]:
 
 
 def cell(
-    bench: Bench,
+    run: Run,
     row: str,
     change: Changes,
     seed: int,
@@ -119,27 +119,27 @@ def cell(
     benign: str = "train_benign",
 ) -> Cell:
     """One row with one seed: made, evaluated and stored; nothing is done twice."""
-    own = recipes.seeded(bench.changed(change), seed)
+    own = recipes.seeded(run.changed(change), seed)
     spec = _spec(own, harmful, benign)
-    ledger = own.doors.store.ledger("cells", VERSION, spec)
+    ledger = own.session.store.ledger("cells", VERSION, spec)
     if "cell" not in ledger:
         started = time.monotonic()
         try:
-            made = recipes.make(own, own.prompts(harmful), own.prompts(benign))
+            made = recipes.run_recipe(own, own.prompts(harmful), own.prompts(benign))
         except Untrainable as error:  # what the row has then is the untouched model
-            made = recipes.Made(
-                own.doors, None, 0, sum(own.doors.store.drawn.values()), {}, [], str(error)
+            made = recipes.RecipeResult(
+                own.session, None, 0, sum(own.session.store.drawn.values()), {}, [], str(error)
             )
-        doors = replace(
-            made.doors, store=Store(own.doors.store.root)
+        session = replace(
+            made.session, store=Store(own.session.store.root)
         )  # which counts the evaluation alone
-        measured, shares, taught, answers = _evaluated(own, doors, made, own.prompts(harmful))
+        measured, shares, taught, answers = _evaluated(own, session, made, own.prompts(harmful))
         done = Cell(
             "",
             0,
             made.pairs,
             made.tokens,
-            round(sum(doors.store.drawn.values()) / max(answers, 1), 1),
+            round(sum(session.store.drawn.values()) / max(answers, 1), 1),
             round(time.monotonic() - started, 1),
             made.adapter.parent.name if made.adapter else "",
             made.counts,
@@ -155,9 +155,9 @@ def cell(
     return replace(from_json(Cell, ledger["cell"]), row=row, seed=seed)
 
 
-def _spec(bench: Bench, harmful: str, benign: str) -> dict[str, Any]:
+def _spec(run: Run, harmful: str, benign: str) -> dict[str, Any]:
     """All that decides a cell: settings, model, judge, detector, triggers and prompts."""
-    p, doors = bench.profile, bench.doors
+    p, session = run.profile, run.session
     deciding = replace(
         p,
         about="",
@@ -169,15 +169,15 @@ def _spec(bench: Bench, harmful: str, benign: str) -> dict[str, Any]:
         calibrated=(),
     )
     sets = [
-        [to_json(one) for one in bench.prompts(name)]
+        [to_json(one) for one in run.prompts(name)]
         for name in (harmful, benign, *p.evaluation.sets)
     ]
-    known: list[Any] = [one.fingerprint() for one in (doors.sampler, doors.judge)]
+    known: list[Any] = [one.fingerprint() for one in (session.sampler, session.judge)]
     if p.detector and p.triggers:
-        finder = bench.detector([], [])
+        finder = run.detector([], [])
         known += [
             finder.fingerprint(),
-            [to_json(one) for one in [*bench.triggers({}, [], [], finder), *bench.pool()]],
+            [to_json(one) for one in [*run.triggers({}, [], [], finder), *run.pool()]],
         ]
     return {
         "profile": digest(repr(deciding)),
@@ -187,12 +187,12 @@ def _spec(bench: Bench, harmful: str, benign: str) -> dict[str, Any]:
 
 
 def _evaluated(
-    bench: Bench, doors: Doors, made: recipes.Made, prompts: Sequence[Prompt]
+    run: Run, session: Session, made: recipes.RecipeResult, prompts: Sequence[Prompt]
 ) -> tuple[Counts, dict[str, float], dict[str, float], int]:
     """(what was measured, the share of it that was judged, what the traces are like, how many responses there are) of a model
     that a recipe made."""
-    p, sets = bench.profile, {name: bench.prompts(name) for name in bench.profile.evaluation.sets}
-    found = evaluation.evaluate(doors, sets, p.evaluation, p.sampling, made.respond)
+    p, sets = run.profile, {name: run.prompts(name) for name in run.profile.evaluation.sets}
+    found = evaluation.evaluate(session, sets, p.evaluation, p.sampling, made.respond)
     measured = {f"{one.set}: {one.measure}": tuple(one.counts.values()) for one in found}
     shares = {
         f"{one.set}: {one.measure}": round(1 - one.unknown / max(one.total, 1), 4) for one in found
@@ -205,11 +205,11 @@ def _evaluated(
     named, rollouts = dict[str, Prompt](), list[Rollout]()
     for name in p.evaluation.harmful:
         own, asked = (
-            made.respond(doors, sets[name], p.sampling, p.evaluation.draws),
+            made.respond(session, sets[name], p.sampling, p.evaluation.draws),
             by_id(sets[name]),
         )
         pairs = list(
-            zip(*(judge(doors, asked, own, part) for part in (TRACE, ANSWER)), strict=True)
+            zip(*(judge(session, asked, own, part) for part in (TRACE, ANSWER)), strict=True)
         )
         for label in (SAFE, UNSAFE):
             kept = [at for at, (trace, _) in enumerate(pairs) if trace.label == label]
@@ -219,19 +219,19 @@ def _evaluated(
             )
         named = by_id([*named.values(), *sets[name]])
         rollouts += own
-    finder = recipes.detector(bench, PROFILE, prompts)
+    finder = recipes.detector(run, PROFILE, prompts)
     taught = learned.sentences(
-        doors, named, rollouts, recipes.triggers(bench, prompts, finder), finder
+        session, named, rollouts, recipes.triggers(run, prompts, finder), finder
     )
     return measured, shares, taught, answers
 
 
-def run(bench: Bench, table: str) -> list[Cell]:
+def run_table(run: Run, table: str) -> list[Cell]:
     """Every cell of a table, written to ``full-<table>.json`` among the profile's figures as they come."""
-    settings, own = bench.profile.studies.get(table, StudySettings()), rows(bench, table)
+    settings, own = run.profile.studies.get(table, StudySettings()), rows(run, table)
     if (workers := min(settings.workers, settings.seeds, os.cpu_count() or 1)) > 1:
         _ahead(
-            bench,
+            run,
             table,
             [(row, change, seed) for row, change in own.items() for seed in range(settings.seeds)],
             workers,
@@ -240,27 +240,25 @@ def run(bench: Bench, table: str) -> list[Cell]:
     found = []
     for at, (row, change, seed) in enumerate(wanted):
         say(at, len(wanted), f"{table}: {row}, seed {seed}")
-        found.append(cell(bench, row, change, seed))
-        _write(bench, table, own, found)
+        found.append(cell(run, row, change, seed))
+        _write(run, table, own, found)
     return found
 
 
-def _ahead(
-    bench: Bench, table: str, wanted: Sequence[tuple[str, Changes, int]], workers: int
-) -> None:
+def _ahead(run: Run, table: str, wanted: Sequence[tuple[str, Changes, int]], workers: int) -> None:
     """Bring cells to the store from several processes, each with its share of the cores. Seeds of one row come after each other:
     cells of one seed build on the same data and adapters, and would be in each other's way."""
     with ProcessPoolExecutor(workers, get_context("spawn"), _share_cores, (workers,)) as pool:
-        running = [pool.submit(_bring, bench.given, *one) for one in wanted]
+        running = [pool.submit(_bring, run.given, *one) for one in wanted]
         try:
             for at, _ in enumerate(as_completed(running), 1):
                 say(at, len(wanted), f"{table}, {workers} at a time")
             for one in running:
                 one.result()
         except BrokenProcessPool as error:
-            mend = f"if memory ran out, run again with -p studies.{table}.workers=1; finished cells are kept"
+            hint = f"if memory ran out, run again with -p studies.{table}.workers=1; finished cells are kept"
             raise BadInput(
-                f"study: a process that made cells of {table!r} was killed; {mend}"
+                f"study: a process that made cells of {table!r} was killed; {hint}"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -276,34 +274,30 @@ def _share_cores(workers: int) -> None:
 def _bring(given: tuple[str, Changes, str, str], row: str, change: Changes, seed: int) -> None:
     """One cell; bad input, also that another process builds what is needed, is met again where cells are read."""
     with suppress(BadInput):
-        cell(open_bench(*given), row, change, seed)
+        cell(open_run(*given), row, change, seed)
 
 
-def _write(bench: Bench, table: str, changes: Changes, found: Sequence[Any]) -> str:
+def _write(run: Run, table: str, changes: Changes, found: Sequence[Any]) -> str:
     """Write the records of a full run, one a line; returns the date."""
-    bench.figures.mkdir(parents=True, exist_ok=True)
-    said: dict[str, Any] = {
-        "table": table,
-        "profile": bench.profile.name,
-        "about": bench.profile.about,
-    }
+    run.figures.mkdir(parents=True, exist_ok=True)
+    said: dict[str, Any] = {"table": table, "profile": run.profile.name, "about": run.profile.about}
     said |= {
         "date": datetime.date.today().isoformat(),
         "changes": changes,
         "cells": [asdict(one) for one in found],
     }
     lines = json.dumps(said, separators=(",", ":")).replace('{"row"', '\n{"row"')
-    (bench.figures / f"full-{table}.json").write_text(lines + "\n")
+    (run.figures / f"full-{table}.json").write_text(lines + "\n")
     return str(said["date"])
 
 
-def table(bench: Bench, name: str, full: bool) -> tuple[list[Cell], str]:
+def table(run: Run, name: str, full: bool) -> tuple[list[Cell], str]:
     """The cells of a table and their date: run now, or as committed with the last full run; none where the profile runs none."""
-    if not rows(bench, name):
+    if not rows(run, name):
         return [], "never"
     if full:
-        return run(bench, name), datetime.date.today().isoformat()
-    return committed(bench.profile.name, name, Cell, bench.figures)
+        return run_table(run, name), datetime.date.today().isoformat()
+    return committed(run.profile.name, name, Cell, run.figures)
 
 
 def committed(
@@ -311,7 +305,7 @@ def committed(
 ) -> tuple[list[Record], str]:
     """The records of the last full run of a profile and its date, from ``figures`` or else the checkout's; none where there was
     none."""
-    places = [*([figures] if figures else []), house() / "figures" / profile]
+    places = [*([figures] if figures else []), checkout() / "figures" / profile]
     path = next((one for place in places if (one := place / f"full-{table}.json").is_file()), None)
     if path is None:
         return [], "never"
@@ -320,31 +314,31 @@ def committed(
 
 
 def kl(
-    bench: Bench, full: bool, seeds: int, harmful: str, benign: str, count: int
-) -> tuple[list[Moved], str]:
+    run: Run, full: bool, seeds: int, harmful: str, benign: str, count: int
+) -> tuple[list[Divergence], str]:
     """How far each trained row of table 2 moved, the first ``seeds`` of each, as ``table``: run now, or as committed."""
     if not full:
-        return committed(bench.profile.name, "kl", Moved, bench.figures)
-    if not (own := rows(bench, "table2")):
+        return committed(run.profile.name, "kl", Divergence, run.figures)
+    if not (own := rows(run, "table2")):
         return [], "never"
-    found = list[Moved]()
-    sets = bench.prompts(harmful), bench.prompts(benign)
-    every = range(min(seeds, bench.profile.studies["table2"].seeds))
+    found = list[Divergence]()
+    sets = run.prompts(harmful), run.prompts(benign)
+    every = range(min(seeds, run.profile.studies["table2"].seeds))
     for seed in every:
         for at, (row, change) in enumerate(own.items()):
-            if folder := cell(bench, row, change, seed, harmful, benign).adapter:
+            if folder := cell(run, row, change, seed, harmful, benign).adapter:
                 say(seed * len(own) + at, len(every) * len(own), f"KL: {row}, seed {seed}")
                 found.append(
-                    moved(
-                        bench,
+                    measure_divergence(
+                        run,
                         row,
                         seed,
-                        bench.doors.store.root / "adapters" / folder / "files",
+                        run.session.store.root / "adapters" / folder / "files",
                         *sets,
                         count,
                     )
                 )
-    return found, _write(bench, "kl", own, found)
+    return found, _write(run, "kl", own, found)
 
 
 def repeated(cells: Sequence[Cell], fresh: Cell | None) -> str:

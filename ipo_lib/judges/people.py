@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from ipo_lib.judging import HARM, Exchange, Judge
-from ipo_lib.prompts import data, read
+from ipo_lib.prompts import data_folder, read_rows
 from ipo_lib.records import ANSWER, UNSAFE, BadInput, digest, from_json
 from ipo_lib.stats import Interval, kappa, pooled_rate
 from ipo_lib.store import Store
@@ -91,11 +91,11 @@ def load(name: str) -> list[Labelled]:
     """The answers of a set. BadInput: no such set, or no ``$IPO_DATA`` that holds it."""
     if name not in known():
         raise BadInput(f"labelled set {name!r} is unknown; choose one of {', '.join(known())}")
-    spec, folder = known()[name], data()
+    spec, folder = known()[name], data_folder()
     if not folder:
         raise BadInput(f"labelled set {name!r}: set IPO_DATA to the folder that holds {spec.file}")
     found = []
-    for number, row in enumerate(read(folder / spec.file)):
+    for number, row in enumerate(read_rows(folder / spec.file)):
         group = str(row[spec.by])
         if (
             spec.half is not None

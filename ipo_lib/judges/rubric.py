@@ -181,12 +181,12 @@ class RubricJudge:
 
     def _check_readable(self, who: str) -> None:
         """BadInput where too few answers can be read to go on paying for more."""
-        seen, mend = self.seen, "take a model that follows the rubric, or raise"
+        seen, hint = self.seen, "take a model that follows the rubric, or raise"
         with self.budget.lock:
             if not seen.well and seen.strange >= self.nonsense:
                 seen.stopped = True
                 raise BadInput(
-                    f"{who}: none of {seen.strange} answers ends in a verdict line; {mend} nonsense"
+                    f"{who}: none of {seen.strange} answers ends in a verdict line; {hint} nonsense"
                 )
             lost = seen.recent.count(False)
             if (
@@ -196,7 +196,7 @@ class RubricJudge:
             ):
                 seen.stopped = True
                 said = f"{lost} of the last {len(seen.recent)} answers have no verdict line that can be read"
-                raise BadInput(f"{who}: {said}; verdicts so far are kept; {mend} unreadable")
+                raise BadInput(f"{who}: {said}; verdicts so far are kept; {hint} unreadable")
 
 
 def new_mark(quoted: str) -> str:
@@ -226,7 +226,7 @@ def rubric(
 ) -> RubricJudge:
     """A rubric judge from plain settings, as a profile names it; judges of one server in one process share its budget."""
     own = from_json(Server, dict(server))
-    purse = shared_budget(
+    shared_budget_ = shared_budget(
         own, "judge", dollars=budget, calls=calls, dollars_in=dollars_in, dollars_out=dollars_out
     )
-    return RubricJudge(own, purse, **settings)
+    return RubricJudge(own, shared_budget_, **settings)

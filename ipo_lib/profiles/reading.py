@@ -12,7 +12,7 @@ from ipo_lib.profiles.settings import Profile
 from ipo_lib.records import BadInput, from_json
 
 
-def house() -> Path:
+def checkout() -> Path:
     """The checkout that holds ``notebooks/`` and ``figures/``. Raises BadInput outside one."""
     for folder in (Path(__file__).parents[2], Path.cwd(), *Path.cwd().parents):
         if (folder / "notebooks" / "profiles").is_dir():
@@ -22,19 +22,21 @@ def house() -> Path:
     )
 
 
-def available() -> list[str]:
+def profile_names() -> list[str]:
     """The names of the shipped profiles."""
-    return sorted(path.stem for path in (house() / "notebooks" / "profiles").glob("*.yml"))
+    return sorted(path.stem for path in (checkout() / "notebooks" / "profiles").glob("*.yml"))
 
 
-def read(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
+def read_profile(name: str, overrides: Mapping[str, Any] | None = None) -> Profile:
     """A profile by name or by the path of a ``.yml`` file, with settings changed by dotted name."""
     path = (
-        Path(name) if name.endswith(".yml") else house() / "notebooks" / "profiles" / f"{name}.yml"
+        Path(name)
+        if name.endswith(".yml")
+        else checkout() / "notebooks" / "profiles" / f"{name}.yml"
     )
     if not path.is_file():
         raise BadInput(
-            f"profile {name!r} is unknown; known: {', '.join(available())}, or the path of a .yml file"
+            f"profile {name!r} is unknown; known: {', '.join(profile_names())}, or the path of a .yml file"
         )
     data = {"name": path.stem, **layered(path)}
     for dotted, value in (overrides or {}).items():
@@ -64,14 +66,14 @@ def _one_base(settings: Profile) -> Profile:
     for name in ("stage1", "stage2"):
         asked = getattr(settings, name).quantize
         if asked not in ("auto", own):
-            mend = f"set model.quantize to {asked or 'null'}, or {name}.quantize to auto"
+            hint = f"set model.quantize to {asked or 'null'}, or {name}.quantize to auto"
             raise BadInput(
-                f"profile {settings.name!r}: {name}.quantize is {asked!r}, the model is sampled with {own!r}; {mend}"
+                f"profile {settings.name!r}: {name}.quantize is {asked!r}, the model is sampled with {own!r}; {hint}"
             )
     if own and settings.model.server:
-        mend = "drop model.quantize, or sample in this process"
+        hint = "drop model.quantize, or sample in this process"
         raise BadInput(
-            f"profile {settings.name!r}: model.quantize is {own!r}, but a server samples whole weights; {mend}"
+            f"profile {settings.name!r}: model.quantize is {own!r}, but a server samples whole weights; {hint}"
         )
     if own is None:
         return settings

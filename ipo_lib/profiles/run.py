@@ -18,9 +18,9 @@ from ipo_lib.engines.transformers_sampler import TransformersSampler
 from ipo_lib.engines.vllm import ServerSampler
 from ipo_lib.judging import UNANIMOUS, ByQuestion, Judge, Panel
 from ipo_lib.overlap import apart
-from ipo_lib.profiles.reading import house, read
-from ipo_lib.profiles.settings import Model, Part, Profile
-from ipo_lib.prompts import load, reference
+from ipo_lib.profiles.reading import checkout, read_profile
+from ipo_lib.profiles.settings import Component, Model, Profile
+from ipo_lib.prompts import load_prompts, object_named
 from ipo_lib.records import (
     BadInput,
     Prompt,
@@ -33,7 +33,7 @@ from ipo_lib.records import (
     to_json,
 )
 from ipo_lib.sampling import Sampler, Sampling
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 from ipo_lib.stats import Interval, wilson
 from ipo_lib.store import Store
 from ipo_lib.triggers import Trigger
@@ -45,19 +45,19 @@ CLOSED = 0.5  # share of closed traces under which nothing is claimed about trac
 
 
 @dataclass(frozen=True)
-class Bench:
+class Run:
     """A profile with its doors open: what a notebook starts from. Models load when a verb first misses a record."""
 
     profile: Profile
-    doors: Doors
+    session: Session
     folder: Path
     figures: Path
     given: tuple[str, Mapping[str, Any], str, str] = ("", {}, "", "")
 
-    def changed(self, changes: Mapping[str, Any]) -> Bench:
+    def changed(self, changes: Mapping[str, Any]) -> Run:
         """The bench of the same profile with more settings changed, by dotted name."""
         name, overrides, store, figures = self.given
-        return open_bench(name, {**overrides, **changes}, store, figures)
+        return open_run(name, {**overrides, **changes}, store, figures)
 
     @property
     def thinking(self) -> Sampling:
@@ -70,16 +70,16 @@ class Bench:
             raise BadInput(
                 f"prompt set {name!r} is not in profile {self.profile.name!r}; known: {', '.join(sets)}"
             )
-        found = load(name, sets[name])
-        others = [one for other in sets[name].apart for one in load(other, sets[other])]
+        found = load_prompts(name, sets[name])
+        others = [one for other in sets[name].apart for one in load_prompts(other, sets[other])]
         return apart(found, others) if others else found
 
     def detector(self, rollouts: Rollouts, verdicts: Verdicts) -> CueDetector:
         """The profile's cue detector; where it names none, a lexicon learnt from these judged rollouts."""
         return (
-            made(part)
+            build_component(part)
             if (part := self.profile.detector)
-            else learn_lexicon(self.doors, rollouts, verdicts)
+            else learn_lexicon(self.session, rollouts, verdicts)
         )
 
     def triggers(
@@ -87,9 +87,9 @@ class Bench:
     ) -> list[Trigger]:
         """The profile's triggers in use; where it names none, mined from these judged rollouts."""
         if (s := self.profile).triggers:
-            return list(by_id(made(s.triggers)).values())
+            return list(by_id(build_component(s.triggers)).values())
         return mine_pool(
-            self.doors,
+            self.session,
             prompts,
             rollouts,
             verdicts,
@@ -102,11 +102,11 @@ class Bench:
 
     def paraphrases(self) -> list[str]:
         """Trigger sentences held out of everything; none where the profile has none."""
-        return list(made(part)) if (part := self.profile.paraphrases) else []
+        return list(build_component(part)) if (part := self.profile.paraphrases) else []
 
     def pool(self) -> list[Trigger]:
         """All triggers that were mined; none where the profile keeps no pool."""
-        return list(by_id(made(part)).values()) if (part := self.profile.pool) else []
+        return list(by_id(build_component(part)).values()) if (part := self.profile.pool) else []
 
     def taught(self, prompts: Sequence[Prompt]) -> list[str]:
         """A safe response of the profile's stronger source to every prompt."""
@@ -114,23 +114,23 @@ class Bench:
             raise BadInput(
                 f"profile {self.profile.name!r} names no teacher; name one, or take a recipe without"
             )
-        return list(reference(part.use)(prompts, self.profile.seed, **part.arguments))
+        return list(object_named(part.use)(prompts, self.profile.seed, **part.arguments))
 
     def truth(self) -> CueDetector | None:
         """The detector that is never wrong, in a world that has one."""
-        return made(part) if (part := self.profile.truth) else None
+        return build_component(part) if (part := self.profile.truth) else None
 
     def wide_truth(self) -> CueDetector | None:
         """The detector of any sentence that commits to helping, never wrong, in a world that has one."""
-        return made(part) if (part := self.profile.wide_truth) else None
+        return build_component(part) if (part := self.profile.wide_truth) else None
 
     def forks(self) -> list[Curve]:
         """The recorded outcome curves of the profile's model; none where it has none."""
-        return curves.load(made(part)) if (part := self.profile.forks) else []
+        return curves.load(build_component(part)) if (part := self.profile.forks) else []
 
-    def aligned(self) -> Doors | None:
+    def aligned(self) -> Session | None:
         """The doors of the model aligned on answers only, where the profile has one."""
-        return self.adapted(Path(made(part))) if (part := self.profile.aligned) else None
+        return self.adapted(Path(build_component(part))) if (part := self.profile.aligned) else None
 
     def origin(self, kind: str) -> str:
         """Where a claim of this kind comes from in this profile: calibrated or emergent."""
@@ -158,23 +158,24 @@ class Bench:
         """The profile's judges by what they are."""
         parts = {"judge": self.profile.judge, "second judge": self.profile.second_judge}
         return {
-            f"{name}, {part.use.rpartition(':')[2]}": made(part)
+            f"{name}, {part.use.rpartition(':')[2]}": build_component(part)
             for name, part in parts.items()
             if part
         }
 
-    def second(self, doors: Doors) -> Doors | None:
+    def second(self, session: Session) -> Session | None:
         """The same doors with the profile's second judge, where it has one."""
         return (
-            replace(doors, judge=_kept(canonical(to_json(part))))
+            replace(session, judge=_kept(canonical(to_json(part))))
             if (part := self.profile.second_judge)
             else None
         )
 
-    def adapted(self, adapter: Path | None) -> Doors:
+    def adapted(self, adapter: Path | None) -> Session:
         """The same doors with a trained adapter on the model (None: as it is)."""
         return replace(
-            self.doors, sampler=sampler(self.profile.model, self.folder, self.doors.chat, adapter)
+            self.session,
+            sampler=sampler(self.profile.model, self.folder, self.session.chat, adapter),
         )
 
     def adapters(self, figure: str) -> dict[str, Path]:
@@ -183,7 +184,7 @@ class Bench:
             raise BadInput(f"{sidecar} is missing; run the training notebook first")
         named, root = (
             json.loads(sidecar.read_text("utf-8"))["artifacts"],
-            self.doors.store.root / "adapters",
+            self.session.store.root / "adapters",
         )
         found = {
             f"after {stage}": root / named[stage] / "files" for stage in ("stage 1", "stage 2")
@@ -208,8 +209,8 @@ class Bench:
         than half of the whole responses closed their trace, claims about traces are withheld, and the share is said instead."""
         about, tokens, closed = (
             self.profile.about,
-            sum(self.doors.store.drawn.values()),
-            [*self.doors.store.closed.values()],
+            sum(self.session.store.drawn.values()),
+            [*self.session.store.closed.values()],
         )
         if closed and (share := wilson(sum(closed), len(closed))).value < CLOSED:
             claims = plots.withheld(claims, self.profile.name, share)
@@ -226,30 +227,33 @@ class Bench:
         )
 
 
-def made(part: Part) -> Any:
+def build_component(part: Component) -> Any:
     """The object a ``Part`` describes."""
     try:
-        return reference(part.use)(**part.arguments)
+        return object_named(part.use)(**part.arguments)
     except TypeError as error:
         raise BadInput(f"{part.use}: wrong arguments ({error})") from None
 
 
 def panel(judges: Sequence[Mapping[str, Any]], rule: str = UNANIMOUS) -> Panel:
     """A panel of judges, each written as a ``Part``."""
-    return Panel([made(from_json(Part, dict(one))) for one in judges], rule)
+    return Panel([build_component(from_json(Component, dict(one))) for one in judges], rule)
 
 
 def by_question(**judges: Mapping[str, Any]) -> ByQuestion:
     """A judge for each question, each written as a ``Part``."""
     return ByQuestion(
-        {question: made(from_json(Part, dict(one))) for question, one in judges.items()}
+        {
+            question: build_component(from_json(Component, dict(one)))
+            for question, one in judges.items()
+        }
     )
 
 
 @functools.cache
 def _kept(part: str) -> Any:
     """The object of a ``Part`` written as JSON, made once: a judge may hold a model."""
-    return made(from_json(Part, json.loads(part)))
+    return build_component(from_json(Component, json.loads(part)))
 
 
 def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None) -> Sampler:
@@ -267,28 +271,28 @@ def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None)
     )
 
 
-def open_bench(
+def open_run(
     profile: str, overrides: Mapping[str, Any] | None = None, store: str = "", figures: str = ""
-) -> Bench:
+) -> Run:
     """Read a profile and open its doors. ``store`` and ``figures`` are folders; empty means the usual places."""
     warnings.filterwarnings(
         "ignore", message="IProgress not found"
     )  # tqdm asks for widgets that nobody here uses
-    settings = read(profile, overrides)
+    settings = read_profile(profile, overrides)
     folder = Path(
-        made(settings.model.find) if settings.model.find else settings.model.folder
+        build_component(settings.model.find) if settings.model.find else settings.model.folder
     ).expanduser()
     if not settings.model.find and not (settings.model.folder and folder.is_dir()):
         raise BadInput(
             f"model folder {str(folder)!r} is missing; put a model there or name another as model.folder"
         )
     chat = Chat(folder, prefill=settings.model.prefill, system=settings.model.system)
-    doors = Doors(
+    session = Session(
         Store(store or None),
         chat,
         sampler(settings.model, folder, chat),
-        made(settings.judge),
+        build_component(settings.judge),
         settings.seed,
     )
-    target = Path(figures).expanduser() if figures else house() / "figures" / settings.name
-    return Bench(settings, doors, folder, target, (profile, overrides or {}, store, figures))
+    target = Path(figures).expanduser() if figures else checkout() / "figures" / settings.name
+    return Run(settings, session, folder, target, (profile, overrides or {}, store, figures))

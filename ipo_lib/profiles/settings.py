@@ -14,7 +14,7 @@ from ipo_lib.pairs import PairSettings
 from ipo_lib.prompts import PromptSet
 from ipo_lib.records import SPARSE, BadInput, from_json
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Plan
+from ipo_lib.stages import CorrectionSettings
 from ipo_lib.turning_points.adaptive import SearchSettings
 
 FETCHED = (
@@ -24,14 +24,14 @@ FETCHED = (
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A judge, a detector or a folder as data: ``module:name`` and the arguments it is called with."""
 
     use: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def all(self) -> list[Part]:
+    def all(self) -> list[Component]:
         """This part and those among its arguments, as of a panel."""
         values = [*self.arguments.values()]
         inner = [one for value in values for one in (value if isinstance(value, list) else [value])]
@@ -41,7 +41,7 @@ class Part:
                 part
                 for one in inner
                 if isinstance(one, dict) and "use" in one
-                for part in from_json(Part, one).all
+                for part in from_json(Component, one).all
             ),
         ]
 
@@ -53,7 +53,7 @@ class Model:
     for training. ``architecture``: for ``ipo doctor`` where the folder is not here yet."""
 
     folder: str = ""
-    find: Part | None = None
+    find: Component | None = None
     prefill: str = ""
     system: str | None = None
     device: str = "auto"
@@ -163,7 +163,9 @@ REWARD_FORMULAS = {"I[z]": (1, 0), "I[y]": (0, 1), "I[z]+I[y]": (1, 1), "I[z]-I[
 class GrpoSettings:
     """Settings of GRPO; LoRA, precision and the rest are stage 1's. The learning rate is constant."""
 
-    reward: str = "I[z]-I[y]"  # a formula of REWARD_FORMULAS, I[.] being 1 where the judge says safe
+    reward: str = (
+        "I[z]-I[y]"  # a formula of REWARD_FORMULAS, I[.] being 1 where the judge says safe
+    )
     budget: int = 0  # generated tokens at which, to half a step, training ends
     # in a recipe, where budget is 0: of what Algorithm 1 generates for the same prompts
     multiple: float = field(default=1.0, metadata=SPARSE)
@@ -178,7 +180,9 @@ class GrpoSettings:
 
     def __post_init__(self) -> None:
         if self.reward not in REWARD_FORMULAS:
-            raise BadInput(f"grpo: reward {self.reward!r} is unknown; use {', '.join(REWARD_FORMULAS)}")
+            raise BadInput(
+                f"grpo: reward {self.reward!r} is unknown; use {', '.join(REWARD_FORMULAS)}"
+            )
         if (
             self.batch_size * self.accumulation % self.group
             or min(self.group, self.batch_size, self.accumulation) < 1
@@ -212,20 +216,20 @@ class Profile:
     about: str
     model: Model
     prompts: Mapping[str, PromptSet]
-    judge: Part
-    detector: Part | None = None
-    triggers: Part | None = None
-    truth: Part | None = None
-    wide_truth: Part | None = None
-    paraphrases: Part | None = None
-    pool: Part | None = None
-    teacher: Part | None = None
+    judge: Component
+    detector: Component | None = None
+    triggers: Component | None = None
+    truth: Component | None = None
+    wide_truth: Component | None = None
+    paraphrases: Component | None = None
+    pool: Component | None = None
+    teacher: Component | None = None
     examples: tuple[Example, ...] = ()
     studies: Mapping[str, StudySettings] = field(default_factory=dict)
-    aligned: Part | None = None
+    aligned: Component | None = None
     null_world: str = ""
-    second_judge: Part | None = None
-    forks: Part | None = None
+    second_judge: Component | None = None
+    forks: Component | None = None
     calibrated: tuple[str, ...] = ()
     beside: Mapping[str, str] = field(default_factory=dict)
     neutral: tuple[str, ...] = ()
@@ -242,7 +246,7 @@ class Profile:
     sampling: Sampling = Sampling()
     csr: CsrSettings = CsrSettings()
     search: SearchSettings = SearchSettings()
-    plan: Plan = Plan()
+    plan: CorrectionSettings = CorrectionSettings()
     pairs: PairSettings = PairSettings()
     stage1: DpoSettings = DpoSettings()
     stage2: Stage2Settings = Stage2Settings()

@@ -25,7 +25,7 @@ from typing import Any
 from ipo_lib import dpo
 from ipo_lib.chat import Chat
 from ipo_lib.engines import lora
-from ipo_lib.profiles.reading import house
+from ipo_lib.profiles.reading import checkout
 from ipo_lib.records import Ids, Pair
 from ipo_lib.sandbox import world
 from ipo_lib.sandbox.corpus import Finetuned, documents
@@ -226,7 +226,7 @@ def training() -> None:
         "steps": STEPS,
         "lengths": LENGTHS,
     }
-    (house() / "figures" / RESULT).write_text(
+    (checkout() / "figures" / RESULT).write_text(
         json.dumps({**machine, "runs": found}, indent=1) + "\n"
     )
 

@@ -30,9 +30,9 @@ from ipo_lib.evaluation import (
     EvaluationSettings,
     evaluate,
 )
-from ipo_lib.experiments.detectors import FewShot
-from ipo_lib.experiments.findings import chosen
-from ipo_lib.profiles.reading import read
+from ipo_lib.experiments.detectors import FewShotCues
+from ipo_lib.experiments.findings import choose_traces
+from ipo_lib.profiles.reading import read_profile
 from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, by_id, from_json, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.sandbox import world
@@ -42,8 +42,17 @@ from ipo_lib.sandbox.judge import ExactJudge, GrammarCues
 from ipo_lib.sandbox.organism import BODIES, folder, shipped
 from ipo_lib.sandbox.smollm2 import base
 from ipo_lib.sandbox.traces import raised
-from ipo_lib.stages import Doors, Plan, Start, by_prompt, judge, sample, some, trace_texts
-from ipo_lib.stages import traces as judged_traces
+from ipo_lib.stages import (
+    CorrectionSettings,
+    Prefix,
+    Session,
+    by_prompt,
+    judge,
+    random_subset,
+    sample,
+    trace_texts,
+)
+from ipo_lib.stages import sample_and_judge as judged_traces
 from ipo_lib.stats import detection, format_interval, wilson
 from ipo_lib.store import Store
 from ipo_lib.triggers import Trigger
@@ -84,13 +93,13 @@ TARGETS: dict[str, tuple[float, float]] = {
 }
 
 
-def doors(name: str) -> Doors:
+def session(name: str) -> Session:
     """The doors to one organism, with the exact judge; an aligned one is its adapter on its base."""
     base, adapter = (
         (body.base, folder(name)) if isinstance(body := BODIES[name], Aligned) else (name, None)
     )
     chat = Chat(folder(base))
-    return Doors(
+    return Session(
         Store(),
         chat,
         TransformersSampler(folder(base), chat, adapter=adapter, batch_size=192),
@@ -98,7 +107,7 @@ def doors(name: str) -> Doors:
     )
 
 
-def calibration(opened: Doors, prompts: int = 100, draws: int = 8) -> dict[str, float]:
+def calibration(opened: Session, prompts: int = 100, draws: int = 8) -> dict[str, float]:
     """Each quantity of ``TARGETS``, measured on held-out prompts at T = 0.6, top-p 0.95."""
     sampling = Sampling(max_tokens=320)
     sets = {name: world.prompts(name, prompts) for name in (*HARMFUL, "lookalike", "sums")}
@@ -112,7 +121,7 @@ def calibration(opened: Doors, prompts: int = 100, draws: int = 8) -> dict[str, 
         elif one.measure in (ANSWERED, CORRECT):
             found[f"{one.set} {one.measure.split()[0]}"] = one.rate.value
     every = by_id(prompt for name in HARMFUL for prompt in sets[name])
-    rollouts = sample(opened, [Start(prompt) for prompt in every.values()], sampling, draws)
+    rollouts = sample(opened, [Prefix(prompt) for prompt in every.values()], sampling, draws)
     traces, answers = (judge(opened, every, rollouts, part) for part in (TRACE, ANSWER))
     slips = sum(
         t.label != UNSAFE and a.label == UNSAFE for t, a in zip(traces, answers, strict=True)
@@ -125,7 +134,7 @@ def calibration(opened: Doors, prompts: int = 100, draws: int = 8) -> dict[str, 
         well_formed(r.text, opened.chat.opened) and r.finish == "stop" for r in rollouts
     ) / len(rollouts)
     training = by_id(world.prompts("train_harmful", prompts))
-    drawn = sample(opened, [Start(prompt) for prompt in training.values()], sampling, draws)
+    drawn = sample(opened, [Prefix(prompt) for prompt in training.values()], sampling, draws)
     counts = by_prompt(drawn, judge(opened, training, drawn))
     found["prompts with 0 safe traces in 8"] = sum(k == draws for k, _ in counts.values()) / len(
         counts
@@ -158,7 +167,7 @@ def table(found: Mapping[str, float]) -> str:
 
 def calibrate(name: str) -> None:
     """Measure, print, and write the card beside the weights."""
-    found = calibration(doors(name))
+    found = calibration(session(name))
     print(table(found))
     training = json.loads((shipped(name) / "training.json").read_text("utf-8"))
     files = (
@@ -186,12 +195,12 @@ def calibrate(name: str) -> None:
 def mine(name: str) -> None:
     """Learn the lexicon and mine the trigger pool on training prompts; write both beside the weights."""
     opened, thinking, (prompts, traces) = (
-        doors(name),
+        session(name),
         Sampling(max_tokens=256, until="think"),
         MINED.get(name, (160, 48)),
     )
     named = by_id(world.prompts("train_harmful", prompts, MINING_SEED))
-    rollouts = sample(opened, [Start(prompt) for prompt in named.values()], thinking, 8)
+    rollouts = sample(opened, [Prefix(prompt) for prompt in named.values()], thinking, 8)
     verdicts = judge(opened, named, rollouts)
     cues = learn_lexicon(opened, rollouts, verdicts)
     pool, used = mine_pool(
@@ -202,7 +211,7 @@ def mine(name: str) -> None:
         cues,
         CsrSettings(),
         SearchSettings(),
-        Plan(traces=traces),
+        CorrectionSettings(traces=traces),
         thinking,
     )
     (shipped(name) / "lexicon.json").write_text(json.dumps(to_json(cues), indent=0) + "\n")
@@ -221,7 +230,7 @@ def mine(name: str) -> None:
 def record(name: str) -> None:
     """Record the forks of some traces of training prompts, half of them safe and half unsafe, for ``ipo_lib.turning_points.curves``."""
     opened, thinking, (prompts, traces, one_each) = (
-        doors(name),
+        session(name),
         Sampling(max_tokens=256, until="think"),
         RECORDED[name],
     )
@@ -230,9 +239,9 @@ def record(name: str) -> None:
         r
         for label in (SAFE, UNSAFE)
         for r in (
-            chosen(seen, label, traces, 0, True)
+            choose_traces(seen, label, traces, 0, True)
             if one_each
-            else some(seen.labelled(label), traces, 0)
+            else random_subset(seen.labelled(label), traces, 0)
         )
     ]
     curves = record_forks(opened, seen.prompts, kept, seen.labels, thinking, FORKS)
@@ -243,9 +252,13 @@ def record(name: str) -> None:
 def cues(name: str) -> None:
     """How a model asked by few-shot for the first cue agrees with the truth and with itself, on one unsafe trace a prompt: the
     organism itself, and the plain chat model below it."""
-    opened, thinking, settings = doors(name), Sampling(max_tokens=256, until="think"), read(name)
+    opened, thinking, settings = (
+        session(name),
+        Sampling(max_tokens=256, until="think"),
+        read_profile(name),
+    )
     seen = judged_traces(opened, world.prompts("train_harmful", 64), thinking, 8)
-    kept = chosen(seen, UNSAFE, 40, 0, True)
+    kept = choose_traces(seen, UNSAFE, 40, 0, True)
     texts = {one.id: trace_texts(opened, one) for one in kept}
     truth = [GrammarCues().first(one, seen.prompts[one.prompt_id], texts[one.id]) for one in kept]
     examples = tuple((one.sentences, one.answer) for one in settings.examples)
@@ -258,7 +271,7 @@ def cues(name: str) -> None:
         finds = []
         for temperature, draw in ((0.0, 0), *((0.6, at) for at in range(3))):
             finds.append(
-                [*FewShot(body, examples, temperature, draw).many(seen.prompts, kept).values()]
+                [*FewShotCues(body, examples, temperature, draw).many(seen.prompts, kept).values()]
             )
         same = [
             wilson(sum(a == b for a, b in zip(*pair, strict=True)), len(kept))

@@ -12,7 +12,7 @@ import numpy as np
 from ipo_lib.csr import END, SENTENCE, START_LOCKED, TOKEN, CsrSettings
 from ipo_lib.records import SAFE, TRACE, Prompts, TurningPoint, by_id, from_json, to_json
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import Doors
+from ipo_lib.stages import Session
 from ipo_lib.stats import Interval, clopper_pearson, format_interval, mean, wilson
 from ipo_lib.turning_points import locate
 from ipo_lib.turning_points.adaptive import FAIL, PASS, UNDECIDED, SearchSettings, Wald, adaptive
@@ -54,7 +54,7 @@ def estimators(
 
 
 @dataclass(frozen=True)
-class Compared:
+class EstimatorResult:
     """What one estimator found on one trace, beside the truth."""
 
     found: TurningPoint
@@ -84,18 +84,18 @@ def _kind(turn: TurningPoint) -> str:
 
 def compare(
     curves: Sequence[Curve], named: Estimators, kind: str, csr: CsrSettings, seed: int = 0
-) -> dict[str, list[Compared]]:
+) -> dict[str, list[EstimatorResult]]:
     """Every estimator on every curve of a known outcome, beside where Eq. 2 or 3 turns on the true curve: at the S at which the
     protocol does, ``PROTOCOL`` above mu and below eta."""
     curves, true = _truths(curves, kind, csr)
     found = {name: find_on_curves(curves, estimator, seed) for name, estimator in named.items()}
     return {
-        name: [Compared(turns[c.trace.id], true[c.trace.id], c) for c in curves]
+        name: [EstimatorResult(turns[c.trace.id], true[c.trace.id], c) for c in curves]
         for name, turns in found.items()
     }
 
 
-def against(rows: Iterable[Compared], csr: CsrSettings, mu: float) -> list[Compared]:
+def against(rows: Iterable[EstimatorResult], csr: CsrSettings, mu: float) -> list[EstimatorResult]:
     """The same findings beside the truth of another threshold."""
     exact = replace(csr, mu=mu, eta=1 - mu)
     return [
@@ -116,26 +116,26 @@ def _truths(
 
 
 def live(
-    doors: Doors,
+    session: Session,
     prompts: Prompts,
     curves: Sequence[Curve],
     named: Estimators,
     kind: str,
     csr: CsrSettings,
     sampling: Sampling,
-) -> dict[str, list[Compared]]:
+) -> dict[str, list[EstimatorResult]]:
     """The same on the model itself, whose continuations of these recorded traces are drawn and judged (``prompts`` by trace id);
     what was recorded is the truth. At a cut that several estimators ask for, they are given the same draws."""
     curves, true = _truths(curves, kind, csr)
     known, found = {curve.trace.id: curve.trace for curve in curves}, {}
     for name, estimator in named.items():
         searches = {key: estimator(trace) for key, trace in known.items()}
-        turns, _ = locate.run(doors, prompts, known, searches, csr.part, sampling)
-        found[name] = [Compared(turns[c.trace.id], true[c.trace.id], c) for c in curves]
+        turns, _ = locate.run_searches(session, prompts, known, searches, csr.part, sampling)
+        found[name] = [EstimatorResult(turns[c.trace.id], true[c.trace.id], c) for c in curves]
     return found
 
 
-def table(rows: Mapping[str, Sequence[Compared]]) -> dict[str, dict[str, str]]:
+def table(rows: Mapping[str, Sequence[EstimatorResult]]) -> dict[str, dict[str, str]]:
     """One row an estimator, in words: agreement with the truth, the paired difference to the paper's protocol, cost, saving."""
     found = {}
     for name, own in rows.items():
@@ -174,7 +174,7 @@ def knobs(
                 curves, partial(adaptive, kind=kind, csr=own, settings=used), seed
             )
             rows = [
-                Compared(turns[c.trace.id], truth(c.trace, kind, exact, c.truth.tolist()), c)
+                EstimatorResult(turns[c.trace.id], truth(c.trace, kind, exact, c.truth.tolist()), c)
                 for c in curves
             ]
             found.append(
@@ -184,7 +184,7 @@ def knobs(
 
 
 def agreement(
-    rows: Sequence[Compared], against: Sequence[Compared] | None = None
+    rows: Sequence[EstimatorResult], against: Sequence[EstimatorResult] | None = None
 ) -> dict[str, Interval]:
     """Within one sentence, the same sentence, the right kind of trace; with ``against`` the paired difference of the first."""
     found = {
@@ -202,7 +202,7 @@ def agreement(
     return found
 
 
-def costs(rows: Sequence[Compared]) -> dict[str, float]:
+def costs(rows: Sequence[EstimatorResult]) -> dict[str, float]:
     """Rollouts a trace (mean, 95th percentile) and generated tokens a trace."""
     rollouts = [row.found.rollouts for row in rows]
     return {
@@ -213,7 +213,10 @@ def costs(rows: Sequence[Compared]) -> dict[str, float]:
 
 
 def saving(
-    rows: Sequence[Compared], against: Sequence[Compared], resamples: int = 2000, seed: int = 0
+    rows: Sequence[EstimatorResult],
+    against: Sequence[EstimatorResult],
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """How many times fewer tokens than ``against`` on the same traces, with a bootstrap interval over traces."""
     own, other = (
@@ -226,7 +229,7 @@ def saving(
     )
 
 
-def coverage(rows: Iterable[Compared], pooled: bool = False) -> Interval:
+def coverage(rows: Iterable[EstimatorResult], pooled: bool = False) -> Interval:
     """How often the Clopper-Pearson interval at a side of a turn holds the true S: of the fresh draws, or, to see why these are
     needed, of the ``pooled`` ones that the search itself was steered by."""
     hits = []
@@ -242,7 +245,7 @@ def coverage(rows: Iterable[Compared], pooled: bool = False) -> Interval:
     return wilson(sum(hits), len(hits))
 
 
-def errors(rows: Iterable[Compared]) -> dict[str, Interval]:
+def errors(rows: Iterable[EstimatorResult]) -> dict[str, Interval]:
     """Of all cuts tested at full strength: the share of those with a true S at or below ``LOW`` that passed, of those at or above
     ``HIGH`` that failed (for unsafe turns: of 1 - S), and of all that stayed undecided."""
     seen = []

@@ -28,9 +28,9 @@ from ipo_lib.chat import Chat
 from ipo_lib.judging import Exchange
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Ids, Prompt, Rollout, Verdict, by_id, digest
 from ipo_lib.sampling import Completion, Request, Sampling
-from ipo_lib.stages import Doors, Judged
+from ipo_lib.stages import JudgedRollouts, Session
 from ipo_lib.store import Store
-from ipo_lib.turning_points.exhaustive import UNKNOWN, Ask, Draws, Result, Trace, together
+from ipo_lib.turning_points.exhaustive import UNKNOWN, Ask, Draws, Result, Trace, run_together
 
 RARE = 0.01
 ROUNDED = 1e-4  # by which a recorder may have rounded a probability
@@ -140,7 +140,7 @@ def find_on_curves(
             else drawn
         )
 
-    return together({key: estimator(curve.trace) for key, curve in named.items()}, draw)
+    return run_together({key: estimator(curve.trace) for key, curve in named.items()}, draw)
 
 
 class Tape:
@@ -154,9 +154,9 @@ class Tape:
         self.places = {curve.id: at for at, curve in enumerate(self.curves)}
         self.prompts = {key: Prompt(key, key, "replay", True) for key in self.places}
 
-    def doors(self, store: Store, seed: int = 0) -> Doors:
+    def session(self, store: Store, seed: int = 0) -> Session:
         """Doors to the recorded traces."""
-        return Doors(store, cast(Chat, self), self, self, seed)
+        return Session(store, cast(Chat, self), self, self, seed)
 
     def fingerprint(self) -> dict[str, Any]:
         """The curves."""
@@ -293,7 +293,9 @@ def _curve(data: Any, where: str) -> Curve:
             data["label"] in LABELS,
         )
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{where}: {error!r:.80}; the format stands in ipo_lib.turning_points.curves") from None
+        raise BadInput(
+            f"{where}: {error!r:.80}; the format stands in ipo_lib.turning_points.curves"
+        ) from None
     if not ids or data["id"] is None:
         raise BadInput(
             f"{where}: {'id is null' if ids else 'token_ids is empty'}; record a trace with an id and its tokens"
@@ -353,7 +355,9 @@ def _spread(values: list[Any], grid: list[int], length: int, where: str, name: s
     return found
 
 
-def rollouts(doors: Doors, seen: Judged, curves: Iterable[Curve]) -> list[tuple[Rollout, Curve]]:
+def rollouts(
+    session: Session, seen: JudgedRollouts, curves: Iterable[Curve]
+) -> list[tuple[Rollout, Curve]]:
     """The recorded traces as rollouts of this run's prompts.
 
     A draw of a 16-bit model may come out otherwise on another machine, under the same id. So the tokens are
@@ -373,7 +377,7 @@ def rollouts(doors: Doors, seen: Judged, curves: Iterable[Curve]) -> list[tuple[
         if rollout.token_ids[: len(ids)] != ids or len(rollout.token_ids) != len(ids):
             name = digest([rollout.id, list(ids)])
             rollout = replace(
-                rollout, id=name, token_ids=ids, text=doors.chat.decode(ids), finish="think"
+                rollout, id=name, token_ids=ids, text=session.chat.decode(ids), finish="think"
             )
         found.append((rollout, curve))
     return found

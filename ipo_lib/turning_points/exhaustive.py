@@ -183,7 +183,7 @@ def split_measured(
     return [*choosing, *known], [*_points(trace, again, wanted), *known]
 
 
-def together(
+def run_together(
     searches: Mapping[str, Generator[list[Ask], Draws, Result]],
     draw: Callable[[Mapping[str, list[Ask]]], Mapping[str, Draws]],
 ) -> dict[str, Result]:

@@ -144,8 +144,8 @@ def corrected(test: Wald, kind: str, calibration: Calibration) -> Wald:
             f"{name} {format_interval(rate)}"
             for name, rate in (("sensitivity", sensitivity), ("specificity", specificity))
         ]
-        mend = f"cannot tell {test.low:.3f} from {test.high:.3f}; use a better judge, or label more text"
-        raise BadInput(f"correction: a judge of {' and '.join(seen)} {mend}")
+        hint = f"cannot tell {test.low:.3f} from {test.high:.3f}; use a better judge, or label more text"
+        raise BadInput(f"correction: a judge of {' and '.join(seen)} {hint}")
     return replace(test, low=low, high=high)
 
 
