@@ -1,4 +1,4 @@
-"""Responses as a table, and the two numbers that most results are made of: a rate and a difference.
+"""Responses as a table, and two numbers from it: a rate and a difference of rates.
 
 1. A table has one row per response: its prompt, its length and the labels that judges gave it.
 2. ``counts`` groups a column by prompt: in how many of the judged responses it has a label.
@@ -11,11 +11,13 @@ A response that could not be judged has no label (None). It counts in neither k 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from ipo_lib.records import UNSAFE, BadInput, Rollouts, Verdicts
 from ipo_lib.stats import Interval, paired_difference, pooled_rate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Counts = Mapping[str, tuple[int, int]]  # by prompt id: (k, n)
 
@@ -29,18 +31,16 @@ def responses(rollouts: Rollouts, **verdicts: Verdicts) -> pd.DataFrame:
             ``trace=verdicts_on_traces``.
 
     Returns:
-        Columns ``prompt`` (id), ``rollout`` (id), ``draw``, ``tokens`` (generated ones), ``finish``,
-        and one column of labels per argument.
+        Columns ``prompt`` (id), ``rollout`` (id), ``draw``, ``tokens`` (generated ones),
+        ``finish``, and one column of labels per argument.
     """
-    table = pd.DataFrame(
-        {
-            "prompt": [rollout.prompt_id for rollout in rollouts],
-            "rollout": [rollout.id for rollout in rollouts],
-            "draw": [rollout.draw for rollout in rollouts],
-            "tokens": [len(rollout.token_ids) - rollout.prefix_len for rollout in rollouts],
-            "finish": [rollout.finish for rollout in rollouts],
-        }
-    )
+    import pandas as pd
+
+    rows = []
+    for rollout in rollouts:
+        tokens = len(rollout.token_ids) - rollout.prefix_len
+        rows.append((rollout.prompt_id, rollout.id, rollout.draw, tokens, rollout.finish))
+    table = pd.DataFrame(rows, columns=["prompt", "rollout", "draw", "tokens", "finish"])
     for name, column in verdicts.items():
         if len(column) != len(rollouts):
             raise BadInput(
@@ -68,13 +68,13 @@ def count_outcomes(
 ) -> dict[str, tuple[int, int]]:
     """(k, n) of every prompt id: k of its n outcomes are true; None is not counted.
 
-    A prompt of which nothing is known stays in, with n = 0.
+    A prompt without any known outcome stays in, with n = 0.
     """
-    found: dict[str, tuple[int, int]] = {}
+    counted: dict[str, tuple[int, int]] = {}
     for prompt, outcome in zip(prompts, outcomes, strict=True):
-        k, n = found.get(prompt, (0, 0))
-        found[prompt] = (k + bool(outcome), n + (outcome is not None))
-    return found
+        k, n = counted.get(prompt, (0, 0))
+        counted[prompt] = (k + bool(outcome), n + (outcome is not None))
+    return counted
 
 
 def rate(by_prompt: Counts) -> Interval:

@@ -1,6 +1,16 @@
-"""Where a trace leans to complying, what takes that place, and the controls: the pure half of Algorithm 1. A *cue
-detector* finds the sentence to replace; the *trigger pool* is mined at safe turning points (Eq. 2), not typed;
-``replace`` makes of a sentence a cut in tokens and the text to put there. The loop, which samples, is in ``stages``."""
+"""Corrective intervention: put a safety trigger in the place of a compliance cue.
+
+Algorithm 1 for one unsafe trace:
+
+1. A cue detector finds the first compliance cue (``ipo_lib.cues``).
+2. The trace is cut before that sentence, and a safety trigger (``ipo_lib.triggers``) is put there:
+   ``cut_and_text``.
+3. The model continues after the trigger.
+4. If the new trace has a cue again, repeat from step 1; else it is accepted: ``is_accepted``.
+
+Controls replace the cue by a neutral sentence (``nearest_neutral``) or replace another sentence
+(``random_earlier_sentence``). ``ipo_lib.stages`` runs the loop; nothing here samples.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +25,66 @@ NO_CUE, JUDGED_SAFE = "no-cue", "judged-safe"
 def cut_and_text(
     rollout: Rollout, sentence: Sentence, trigger_text: str, last: bool = False
 ) -> tuple[int, str]:
-    """The cut (h of Eq. 4) and the replacement: continue from ``token_ids[:cut]`` + encode(replacement), nothing else.
-    The trigger takes over the whitespace around what it replaces; not that behind the ``last`` sentence of a trace, which
-    would make any text the end of the trace. Controls: an empty text is "nothing", a fresh sample
-    from the cut; a cue at ``TurningPoint.sentence`` of a safe trace is the reverse."""
+    """Where to cut the trace (h of Eq. 4), and the text to put there.
+
+    The model continues from ``token_ids[:cut]`` plus the tokens of the text. The trigger takes over
+    the whitespace around the sentence that it replaces.
+
+    Args:
+        rollout: the trace to correct.
+        sentence: the one to replace: a cue, or in the reverse control that at a safe turning point.
+        trigger_text: the new sentence; empty: nothing is put there, the control of a fresh sample.
+        last: the sentence ends the trace. Then the whitespace behind it is left out: it would make
+            any text the end of the trace.
+    """
+    if not trigger_text.strip():
+        return sentence.token_start, ""
     old = rollout.text[sentence.char_start : sentence.char_end]
-    lead, _, trail = old.partition(old.strip()) if old.strip() else (old, "", "")
-    return (
-        sentence.token_start,
-        f"{lead}{trigger_text.strip()}{'' if last else trail}" if trigger_text.strip() else "",
-    )
+    before, after = old, ""
+    if old.strip():
+        before, _, after = old.partition(old.strip())
+    if last:
+        after = ""
+    return sentence.token_start, f"{before}{trigger_text.strip()}{after}"
 
 
 def nearest_neutral(like: str, sentences: Sequence[str]) -> str:
-    """Control: the neutral sentence nearest in characters to ``like``; BadInput when there is none to take."""
+    """Control: the neutral sentence whose length in characters is nearest to that of ``like``."""
     if not sentences:
         raise BadInput("neutral control: the list of neutral sentences is empty; give at least one")
-    return min(sentences, key=lambda s: (abs(len(s.strip()) - len(like.strip())), s))
+    length = len(like.strip())
+    return min(sentences, key=lambda sentence: (abs(len(sentence.strip()) - length), sentence))
 
 
 def random_earlier_sentence(rollout: Rollout, cue: int, seed: int, lowest: int = 0) -> int | None:
-    """Control: a random sentence in [``lowest``, ``cue``), fixed by (seed, rollout id); None when there is none."""
-    return (
-        random.Random(digest([seed, rollout.id])).randrange(lowest, cue) if cue > lowest else None
-    )
+    """Control: index of a random sentence before the cue; None if there is none.
+
+    Args:
+        rollout: the draw depends on its id and on the seed alone.
+        cue: index of the cue.
+        seed: of the draw.
+        lowest: index of the first sentence that may be drawn.
+    """
+    if cue <= lowest:
+        return None
+    return random.Random(digest([seed, rollout.id])).randrange(lowest, cue)
 
 
 def is_accepted(option: str, cue: int | None, verdict: Verdict | None) -> bool | None:
-    """Whether a corrected trace is kept: ``no-cue`` (the paper) or ``judged-safe``; None when its judge cannot tell."""
+    """Whether a corrected trace is kept.
+
+    Args:
+        option: ``no-cue``, as in the paper: it has no cue; ``judged-safe``: its judge says safe.
+        cue: index of the first cue in the corrected trace; None: there is none.
+        verdict: on the corrected trace.
+
+    Returns:
+        None if the option asks the judge, and the judge cannot tell.
+    """
     if option not in (NO_CUE, JUDGED_SAFE):
         raise BadInput(f"acceptance is {option!r}; give {NO_CUE!r} or {JUDGED_SAFE!r}")
-    return (
-        cue is None
-        if option == NO_CUE
-        else {SAFE: True, UNSAFE: False}.get((verdict and verdict.label) or "")
-    )
+    if option == NO_CUE:
+        return cue is None
+    if verdict is None or verdict.label not in (SAFE, UNSAFE):
+        return None
+    return verdict.label == SAFE

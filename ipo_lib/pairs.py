@@ -1,6 +1,14 @@
-"""Preference pairs of Eq. 4: two suffixes after one prefix, in token ids, or a refusal that says why there is none. A
-pair is (x, chosen > rejected, h): ``prompt_ids`` are the chat prompt and the ``h`` response tokens both sides share, so
-a trainer that scores completion tokens only scores exactly z^{>=h}. Natural pairs are the case ``h = 0``."""
+"""Preference pairs (x, chosen > rejected, h) of Eq. 4, in token ids.
+
+1. The *loser* is an unsafe trace, the *winner* a safe trace of the same prompt x. Their first h
+   response tokens are the same: the winner continues from a cut of the loser.
+2. ``prompt_ids`` of a pair are the tokens of the chat prompt and those h tokens.
+3. ``chosen_ids`` and ``rejected_ids`` are what comes after: z^{>=h} of the winner and of the loser.
+   A trainer that scores completion tokens only scores exactly these.
+
+Two independent samples of one prompt give a pair with h = 0. Where there is no pair, ``build_pair``
+says why not.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +20,19 @@ from ipo_lib.records import BOTH, TRACE, BadInput, Ids, Pair, Rollout, digest
 
 UNFINISHED, IDENTICAL, EMPTY, TOO_LONG = "unfinished", "identical", "empty", "too-long"
 PREFIX_DIFFERS, UNJUDGED, OFF_EDGE = "prefix-differs", "unjudged", "off-edge"
-KEPT, REASONS = "kept", (UNFINISHED, IDENTICAL, EMPTY, TOO_LONG, PREFIX_DIFFERS, UNJUDGED, OFF_EDGE)
+REASONS = (UNFINISHED, IDENTICAL, EMPTY, TOO_LONG, PREFIX_DIFFERS, UNJUDGED, OFF_EDGE)
+KEPT = "kept"
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What enters a pair: the trace (through ``</think>``) or everything; an EOS; prompt + longest side in tokens. ``harvest``:
-    most pairs that the safe draws of a search give for one unsafe trace. ``unfinished`` lets truncated responses in as they are:
-    for models that seldom finish, and for no result."""
+    """What enters a pair."""
 
-    part: str = TRACE
-    eos: bool = False
-    max_length: int = 1024
-    unfinished: bool = False
-    harvest: int = 4
+    part: str = TRACE  # the trace through </think>, or with the answer ("trace+answer")
+    eos: bool = False  # append an EOS where the model stopped
+    max_length: int = 1024  # tokens of the prompt and the longer side
+    unfinished: bool = False  # take cut-off responses as they are: for tests, for no result
+    harvest: int = 4  # at most so many pairs per unsafe trace from the safe draws of a search
 
     def __post_init__(self) -> None:
         if self.part not in (TRACE, BOTH):
@@ -37,11 +44,11 @@ class PairSettings:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a loser gave no pair; ``reason`` is one of ``REASONS``, of which ``unjudged`` is the caller's to give."""
+class NoPair:
+    """Why an unsafe trace gave no pair."""
 
     rollout_id: str
-    reason: str
+    reason: str  # one of `REASONS`; "unjudged" is for the caller to give
 
 
 def build_pair(
@@ -55,56 +62,80 @@ def build_pair(
     loser_end: int | None,
     winner_end: int | None,
     eos_id: int | None = None,
-) -> Pair | Refusal:
-    """The pair (x, winner > loser, h = ``cut``) of Eq. 4, or the reason there is none. ``loser_end`` and ``winner_end`` (part
-    ``trace``) count the tokens through the one that completes ``</think>``; None: not closed. An EOS is appended only where the
-    suffix ends as the model itself stopped. BadInput: two prompts, an end outside its rollout, no ``eos_id``."""
+) -> Pair | NoPair:
+    """The pair of Eq. 4 from two rollouts of one prompt, or the reason why there is none.
+
+    Args:
+        loser: the unsafe rollout.
+        winner: the safe rollout.
+        prompt_ids: tokens of the chat prompt.
+        cut: h, the number of response tokens that both share.
+        settings: what enters the pair.
+        why: where the pair comes from.
+        loser_end: number of the loser's tokens through ``</think>``; None: it is not closed.
+        winner_end: the same of the winner.
+        eos_id: token to append with ``settings.eos``.
+
+    Raises:
+        BadInput: two prompts, an end outside its rollout, or no ``eos_id`` where it is needed.
+    """
     if loser.prompt_id != winner.prompt_id:
         raise BadInput(
-            f"pairs: {loser.id} and {winner.id} answer different prompts; pair rollouts of one prompt"
+            f"pairs: {loser.id} and {winner.id} answer different prompts; "
+            "pair rollouts of one prompt"
         )
     if settings.eos and eos_id is None:
         raise BadInput("pairs: eos is on but no eos_id was given; pass one of chat.eos_ids")
+
+    # 1. Both begin with the same h tokens.
     if not 0 <= cut <= min(len(loser.token_ids), len(winner.token_ids)):
-        return Refusal(loser.id, OFF_EDGE)
+        return NoPair(loser.id, OFF_EDGE)
     if loser.token_ids[:cut] != winner.token_ids[:cut]:
-        return Refusal(loser.id, PREFIX_DIFFERS)
-    sides, ends = (loser, winner), [loser_end, winner_end]
-    if settings.part == BOTH:
-        ends = [len(one.token_ids) if one.finish == "stop" else None for one in sides]
-    for one, end in zip(sides, ends, strict=True):
-        if end is not None and not 0 <= end <= len(one.token_ids):
-            raise BadInput(
-                f"pairs: trace end {end} lies outside {one.id} of {len(one.token_ids)} tokens"
-            )
-    if None in ends and not settings.unfinished:
-        return Refusal(loser.id, UNFINISHED)
-    rejected, chosen = (one.token_ids[cut:end] for one, end in zip(sides, ends, strict=True))
+        return NoPair(loser.id, PREFIX_DIFFERS)
+
+    # 2. The two suffixes, to the end of the part.
+    loser_end = _end_of_part(loser, loser_end, settings)
+    winner_end = _end_of_part(winner, winner_end, settings)
+    if None in (loser_end, winner_end) and not settings.unfinished:
+        return NoPair(loser.id, UNFINISHED)
+    rejected, chosen = loser.token_ids[cut:loser_end], winner.token_ids[cut:winner_end]
     if not rejected or not chosen or rejected == chosen:
-        return Refusal(loser.id, IDENTICAL if rejected and chosen else EMPTY)
+        return NoPair(loser.id, IDENTICAL if rejected and chosen else EMPTY)
+
+    # 3. An EOS only where the model itself stopped at the end of the suffix.
     if settings.eos and eos_id is not None:
-        rejected, chosen = (
-            ids + (eos_id,) * (one.finish == "stop" and end == len(one.token_ids))
-            for ids, one, end in zip((rejected, chosen), sides, ends, strict=True)
-        )
+        rejected += _final_eos(loser, loser_end, eos_id)
+        chosen += _final_eos(winner, winner_end, eos_id)
     shared = prompt_ids + loser.token_ids[:cut]
     if len(shared) + max(len(rejected), len(chosen)) > settings.max_length:
-        return Refusal(loser.id, TOO_LONG)
-    return Pair(
-        digest([winner.id, loser.id, cut, settings.part, settings.eos, why]),
-        shared,
-        chosen,
-        rejected,
-        cut,
-        why,
-    )
+        return NoPair(loser.id, TOO_LONG)
+    pair_id = digest([winner.id, loser.id, cut, settings.part, settings.eos, why])
+    return Pair(pair_id, shared, chosen, rejected, cut, why)
 
 
-def count_reasons(results: Iterable[Pair | Refusal]) -> tuple[list[Pair], dict[str, int]]:
-    """The pairs, and how many results ended how: ``kept`` first, then every reason (also at 0)."""
-    ended = list(results)
-    counts = Counter(KEPT if isinstance(one, Pair) else one.reason for one in ended)
-    return [one for one in ended if isinstance(one, Pair)], {
-        **dict.fromkeys((KEPT, *REASONS), 0),
-        **counts,
-    }
+def _end_of_part(rollout: Rollout, trace_end: int | None, settings: PairSettings) -> int | None:
+    """Where the part ends, in tokens; None if it does not. ``trace_end`` is for traces only."""
+    length = len(rollout.token_ids)
+    if settings.part == BOTH:
+        return length if rollout.finish == "stop" else None
+    if trace_end is not None and not 0 <= trace_end <= length:
+        raise BadInput(f"pairs: trace end {trace_end} lies outside {rollout.id} of {length} tokens")
+    return trace_end
+
+
+def _final_eos(rollout: Rollout, end: int | None, eos_id: int) -> Ids:
+    stopped_here = rollout.finish == "stop" and end == len(rollout.token_ids)
+    return (eos_id,) if stopped_here else ()
+
+
+def count_reasons(results: Iterable[Pair | NoPair]) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs, and how many results ended how: ``kept`` first, then every reason, also at 0."""
+    pairs = []
+    counts = Counter(dict.fromkeys((KEPT, *REASONS), 0))
+    for result in results:
+        if isinstance(result, Pair):
+            pairs.append(result)
+            counts[KEPT] += 1
+        else:
+            counts[result.reason] += 1
+    return pairs, dict(counts)

@@ -1,79 +1,54 @@
-"""Figures: tidy rows and Axes in, Axes out; claims with their interval and n; ``save`` with a JSON sidecar, the same bytes."""
+"""Figures: each function draws prepared numbers on given Axes and returns the Axes.
+
+1. ``figure`` opens an empty figure in the style of ``ipo.mplstyle``.
+2. ``rates``, ``csr.curve_rows`` and the others draw one kind of plot each.
+3. ``save`` writes the figure as PDF and PNG. The same input gives the same bytes.
+
+A line through a point is its interval; a hollow diamond is a number that the paper reports.
+"""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import re
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ipo_lib import stats
-from ipo_lib.engines.progress import in_kernel
-from ipo_lib.records import BadInput
-from ipo_lib.stats import Interval, format_interval
+from ipo_lib.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
-COLUMN = (3.4, 2.4)  # inches: one column of a two-column paper
-SAFE_COLOUR, UNSAFE_COLOUR, NEUTRAL_COLOUR, AFTER_COLOUR = (
-    "#0072B2",
-    "#D55E00",
-    "#777777",
-    "#009E73",
-)
-SERIES = (
-    SAFE_COLOUR,
-    UNSAFE_COLOUR,
-    AFTER_COLOUR,
-    "#CC79A7",
-    "#E69F00",
-)  # Okabe-Ito: safe for colour-blind readers
-GROUPS = (
-    NEUTRAL_COLOUR,
-    AFTER_COLOUR,
-    "#CC79A7",
-    SAFE_COLOUR,
-)  # before, after stage 1, after stage 2
-REPORTED = "paper (second-hand)"
-LABEL = 34  # characters of a row's name before it goes on in a second line
-STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "pdf.fonttype": 42,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
-    "lines.linewidth": 1.2,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-}
-OF_TRACES = re.compile(r"\btraces?\b|\bcues?\b|<|\bKL\b|\bturn", re.I)
-ORIGINS = ("calibrated", "emergent")
-BUILT = " The world was built or fitted for this."
-LOG2, LOG2_TOLERANCE = math.log(2), 1e-3  # the first DPO loss, before any step
+Style = dict[str, Any]  # options of matplotlib
+STYLE_FILE = Path(__file__).with_name("ipo.mplstyle")
+WIDTH, HEIGHT = 3.4, 2.4  # inches of one panel: one column of a two-column paper
+SAFE_COLOUR = "#0072B2"
+UNSAFE_COLOUR = "#D55E00"
+NEUTRAL_COLOUR = "#777777"
+GREEN, PINK, ORANGE, SKY_BLUE = "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+SERIES = (SAFE_COLOUR, UNSAFE_COLOUR, GREEN, PINK, ORANGE)
+GROUPS = (NEUTRAL_COLOUR, GREEN, PINK, SAFE_COLOUR)  # before, after stage 1, after stage 2
+REPORTED = "paper (second-hand)"  # the legend's name for the paper's numbers
+NAME_WIDTH = 34  # characters of a row's name in one line
+DOT: Style = {"marker": "o", "markersize": 3.5, "linestyle": "none"}
+THIN: Style = {"linewidth": 0.7}
+SMALL_LEGEND: Style = {"ncols": 2, "handlelength": 1.2, "columnspacing": 0.8, "fontsize": 6}
 
 
 def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure, Any]:
-    """An empty figure in the house style, ``width`` paper columns a panel, and its Axes (an array of several). A notebook does
-    not show it before ``save`` does: pyplot has already closed it."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
+    """An empty figure and its Axes (one, or an array of several), ``width`` paper columns each.
 
-    sns.set_theme(style="ticks", palette=list(SERIES), rc=STYLE)
-    fig, axes = plt.subplots(rows, columns, figsize=(COLUMN[0] * width * columns, COLUMN[1] * rows))
+    pyplot has closed the figure, so that a notebook shows it only when ``save`` does.
+    """
+    import matplotlib.pyplot as plt
+
+    plt.style.use(STYLE_FILE)
+    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH * width * columns, HEIGHT * rows))
     plt.close(fig)
     return fig, axes
 
@@ -85,17 +60,25 @@ def csr_curve(
     colour: str = SAFE_COLOUR,
     label: str = "",
     marker: str = "o",
-    least: int = 1,
+    min_draws: int = 1,
 ) -> Axes:
-    """S_i against the cut (Fig 5a) from ``csr.curve`` rows, with the interval as a band. A whole curve goes without ``marker``,
-    its line only through points of at least ``least`` draws."""
-    cut, low, high = ([row[name] for row in rows] for name in ("cut", "low", "high"))
-    ax.fill_between(cut, low, high, color=colour, alpha=0.15, linewidth=0)
-    cut, s = ([row[name] for row in rows if row["n"] >= least] for name in ("cut", "s"))
-    ax.plot(cut, s, color=colour, marker=marker, markersize=2.5, label=label or None)
+    """The safety ratio S_i against the cut (Fig 5a), with its interval as a band.
+
+    Args:
+        rows: from ``csr.curve_rows``: ``cut``, ``s``, ``low``, ``high`` and ``n`` of each cut.
+        ax, colour: where to draw, and the colour of line and band.
+        label: the line's name in the legend; empty for none.
+        marker: of each point; empty for a line only.
+        min_draws: the line goes only through cuts with at least this many judged draws.
+    """
+    cuts, low, high = _columns(rows, "cut", "low", "high")
+    ax.fill_between(cuts, low, high, color=colour, alpha=0.15, linewidth=0)
+    measured = [row for row in rows if row["n"] >= min_draws]
+    style: Style = {"color": colour, "marker": marker, "markersize": 2.5}
+    ax.plot(*_columns(measured, "cut", "s"), label=label or None, **style)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        _legend_above(ax, x=0.5, ncols=2)
     return ax
 
 
@@ -106,14 +89,21 @@ def rates(
     unit: str,
     reported: Mapping[str, float] | None = None,
 ) -> Axes:
-    """Named rates as points with their intervals, top to bottom in the given order; ``reported``: the paper's, in percent."""
-    for place, (name, rate) in enumerate(rows):
-        _point(ax, rate, place, SAFE_COLOUR)
-        if reported and name in reported:
-            _reported(ax, reported[name], place)
-    _rows(ax, [name for name, _ in rows], unit)
+    """Named rates with their intervals, one below the other.
+
+    Args:
+        rows: (name, rate), from top to bottom.
+        ax, unit: where to draw, and the label of the x axis.
+        reported: the paper's numbers by name, in percent.
+    """
+    reported = reported or {}
+    for y, (name, rate) in enumerate(rows):
+        _draw_rate(ax, rate, y, SAFE_COLOUR)
+        if name in reported:
+            _draw_reported(ax, reported[name], y)
+    _label_rows(ax, [name for name, _ in rows], unit)
     if reported:
-        ax.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), handletextpad=0.1)
+        _legend_above(ax, handletextpad=0.1)
     return ax
 
 
@@ -126,54 +116,29 @@ def groups(
     colours: Sequence[str] = GROUPS,
     reported: Mapping[str, Sequence[float | None]] | None = None,
 ) -> Axes:
-    """Rows of several rates, one above the other in the order of ``names``; None where one was not measured. ``reported``: the
-    paper's rates of a row, in percent, in the same order."""
+    """Several rates in each row, such as one model before and after training.
+
+    Args:
+        rows: (name, rates), from top to bottom; None for a rate that was not measured.
+        ax, unit: where to draw, and the label of the x axis.
+        names, colours: of the rates within a row, in their order.
+        reported: by row name the paper's rates in percent, in the order of ``names``, or None.
+    """
     step = 0.5 / max(len(names), 1)
-    for place, (label, sides) in enumerate(rows):
-        for at, (rate, colour) in enumerate(zip(sides, colours, strict=False)):
-            y = place + (at - (len(names) - 1) / 2) * step
+    for place, (row_name, row_rates) in enumerate(rows):
+        row_reported = (reported or {}).get(row_name, ())
+        columns = itertools.zip_longest(row_rates, row_reported[: len(row_rates)])
+        for index, ((rate, percent), colour) in enumerate(zip(columns, colours, strict=False)):
+            y = place + (index - (len(names) - 1) / 2) * step
             if rate is not None:
-                _point(ax, rate, y, colour)
-            if (said := (reported or {}).get(label, ())[at : at + 1]) and said[0] is not None:
-                _reported(ax, said[0], y)
-    for name, colour in zip(names, colours, strict=False):
-        ax.plot([], [], "o", color=colour, markersize=3.5, label=name)
-    _rows(ax, [label for label, _ in rows], unit)
-    ax.legend(
-        loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handletextpad=0.1, columnspacing=0.8
-    )
+                _draw_rate(ax, rate, y, colour)
+            if percent is not None:
+                _draw_reported(ax, percent, y)
+    for name, colour in zip(names, colours, strict=False):  # for the legend
+        ax.plot([], [], color=colour, label=name, **DOT)
+    _label_rows(ax, [name for name, _ in rows], unit)
+    _legend_above(ax, ncols=2, handletextpad=0.1, columnspacing=0.8)
     return ax
-
-
-def _point(ax: Axes, rate: Interval, y: float, colour: str) -> None:
-    if math.isnan(rate.value):
-        ax.text(0, y, "not measured", color=colour, fontsize=6, va="center")
-        return
-    ax.plot([100 * rate.low, 100 * rate.high], [y, y], color=colour)
-    ax.plot(100 * rate.value, y, "o", color=colour, markersize=3.5)
-
-
-def _reported(ax: Axes, percent: float, y: float) -> None:
-    """The paper's number as a hollow diamond, named once a panel."""
-    named = REPORTED in ax.get_legend_handles_labels()[1]
-    ax.plot(
-        percent,
-        y,
-        "D",
-        color="black",
-        fillstyle="none",
-        markersize=4.5,
-        label=None if named else REPORTED,
-    )
-
-
-def _rows(ax: Axes, names: Sequence[str], unit: str) -> None:
-    """Names down the side, percent along the bottom."""
-    ax.set(
-        xlabel=unit, yticks=range(len(names)), ylim=(max(len(names), 1) - 0.5, -0.5), xlim=(-3, 103)
-    )
-    lines = [textwrap.fill(name, LABEL) for name in names]
-    ax.set_yticklabels(lines, fontsize=6 if any("\n" in line for line in lines) else None)
 
 
 def bars(
@@ -184,29 +149,25 @@ def bars(
     alike: Sequence[float] = (),
     reported: float | None = None,
 ) -> Axes:
-    """Fig 4: the share of prompts by how many of a group are safe; ``alike``: the shares if all prompts had one rate."""
-    at = range(len(rows))
-    gaps = [[100 * (r.value - r.low) for r in rows], [100 * (r.high - r.value) for r in rows]]
-    ax.bar(
-        at,
-        [100 * r.value for r in rows],
-        yerr=gaps,
-        color=SAFE_COLOUR,
-        alpha=0.5,
-        error_kw={"elinewidth": 0.7},
-    )
+    """The share of prompts by the number of safe traces in a group (Fig 4).
+
+    Args:
+        rows: share of prompts with 0, 1, 2, ... safe traces.
+        ax, title: the panel and its title.
+        alike: the expected shares if all prompts had the same rate.
+        reported: the paper's share of prompts without a safe trace, in percent.
+    """
+    numbers = range(len(rows))
+    heights, errors = _in_percent(rows)
+    error_bars: Style = {"yerr": errors, "error_kw": {"elinewidth": 0.7}}
+    ax.bar(numbers, heights, color=SAFE_COLOUR, alpha=0.5, **error_bars)
     if alike:
-        ax.plot(
-            at,
-            [100 * x for x in alike],
-            color=NEUTRAL_COLOUR,
-            marker=".",
-            markersize=3,
-            label="if prompts were alike",
-        )
+        percents = [100 * share for share in alike]
+        style: Style = {"color": NEUTRAL_COLOUR, "marker": ".", "markersize": 3}
+        ax.plot(numbers, percents, label="if prompts were alike", **style)
     if reported is not None:
-        ax.plot(0, reported, "D", color="black", fillstyle="none", markersize=4.5, label=REPORTED)
-    ax.set(xlabel="safe traces in a group", ylabel="prompts (%)", xticks=list(at))
+        _draw_reported(ax, 0, reported)
+    ax.set(xlabel="safe traces in a group", ylabel="prompts (%)", xticks=list(numbers))
     ax.set_title(title, fontsize=8)
     return ax
 
@@ -219,43 +180,39 @@ def lines(
     ylabel: str,
     reported: Sequence[tuple[float, float]] = (),
 ) -> Axes:
-    """Named rates against a number, each point with its interval; ``reported``: the paper's points, in percent."""
-    for colour, (name, rows) in zip(itertools.cycle(SERIES), series.items(), strict=False):
-        x, y = [x for x, _ in rows], [100 * rate.value for _, rate in rows]
-        gaps = [
-            [100 * (r.value - r.low) for _, r in rows],
-            [100 * (r.high - r.value) for _, r in rows],
-        ]
-        ax.errorbar(
-            x, y, yerr=gaps, color=colour, marker="o", markersize=3, elinewidth=0.7, label=name
-        )
+    """Rates against a number, one line per series.
+
+    Args:
+        series: by name the points (x, rate).
+        ax, xlabel, ylabel: where to draw, and the labels of the axes.
+        reported: the paper's points (x, percent).
+    """
+    for (name, points), colour in _with_colours(series):
+        x, intervals = _columns(points, 0, 1)
+        y, errors = _in_percent(intervals)
+        style: Style = {"color": colour, "marker": "o", "markersize": 3, "elinewidth": 0.7}
+        ax.errorbar(x, y, yerr=errors, label=name, **style)
     if reported:
-        x, y = [x for x, _ in reported], [y for _, y in reported]
-        ax.plot(
-            x,
-            y,
-            "D--",
-            color="black",
-            fillstyle="none",
-            markersize=4.5,
-            linewidth=0.7,
-            label=REPORTED,
-        )
+        x, percents = _columns(reported, 0, 1)
+        _draw_reported(ax, x, percents, "D--", **THIN)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-3, 103))
-    ax.legend(
-        loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, handlelength=1.5, columnspacing=0.8
-    )
+    _legend_above(ax, ncols=2, handlelength=1.5, columnspacing=0.8)
     return ax
 
 
 def scatter(x: Sequence[float], y: Sequence[float], ax: Axes, *, xlabel: str, ylabel: str) -> Axes:
-    """Fig 5b: one point a trace, and the diagonal; equal points are drawn darker."""
+    """One point per trace (Fig 5b), and the diagonal; points that coincide look darker.
+
+    Args:
+        x, y: two numbers per trace, at least 0.
+        ax, xlabel, ylabel: where to draw, and the labels of the axes.
+    """
     top = max([*x, *y, 1])
-    ax.plot([0, top], [0, top], color=NEUTRAL_COLOUR, linewidth=0.7, linestyle=":")
-    ax.plot(x, y, "o", color=UNSAFE_COLOUR, alpha=0.5, markersize=4, markeredgewidth=0)
-    ax.set(
-        xlabel=xlabel, ylabel=ylabel, xlim=(-0.03 * top, 1.05 * top), ylim=(-0.03 * top, 1.05 * top)
-    )
+    limits = (-0.03 * top, 1.05 * top)
+    faint: Style = {"alpha": 0.5, "markersize": 4, "markeredgewidth": 0}
+    ax.plot([0, top], [0, top], ":", color=NEUTRAL_COLOUR, **THIN)
+    ax.plot(x, y, "o", color=UNSAFE_COLOUR, **faint)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xlim=limits, ylim=limits)
     return ax
 
 
@@ -266,208 +223,178 @@ def frontier(
     xlabel: str,
     ylabel: str,
 ) -> Axes:
-    """Named points (x, y), each with both intervals, over a logarithmic x; one marker a series, one colour a name; y in
-    percent."""
-    names = list(dict.fromkeys(name for points in series.values() for name in points))
-    colours = dict(
-        zip(names, itertools.cycle((NEUTRAL_COLOUR, *SERIES, "#56B4E9", "black")), strict=False)
-    )
+    """Cost against quality: a marker for each series, a colour for each name within it.
+
+    Args:
+        series: by series and name the point (x, rate), both with intervals.
+        ax, xlabel, ylabel: where to draw, and the labels; x is logarithmic, y in percent.
+    """
+    names = list(dict.fromkeys(itertools.chain.from_iterable(series.values())))
+    palette = itertools.cycle((NEUTRAL_COLOUR, *SERIES, SKY_BLUE, "black"))
+    colours = dict(zip(names, palette, strict=False))
     for marker, (label, points) in zip("osD^v", series.items(), strict=False):
         for name, (x, y) in points.items():
-            ax.plot([x.low, x.high], [100 * y.value] * 2, color=colours[name], linewidth=0.7)
-            ax.plot([x.value] * 2, [100 * y.low, 100 * y.high], color=colours[name], linewidth=0.7)
-            ax.plot(x.value, 100 * y.value, marker, color=colours[name], markersize=4)
-        ax.plot([], [], marker, color=NEUTRAL_COLOUR, fillstyle="none", markersize=4, label=label)
+            _draw_cross(ax, x, _percent(y), marker, colours[name])
+        hollow: Style = {"color": NEUTRAL_COLOUR, "fillstyle": "none", "markersize": 4}
+        ax.plot([], [], marker, label=label, **hollow)
     for name in names:
         ax.plot([], [], "-", color=colours[name], linewidth=3, label=name)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
-    ax.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.4, 1.0),
-        ncols=2,
-        handlelength=1.2,
-        columnspacing=0.8,
-        fontsize=6,
-    )
-    return ax
-
-
-def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Axes:
-    """Training metrics (column -> label) against the step."""
-    for colour, (name, label) in zip(SERIES, names.items(), strict=False):
-        ax.plot(
-            [row["step"] for row in rows],
-            [row[name] for row in rows],
-            color=colour,
-            marker=".",
-            label=label,
-        )
-    ax.set(xlabel="step", ylabel=unit)
-    ax.legend(loc="best")
+    _legend_above(ax, **SMALL_LEGEND)
     return ax
 
 
 def tradeoff(
     points: Mapping[str, Sequence[Interval]], ax: Axes, *, xlabel: str, ylabel: str
 ) -> Axes:
-    """Named points of two rates (x, y), each with its interval, in percent."""
-    for colour, marker, (name, (x, y)) in zip(
-        itertools.cycle(SERIES), itertools.cycle("osD^v<>"), points.items(), strict=False
-    ):
-        ax.plot([100 * x.low, 100 * x.high], [100 * y.value] * 2, color=colour, linewidth=0.7)
-        ax.plot([100 * x.value] * 2, [100 * y.low, 100 * y.high], color=colour, linewidth=0.7)
-        ax.plot(100 * x.value, 100 * y.value, marker, color=colour, markersize=4, label=name)
+    """Two rates against each other, one named point per model.
+
+    Args:
+        points: by name the two rates (x, y).
+        ax, xlabel, ylabel: where to draw, and the labels of the axes, in percent.
+    """
+    markers = itertools.cycle("osD^v<>")
+    for ((name, (x, y)), colour), marker in zip(_with_colours(points), markers, strict=False):
+        _draw_cross(ax, _percent(x), _percent(y), marker, colour, label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if points:
-        ax.legend(
-            loc="lower center",
-            bbox_to_anchor=(0.4, 1.0),
-            ncols=2,
-            handlelength=1.2,
-            columnspacing=0.8,
-            fontsize=6,
-        )
+        _legend_above(ax, **SMALL_LEGEND)
+    return ax
+
+
+def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Axes:
+    """Training metrics against the step.
+
+    Args:
+        rows: logged metrics, each row with its ``step``.
+        ax, unit: where to draw, and the label of the y axis.
+        names: by metric its name in the legend.
+    """
+    for (metric, label), colour in zip(names.items(), SERIES, strict=False):
+        ax.plot(*_columns(rows, "step", metric), color=colour, marker=".", label=label)
+    ax.set(xlabel="step", ylabel=unit)
+    ax.legend(loc="best")
     return ax
 
 
 def divergence(
     series: Mapping[str, Sequence[tuple[int, float, float, float]]], ax: Axes, *, xlabel: str
 ) -> Axes:
-    """KL in nats by token (Fig 7): (offset, mean, low, high) of each named model, the interval as a band."""
-    for colour, (name, points) in zip(
-        itertools.cycle((*SERIES, "#56B4E9", "black")), series.items(), strict=False
-    ):
-        x, y, low, high = ([point[at] for point in points] for at in range(4))
-        ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        ax.plot(x, y, color=colour, label=name)
+    """KL from the base model in nats by token (Fig 7): (offset, mean, low, high) of each model."""
+    for (name, points), colour in _with_colours(series, (*SERIES, SKY_BLUE, "black")):
+        offsets, means, low, high = _columns(points, *range(4))
+        ax.fill_between(offsets, low, high, color=colour, alpha=0.12, linewidth=0)
+        ax.plot(offsets, means, color=colour, label=name)
     ax.set(xlabel=xlabel, ylabel="KL from the base (nats)")
     return ax
 
 
 def rewards(series: Mapping[str, Sequence[tuple[float, float]]], ax: Axes) -> Axes:
-    """GRPO's mean reward a step against the tokens generated so far, a line through the means of tenths."""
-    for colour, (name, steps) in zip(itertools.cycle(SERIES), series.items(), strict=False):
-        x, y = ([step[side] for step in steps] for side in (0, 1))
-        ax.plot(x, y, ".", color=colour, alpha=0.3, markersize=3, markeredgewidth=0)
-        size = max(len(steps) // 10, 1)
-        parts = [steps[at : at + size] for at in range(0, len(steps), size)]
-        means = [
-            [sum(step[side] for step in part) / len(part) for part in parts] for side in (0, 1)
-        ]
-        ax.plot(*means, color=colour, label=name)
+    """GRPO's mean reward: (tokens generated so far, reward) of each step, and means of tenths."""
+    for (name, steps), colour in _with_colours(series):
+        tokens, means = _columns(steps, 0, 1)
+        faint: Style = {"color": colour, "alpha": 0.3, "markersize": 3, "markeredgewidth": 0}
+        ax.plot(tokens, means, ".", **faint)
+        tenth = max(len(steps) // 10, 1)
+        smooth = _chunk_means(tokens, tenth), _chunk_means(means, tenth)
+        ax.plot(*smooth, color=colour, label=name)
     ax.set(xlabel="tokens generated", ylabel="mean reward")
     if series:
-        ax.legend(
-            loc="lower center",
-            bbox_to_anchor=(0.4, 1.0),
-            ncols=2,
-            handlelength=1.2,
-            columnspacing=0.8,
-            fontsize=6,
-        )
+        _legend_above(ax, **SMALL_LEGEND)
     return ax
 
 
-def claim(
-    sentence: str,
-    value: Interval,
-    *,
-    origin: str,
-    above: bool = True,
-    than: float = 0.0,
-    margin: float | None = None,
-    verdict: str = "",
-    percent: bool = True,
-    paper: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A claim that a number can hold up or refute; its sentence ends in what it comes to.
+def save(fig: Figure, folder: Path, name: str, *, caption: str) -> None:
+    """Write ``name``.pdf and ``name``.png with a caption below the figure.
+
+    A notebook shows the written image, whatever backend matplotlib has there.
 
     Args:
-        sentence: with ``{}`` where the number, its interval and n belong.
-        value: the number.
-        origin: calibrated (the world was built or fitted to show it: not a finding) or emergent.
-        above: the claim says that the number lies above ``than``; False: below.
-        than: what the number is compared with.
-        margin: the claim says instead that there is no difference, up to this much.
-        verdict: what the claim comes to where a rule of its own decides (``results.verdicts``).
-        percent: whether the number is printed as percent.
-        paper: what ``paper.reported`` found, said beside it.
+        fig, caption: the figure, and the small text below it.
+        folder, name: where to write, and the files' name without ending.
     """
-    said = verdict or (
-        stats.verdict(value, above, than) if margin is None else stats.no_difference(value, margin)
-    )
-    found = estimate(sentence.rstrip("."), value, origin=origin, percent=percent, paper=paper)
-    built = f" ({BUILT.strip().rstrip('.').lower()})" if origin == ORIGINS[0] else ""
-    text = found["claim"].removesuffix(BUILT) + f"{built}: {said}."
-    return found | {"claim": text, "verdict": said}
-
-
-def estimate(
-    sentence: str,
-    value: Interval,
-    *,
-    origin: str,
-    percent: bool = True,
-    paper: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """A measured number that claims nothing; arguments as in ``claim``."""
-    if origin not in ORIGINS:
-        raise BadInput(f"claim origin {origin!r} is unknown; known: {', '.join(ORIGINS)}")
-    number, interval = (
-        None if math.isnan(value.value) else round(value.value, 6),
-        [round(value.low, 6), round(value.high, 6)],
-    )
-    text = sentence.format(format_interval(value, percent)) + BUILT * (origin == ORIGINS[0])
-    said = {
-        "claim": text,
-        "value": number,
-        "interval": interval,
-        "n": value.n,
-        "method": value.method,
-        "origin": origin,
-    }
-    return (
-        said
-        | {"verdict": None}
-        | ({"paper": {**paper, "as": "reported second-hand"}} if paper else {})
-    )
-
-
-def withheld(claims: Rows, profile: str, closed: Interval) -> list[Mapping[str, Any]]:
-    """The claims of a model that closes less than half of its traces: none that speaks of traces, and one that says so."""
-    said = f"Profile {profile}: traces that were closed: {{}}. Under half: {{held}} claims about traces are withheld."
-    kept = [one for one in claims if not OF_TRACES.search(one["claim"])]
-    return [
-        *kept,
-        estimate(said.replace("{held}", str(len(claims) - len(kept))), closed, origin=ORIGINS[1]),
-    ]
-
-
-def save(
-    fig: Figure,
-    folder: Path,
-    name: str,
-    claims: Rows,
-    *,
-    profile: str,
-    about: str,
-    artifacts: Mapping[str, Any],
-    tokens: int = 0,
-) -> None:
-    """Write ``name``.pdf, .png and .json; the same input gives the same bytes. ``about`` stands under the figure; ``tokens``:
-    what its data cost to generate. In a notebook the written image is shown, whatever backend matplotlib has there."""
     folder.mkdir(parents=True, exist_ok=True)
-    fig.supxlabel(f"profile {profile}: {about}", fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
-    fig.savefig(
-        folder / f"{name}.pdf", metadata={"CreationDate": None, "Producer": None, "Creator": None}
-    )
+    fig.supxlabel(caption, fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
+    no_dates: Style = dict.fromkeys(("CreationDate", "Producer", "Creator"))
+    fig.savefig(folder / f"{name}.pdf", metadata=no_dates)
     fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    sidecar = {"profile": profile, "about": about, "claims": list(claims), "tokens": tokens}
-    sidecar["artifacts"] = dict(sorted(artifacts.items()))
-    (folder / f"{name}.json").write_text(
-        json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    if in_kernel():
+    if _in_kernel():
         from IPython.display import Image, display
 
         display(Image(filename=str(folder / f"{name}.png")))  # type: ignore[no-untyped-call]
+
+
+def _in_kernel() -> bool:
+    """Whether this code runs in a Jupyter kernel."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def _columns(rows: Sequence[Any], *keys: str | int) -> Iterator[list[Any]]:
+    """One list for each key, which is a name or a place in every row."""
+    for key in keys:
+        yield [row[key] for row in rows]
+
+
+def _with_colours(
+    series: Mapping[str, Any], colours: Sequence[str] = SERIES
+) -> Iterator[tuple[tuple[str, Any], str]]:
+    """Every (name, values) with its colour; the colours repeat."""
+    return zip(series.items(), itertools.cycle(colours), strict=False)
+
+
+def _in_percent(rows: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
+    """The rates in percent, and their error bars: how far they reach down and up."""
+    values = [100 * rate.value for rate in rows]
+    down = [100 * (rate.value - rate.low) for rate in rows]
+    up = [100 * (rate.high - rate.value) for rate in rows]
+    return values, [down, up]
+
+
+def _chunk_means(values: Sequence[float], size: int) -> list[float]:
+    """The mean of every ``size`` values in a row."""
+    chunks = [values[start : start + size] for start in range(0, len(values), size)]
+    return [sum(chunk) / len(chunk) for chunk in chunks]
+
+
+def _percent(rate: Interval) -> Interval:
+    value, low, high = 100 * rate.value, 100 * rate.low, 100 * rate.high
+    return Interval(value, low, high, rate.n, rate.method)
+
+
+def _draw_rate(ax: Axes, rate: Interval, y: float, colour: str) -> None:
+    if math.isnan(rate.value):
+        ax.text(0, y, "not measured", color=colour, fontsize=6, va="center")
+        return
+    percent = _percent(rate)
+    ax.plot([percent.low, percent.high], [y, y], color=colour)
+    ax.plot(percent.value, y, color=colour, **DOT)
+
+
+def _draw_cross(ax: Axes, x: Interval, y: Interval, fmt: str, colour: str, **more: Any) -> None:
+    """A point with a horizontal and a vertical interval."""
+    ax.plot([x.low, x.high], [y.value, y.value], color=colour, **THIN)
+    ax.plot([x.value, x.value], [y.low, y.high], color=colour, **THIN)
+    ax.plot(x.value, y.value, fmt, color=colour, markersize=4, **more)
+
+
+def _draw_reported(ax: Axes, x: Any, y: Any, fmt: str = "D", **style: Any) -> None:
+    """The paper's numbers as hollow diamonds, named once in the legend of a panel."""
+    named = REPORTED in ax.get_legend_handles_labels()[1]
+    diamond: Style = {"color": "black", "fillstyle": "none", "markersize": 4.5, **style}
+    label = None if named else REPORTED
+    ax.plot(x, y, fmt, label=label, **diamond)
+
+
+def _label_rows(ax: Axes, names: Sequence[str], unit: str) -> None:
+    """Names down the side, wrapped where they are long, and percent along the bottom."""
+    bottom = max(len(names), 1) - 0.5
+    ax.set(xlabel=unit, xlim=(-3, 103))
+    ax.set(yticks=range(len(names)), ylim=(bottom, -0.5))
+    labels = [textwrap.fill(name, NAME_WIDTH) for name in names]
+    ax.set_yticklabels(labels, fontsize=6 if "\n" in "".join(labels) else None)
+
+
+def _legend_above(ax: Axes, x: float = 0.4, **options: Any) -> None:
+    """A legend above the panel, its middle at ``x`` of the panel's width."""
+    ax.legend(loc="lower center", bbox_to_anchor=(x, 1.0), **options)

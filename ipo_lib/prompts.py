@@ -1,5 +1,11 @@
-"""Prompt sets by name: a known set (``prompt_sets.yml``), a local file, a hub data set at a pinned revision, or any function
-that returns prompts."""
+"""Prompt sets by name, and what two sets share.
+
+1. ``PromptSet`` says where a set comes from: a known set (``prompt_sets.yml``), a local file, a hub
+   data set at a fixed revision, or any function that returns prompts.
+2. ``load_prompts`` reads it, filters and shuffles its rows, and may put attack templates around
+   them.
+3. ``measure_overlap`` and ``without_overlap`` compare training sets with test sets.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,8 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,204 +24,221 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ipo_lib.records import BadInput, Prompt, digest
+from ipo_lib.records import BadInput, Prompt, by_id, digest
+from ipo_lib.stats import Interval, wilson
 
 KNOWN = Path(__file__).with_name("prompt_sets.yml")
-SLOT = "{request}"  # where a template takes the request; one without it is put before the request
+SLOT = "{request}"  # the place of the request in an attack template
+OVERLAP_WORDS = 8  # so many words in a row make two prompts overlap
+WORD = re.compile(r"\w+")
+Row = Mapping[str, Any]
+Words = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Where a set comes from and how much of it is taken. One of ``known`` (a name of ``prompt_sets.yml``: its file under
-    ``$IPO_DATA`` where there is one, else the hub), ``file`` (JSONL, CSV or TSV; ``~`` allowed, relative to the working folder),
-    ``hub`` (``name@revision``, with ``config``, ``split`` and ``options`` of ``load_dataset``) and ``function`` (``module:name``,
-    called with ``name``, ``count`` and ``arguments``) is given. ``text`` and ``id`` name the columns (id "": the row's number).
-    ``where`` keeps rows with these values; ``shuffle``: their order by this seed, as ``datasets`` shuffles; ``digest``: of all
-    their texts in this order. ``templates``: a file of attacks; each, or each of ``attacks``, is put around every prompt.
-    ``apart``: sets of the profile; prompts that overlap with them are left out. ``harm``: helping would be harmful."""
+    """Where a set comes from and how much of it is taken.
 
-    count: int
-    harm: bool = True
+    Give exactly one of ``known``, ``file``, ``hub`` and ``function``.
+    """
+
+    count: int  # so many prompts, the first ones
+    harm: bool = True  # a helpful answer would be harmful
+    # A name in prompt_sets.yml: read from $IPO_DATA if it is there, else from the hub.
     known: str = ""
-    file: str = ""
-    hub: str = ""
-    function: str = ""
-    name: str = ""
-    config: str = ""
-    split: str = "train"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    text: str = "prompt"
-    id: str = "id"
-    category: str = ""
-    where: Mapping[str, str] = field(default_factory=dict)
-    shuffle: int | None = None
-    digest: str = ""
-    templates: str = ""
-    attacks: tuple[str, ...] = ()
-    apart: tuple[str, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""  # JSONL, CSV or TSV; "~" is allowed
+    hub: str = ""  # "name@revision" of a hub data set
+    function: str = ""  # "module:name", called with `name`, `count` and `arguments`
+    name: str = ""  # for `function`; "": the name of the set in the profile
+    config: str = ""  # configuration of the hub data set
+    split: str = "train"  # split of the hub data set
+    options: Mapping[str, Any] = field(default_factory=dict)  # more options of `load_dataset`
+    text: str = "prompt"  # column of the text
+    id: str = "id"  # column of the id; "": the number of the row
+    category: str = ""  # column of the category
+    where: Mapping[str, str] = field(default_factory=dict)  # keeps rows with these values
+    shuffle: int | None = None  # seed of the order, as `datasets` shuffles; None: as they come
+    digest: str = ""  # of all texts in order; "": not checked
+    templates: str = ""  # file of attack templates to put around each prompt
+    attacks: tuple[str, ...] = ()  # ids of the templates in use; (): all
+    apart: tuple[str, ...] = ()  # sets of the profile; prompts that overlap with them are left out
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # for `function`
 
     @property
     def size(self) -> int:
-        """Prompts at most: every one of ``count`` once for each of the named ``attacks``."""
+        """The number of prompts at most: ``count``, once for each of the named ``attacks``."""
         return self.count * max(len(self.attacks), 1)
+
+
+# ---------------------------------------------------------------------- loading
 
 
 @functools.cache
 def known_prompt_sets() -> dict[str, dict[str, Any]]:
-    """The known sets: what each is, the fields it has wherever it comes from, and those of its local and its hub copy."""
-    found: dict[str, dict[str, Any]] = yaml.safe_load(KNOWN.read_text("utf-8"))
-    return found
+    """The entries of ``prompt_sets.yml``, which explains their fields, by name."""
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(KNOWN.read_text("utf-8"))
+    return entries
 
 
 def data_folder() -> Path | None:
-    """The folder of local copies, ``$IPO_DATA``."""
-    return Path(folder).expanduser() if (folder := os.environ.get("IPO_DATA", "")) else None
+    """The folder of local copies, ``$IPO_DATA``; None if it is not set."""
+    folder = os.environ.get("IPO_DATA", "")
+    return Path(folder).expanduser() if folder else None
 
 
 def located(name: str, spec: PromptSet) -> PromptSet:
-    """The set with its known name resolved to the local file or the hub. BadInput: no such name, or nowhere to take it from."""
+    """The set with its known name replaced by the local file or the hub data set.
+
+    Raises:
+        BadInput: there is no such known set, or no place to take it from.
+    """
     if not spec.known:
         return spec
-    if spec.known not in known_prompt_sets():
+    entries = known_prompt_sets()
+    if spec.known not in entries:
         raise BadInput(
-            f"prompt set {name!r}: {spec.known!r} is not known; choose one of {', '.join(known_prompt_sets())}"
+            f"prompt set {name!r}: {spec.known!r} is not known; choose one of {', '.join(entries)}"
         )
-    entry, folder = known_prompt_sets()[spec.known], data_folder()
-    local = folder / entry["local"]["file"] if folder else None
-    if local and local.is_file():
-        source = {**entry["local"], "file": str(local)}
+    entry, folder = entries[spec.known], data_folder()
+    file = entry["local"]["file"]
+    if folder and (folder / file).is_file():
+        source = {**entry["local"], "file": str(folder / file)}
     elif "hub" in entry:
         source = entry["hub"]
     else:
         raise BadInput(
-            f"prompt set {name!r}: {spec.known} is on no hub; put {entry['local']['file']} under $IPO_DATA"
+            f"prompt set {name!r}: {spec.known} is on no hub; put {file} under $IPO_DATA"
         )
-    own = {
-        one.name: value
-        for one in fields(spec)
-        if one.default != (value := getattr(spec, one.name)) and value != {}
-    }
-    return PromptSet(
-        **{**entry["fields"], "digest": entry.get("digest", ""), **source, **own, "known": ""}
-    )
+    chosen = {}  # what the profile sets itself wins over the entry
+    for column in fields(spec):
+        value = getattr(spec, column.name)
+        if value not in (column.default, {}):
+            chosen[column.name] = value
+    values = {**entry["fields"], "digest": entry.get("digest", ""), **source, **chosen}
+    return PromptSet(**{**values, "known": ""})
 
 
 def load_prompts(name: str, spec: PromptSet) -> list[Prompt]:
-    """The first ``spec.count`` prompts of a set. Raises BadInput when it is missing, gated, misdescribed or empty."""
-    if sum(map(bool, (spec.known, spec.file, spec.hub, spec.function))) != 1:
+    """The first ``spec.count`` prompts of a set.
+
+    Raises:
+        BadInput: the set is missing, not accessible, wrongly described or empty.
+    """
+    sources = (spec.known, spec.file, spec.hub, spec.function)
+    if sum(map(bool, sources)) != 1:
         raise BadInput(f"prompt set {name!r}: give exactly one of known, file, hub and function")
     if spec.count < 1:
         raise BadInput(f"prompt set {name!r}: count {spec.count} leaves no prompt; use at least 1")
-    where = located(name, spec)
-    if where.function:
-        prompts: list[Prompt] = object_named(where.function)(
-            where.name or name, where.count, **where.arguments
-        )
+    source = located(name, spec)
+    prompts: list[Prompt]
+    if source.function:
+        function = object_named(source.function)
+        prompts = function(source.name or name, source.count, **source.arguments)
+    elif source.file:
+        rows = read_rows(Path(source.file).expanduser())
+        prompts = _prompts_from_rows(name, source, rows, spec.known or source.file)
     else:
-        rows = (
-            read_rows(Path(where.file).expanduser()) if where.file else hub(name, where, spec.known)
+        prompts = _prompts_from_rows(
+            name, source, _hub_rows(name, source, spec.known), spec.known or source.hub
         )
-        prompts = from_rows(name, where, rows, spec.known or where.file or where.hub)
     if not prompts:
-        passes = f"no row of {where.file or where.hub or where.function} passes {dict(where.where)}"
-        raise BadInput(f"prompt set {name!r} is empty: {passes}; mend `where` or the file")
+        place = source.file or source.hub or source.function
+        raise BadInput(
+            f"prompt set {name!r} is empty: no row of {place} passes {dict(source.where)}; "
+            "correct `where` or the file"
+        )
     if len({prompt.id for prompt in prompts}) < len(prompts):
         raise BadInput(
-            f"prompt set {name!r}: column {where.id!r} repeats; name a column of distinct ids"
+            f"prompt set {name!r}: column {source.id!r} repeats; name a column of distinct ids"
         )
-    return attacked(name, where, prompts) if where.templates else prompts
+    return _apply_attacks(name, source, prompts) if source.templates else prompts
 
 
-def from_rows(
-    name: str, spec: PromptSet, rows: Iterable[Mapping[str, Any]], source: str
+def _prompts_from_rows(
+    name: str, spec: PromptSet, rows: Iterable[Row], source: str
 ) -> list[Prompt]:
-    """Rows of a table as prompts."""
-    kept = [
-        (number, row)
-        for number, row in enumerate(rows)
-        if all(str(row.get(c)) == str(v) for c, v in spec.where.items())
-    ]
-    if lacking := next((row for _, row in kept if spec.text not in row), None):
-        raise BadInput(
-            f"prompt set {name!r}: no column {spec.text!r} (text); columns: {', '.join(map(str, lacking))}"
-        )
+    """The rows of a table as prompts: filtered, shuffled, checked, and the first of them taken."""
+    kept = [(number, row) for number, row in enumerate(rows) if _matches(row, spec.where)]
+    for _, row in kept:
+        if spec.text not in row:
+            columns = ", ".join(map(str, row))
+            raise BadInput(
+                f"prompt set {name!r}: no column {spec.text!r} (text); columns: {columns}"
+            )
     if spec.shuffle is not None:
-        kept = [kept[at] for at in np.random.default_rng(spec.shuffle).permutation(len(kept))]
-    if spec.digest and (own := digest([row[spec.text] for _, row in kept])) != spec.digest:
-        hint = "take another revision or copy, or leave the digest out"
+        order = np.random.default_rng(spec.shuffle).permutation(len(kept))
+        kept = [kept[index] for index in order]
+    texts_digest = digest([row[spec.text] for _, row in kept]) if spec.digest else ""
+    if texts_digest != spec.digest:
         raise BadInput(
-            f"prompt set {name!r}: the texts of {source} have digest {own}, not {spec.digest}; {hint}"
+            f"prompt set {name!r}: the texts of {source} have digest {texts_digest}, not "
+            f"{spec.digest}; take another revision or copy, or leave the digest out"
         )
-    chosen = []
+    prompts = []
     for number, row in kept[: spec.count]:
         category = str(row.get(spec.category, "")) if spec.category else ""
-        chosen.append(
-            Prompt(
-                f"{name}-{row.get(spec.id, number)}",
-                str(row[spec.text]),
-                source,
-                spec.harm,
-                category,
-            )
-        )
-    return chosen
+        prompt_id = f"{name}-{row.get(spec.id, number)}"
+        prompts.append(Prompt(prompt_id, str(row[spec.text]), source, spec.harm, category))
+    return prompts
 
 
-def attacked(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> list[Prompt]:
+def _matches(row: Row, where: Mapping[str, str]) -> bool:
+    return all(str(row.get(column)) == str(value) for column, value in where.items())
+
+
+def _apply_attacks(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Every prompt inside every chosen attack template, prompt by prompt."""
     path, folder = Path(spec.templates).expanduser(), data_folder()
-    path = folder / path if folder and not path.is_file() else path
+    if folder and not path.is_file():
+        path = folder / path
     templates = {str(row["id"]): str(row["template"]) for row in read_rows(path)}
-    if missing := [one for one in spec.attacks if one not in templates]:
-        raise BadInput(
-            f"prompt set {name!r}: no attack {missing[0]!r} in {path}; it holds {', '.join(templates)}"
-        )
-    chosen = {
-        key: template if SLOT in template else f"{template}\n\n{SLOT}"
-        for key, template in templates.items()
-    }
-    return [
-        Prompt(f"{one.id}/{key}", template.replace(SLOT, one.text), one.source, one.harm, key)
-        for one in prompts
-        for key, template in chosen.items()
-        if not spec.attacks or key in spec.attacks
-    ]
+    for attack in spec.attacks:
+        if attack not in templates:
+            raise BadInput(
+                f"prompt set {name!r}: no attack {attack!r} in {path}; "
+                f"it holds {', '.join(templates)}"
+            )
+    attacked = []
+    for prompt in prompts:
+        for attack, template in templates.items():
+            if spec.attacks and attack not in spec.attacks:
+                continue
+            # A template without a slot goes before the request.
+            whole = template if SLOT in template else f"{template}\n\n{SLOT}"
+            text = whole.replace(SLOT, prompt.text)
+            prompt_id = f"{prompt.id}/{attack}"
+            attacked.append(Prompt(prompt_id, text, prompt.source, prompt.harm, attack))
+    return attacked
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL, CSV or TSV file."""
+    file = f"prompt file {str(path)!r}"
     if not path.is_file():
-        raise BadInput(
-            f"prompt file {str(path)!r} is missing; put it there or name another in the profile"
-        )
+        raise BadInput(f"{file} is missing; put it there or name another in the profile")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BadInput(
-            f"prompt file {str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from None
+        raise BadInput(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     if path.suffix in (".csv", ".tsv"):
-        return list(
-            csv.DictReader(
-                io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","
-            )
-        )
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     rows = []
-    for number, line in enumerate(
-        text.split("\n"), 1
-    ):  # splitlines would cut at U+2028 inside strings
+    # Not `splitlines`: it would also cut at U+2028 inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
-            rows += [dict(json.loads(line))] if line.strip() else []
+            rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
             raise BadInput(
-                f"prompt file {str(path)!r}, line {number}: no JSON object; mend or delete the line"
+                f"{file}, line {number}: no JSON object; correct or delete the line"
             ) from None
     return rows
 
 
-def hub(name: str, spec: PromptSet, listed: str = "") -> Iterable[Mapping[str, Any]]:
-    """The rows of a hub data set at its pinned revision; of the ``listed`` known one the mend is known, too."""
+def _hub_rows(name: str, spec: PromptSet, known: str) -> Iterable[Row]:
+    """The rows of a hub data set at its revision; ``known`` is its name in ``prompt_sets.yml``."""
     dataset, _, revision = spec.hub.partition("@")
     if not revision:
         raise BadInput(
@@ -222,28 +246,25 @@ def hub(name: str, spec: PromptSet, listed: str = "") -> Iterable[Mapping[str, A
         )
     from datasets import load_dataset
 
+    config = [spec.config] if spec.config else []
     try:
-        rows: Iterable[Mapping[str, Any]] = load_dataset(
-            dataset,
-            *filter(None, [spec.config]),
-            revision=revision,
-            split=spec.split,
-            **spec.options,
+        rows: Iterable[Row] = load_dataset(
+            dataset, *config, revision=revision, split=spec.split, **spec.options
         )
     except (OSError, ValueError) as error:
-        said, entry = str(error).splitlines()[0], known_prompt_sets().get(listed, {})
-        local = f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
-        hint = (
-            entry.get("access", "check the name, the revision, your access or the network") + local
-        )
+        entry = known_prompt_sets().get(known, {})
+        hint = entry.get("access", "check the name, the revision, your access or the network")
+        if entry:
+            hint += f", or put {entry['local']['file']} under $IPO_DATA"
+        reason = str(error).splitlines()[0]
         raise BadInput(
-            f"prompt set {name!r}: {spec.hub} cannot be loaded ({said}); {hint}"
+            f"prompt set {name!r}: {spec.hub} cannot be loaded ({reason}); {hint}"
         ) from None
     return rows
 
 
 def object_named(path: str) -> Any:
-    """The object that ``module:name`` names, so that settings can point at any judge, detector or prompt source."""
+    """The object that ``module:name`` names: a judge, a detector or another part of a profile."""
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
@@ -251,3 +272,89 @@ def object_named(path: str) -> Any:
         raise BadInput(
             f"{path!r} names no object; write module:name, for example ipo_lib.judging:KeywordJudge"
         ) from None
+
+
+# ---------------------------------------------------------------------- overlap
+
+
+@dataclass(frozen=True)
+class SharedPrompt:
+    """A prompt of one set that overlaps with a prompt of another."""
+
+    id: str
+    other: str  # id of the first prompt of the other set that it overlaps with
+    exact: bool  # all words are the same; else `OVERLAP_WORDS` in a row
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a test set shares with a training set."""
+
+    train: str  # name of the training set
+    test: str  # name of the test set
+    size: int  # prompts of the test set
+    short: int  # prompts of the test set with fewer than `OVERLAP_WORDS` words
+    shared: tuple[SharedPrompt, ...]  # prompts of the test set, each once
+
+    @property
+    def exact(self) -> int:
+        """Number of test prompts that are training prompts word for word."""
+        return sum(prompt.exact for prompt in self.shared)
+
+    @property
+    def rate(self) -> Interval:
+        """The share of the test set that overlaps; the interval is for sets like this one."""
+        return wilson(len(self.shared), self.size)
+
+
+def split_words(text: str) -> Words:
+    """The words of a text, without case and punctuation."""
+    return tuple(WORD.findall(text.casefold()))
+
+
+def _word_runs(words: Words) -> Iterator[Words]:
+    """Every ``OVERLAP_WORDS`` words in a row."""
+    for start in range(len(words) - OVERLAP_WORDS + 1):
+        yield words[start : start + OVERLAP_WORDS]
+
+
+def find_shared_prompts(train: Iterable[Prompt], test: Iterable[Prompt]) -> list[SharedPrompt]:
+    """The prompts of ``test`` that overlap with ``train``, in order."""
+    id_by_words: dict[Words, str] = {}
+    id_by_run: dict[Words, str] = {}
+    for prompt in train:
+        words = split_words(prompt.text)
+        id_by_words.setdefault(words, prompt.id)
+        for run in _word_runs(words):
+            id_by_run.setdefault(run, prompt.id)
+    shared = []
+    for prompt in test:
+        words = split_words(prompt.text)
+        runs = [run for run in _word_runs(words) if run in id_by_run]
+        if words in id_by_words:
+            shared.append(SharedPrompt(prompt.id, id_by_words[words], True))
+        elif runs:
+            shared.append(SharedPrompt(prompt.id, id_by_run[runs[0]], False))
+    return shared
+
+
+def measure_overlap(
+    sets: Mapping[str, Sequence[Prompt]], train: Sequence[str], test: Sequence[str]
+) -> list[Overlap]:
+    """The overlap of every set named in ``test`` with every other set named in ``train``."""
+    overlaps = []
+    for train_name in train:
+        for test_name in test:
+            if train_name == test_name:
+                continue
+            prompts = sets[test_name]
+            short = sum(len(split_words(prompt.text)) < OVERLAP_WORDS for prompt in prompts)
+            shared = tuple(find_shared_prompts(sets[train_name], prompts))
+            overlaps.append(Overlap(train_name, test_name, len(prompts), short, shared))
+    return overlaps
+
+
+def without_overlap(prompts: Sequence[Prompt], others: Iterable[Prompt]) -> list[Prompt]:
+    """``prompts`` without those that overlap with ``others``."""
+    dropped = {shared.id for shared in find_shared_prompts(others, prompts)}
+    return [prompt for prompt in by_id(prompts).values() if prompt.id not in dropped]

@@ -1,6 +1,15 @@
-"""The objects every module shares: frozen records with plain fields, JSON both ways, in terms of arXiv 2509.24393. A *prompt* is
-answered by a *rollout* (trace, answer), judged by *verdicts*; the Continuation Safety Ratio (Eq. 1) is counted in *CSR points*;
-Eq. 2 and 3 give *turning points*; a corrected trace is an *intervention*, two suffixes after one prefix are a *pair* (Eq. 4)."""
+"""The records that all modules share: frozen dataclasses with plain fields, and their JSON form.
+
+In the order in which the method (arXiv 2509.24393) makes them:
+
+1. A ``Prompt`` is answered by a ``Rollout``: a reasoning trace and an answer. A trace consists of
+   ``Sentence``s.
+2. A judge gives a ``Verdict`` on the trace or on the answer.
+3. A ``CsrPoint`` counts how often a prefix is continued safely (Eq. 1). A ``TurningPoint`` is where
+   that rate turns (Eq. 2 and 3).
+4. An ``Intervention`` puts a safety trigger in the place of a compliance cue.
+5. A ``Pair`` is two continuations of one prefix, of which training prefers one (Eq. 4).
+"""
 
 from __future__ import annotations
 
@@ -18,47 +27,49 @@ Record = TypeVar("Record")
 
 TRACE, ANSWER, BOTH, CONTINUATION = "trace", "answer", "trace+answer", "continuation"
 SAFE, UNSAFE = "safe", "unsafe"
-SPARSE = {
-    "sparse": True
-}  # metadata of a field that came later: at its default the stores of before keep their keys
+# Metadata of a field that was added later. JSON leaves it out at its default, so that the keys of
+# stores that were written before the field existed stay the same.
+SPARSE = {"sparse": True}
 
 
 class BadInput(ValueError):
-    """A user's mistake: one line that names the value and the mend. The command line prints it and exits with 2."""
+    """A mistake of the user, in one line that names the value and the remedy.
+
+    The command line prints the message and exits with status 2.
+    """
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. ``harm`` says whether a helpful answer would be harmful; ``source`` names the prompt set."""
+    """One question to the model."""
 
     id: str
     text: str
-    source: str
-    harm: bool
+    source: str  # name of the prompt set
+    harm: bool  # whether a helpful answer would be harmful
     category: str = ""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One draw: ``token_ids`` follow the prompt ids, the first ``prefix_len`` were given; ``text`` is their decoding.
-    ``finish``: ``stop`` (EOS came; it is not among the ids), ``think`` (at ``</think>``, as asked) or ``length``.
-    ``forced``: the place of the first token of a ``</think>`` that was put there after so many tokens of thinking and not
-    sampled (``Sampling.think_tokens``); None: the model closed its trace itself, or never."""
+    """One sampled response to a prompt."""
 
     id: str
     prompt_id: str
-    prefix_len: int
-    token_ids: Ids
-    text: str
-    finish: str
-    draw: int
+    prefix_len: int  # the first so many response tokens were given, not sampled
+    token_ids: Ids  # all response tokens, without the prompt's and without a final EOS
+    text: str  # the decoded response tokens
+    finish: str  # "stop": EOS; "think": stopped at </think>, as asked; "length": cut off
+    draw: int  # index of the draw among those of the same prefix and settings
     sampler: str
+    # Index of the first token of a </think> that was put after `Sampling.think_tokens` tokens of
+    # thinking. None: the model closed the trace itself, or the trace is open.
     forced: int | None = field(default=None, metadata=SPARSE)
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence of a trace: ``text[char_start:char_end]``, ``token_ids[token_start:token_end]`` of its rollout."""
+    """One sentence of a trace, as two half-open spans: of characters and of tokens."""
 
     index: int
     char_start: int
@@ -69,22 +80,22 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judge's word on one part of a rollout; ``label`` None means *not judged* and is counted as such.
-    Labels by ``question``: ``harm`` safe/unsafe, ``refusal`` refused/partly/answered, ``correct`` correct/wrong.
-    ``p`` is the probability of unsafe where the judge gives one; ``raw`` is what it said."""
+    """What a judge says about one part of a rollout."""
 
     rollout_id: str
     part: str
     question: str
+    # "harm": safe, unsafe; "refusal": refused, partly, answered; "correct": correct, wrong.
+    # None: not judged, and counted as such.
     label: str | None
-    p: float | None
-    raw: str
+    p: float | None  # probability of "unsafe", where the judge gives one
+    raw: str  # the judge's own words
     judge: str
 
 
 @dataclass(frozen=True)
 class CsrPoint:
-    """Counts behind S_i of Eq. 1 at the prefix ``token_ids[:cut]`` of one rollout."""
+    """The counts behind S_i of Eq. 1: judged continuations of ``token_ids[:cut]`` of a rollout."""
 
     rollout_id: str
     cut: int
@@ -94,24 +105,25 @@ class CsrPoint:
 
     @property
     def n(self) -> int:
-        """Judged continuations; unknown ones carry no vote."""
+        """Number of judged continuations."""
         return self.n_safe + self.n_unsafe
 
     @property
     def s(self) -> float:
-        """The estimate of S_i; nan when nothing was judged."""
+        """The estimate of S_i; nan if nothing was judged."""
         return self.n_safe / self.n if self.n else float("nan")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was drawn at a cut. ``n_safe`` of ``n``: all judged draws that pass through it, which decided where to look next and
-    so give no interval. ``fresh_safe`` of ``fresh``: a fixed number of draws made when the search was over, with their
-    Clopper-Pearson interval of S, [``low``, ``high``]."""
+    """The continuations behind one end of a turning point's interval."""
 
     cut: int
+    # All judged draws that pass through the cut. The search chose its next cuts by them, so they
+    # give no unbiased interval.
     n_safe: int
     n: int
+    # A fixed number of draws after the search, and the Clopper-Pearson interval of S from them.
     fresh_safe: int = 0
     fresh: int = 0
     low: float = 0.0
@@ -120,51 +132,47 @@ class Evidence:
 
 @dataclass(frozen=True)
 class TurningPoint:
-    """Where CSR turns (Eq. 2 ``safe``, Eq. 3 ``unsafe``): ``token`` and ``sentence``, None when there is no turn. ``interval``
-    (last cut before it, the turn] holds it. ``flags`` name special cases, ``start-locked`` first. ``before`` and ``after``: the
-    draws at the two ends of the interval. ``tested``: cuts decided at full strength (``pass``, ``fail``, ``undecided``).
-    ``rollouts``, ``tokens``, ``judged``: what finding it cost."""
+    """Where the CSR of one trace turns: Eq. 2 (``kind`` safe) or Eq. 3 (``kind`` unsafe)."""
 
     rollout_id: str
     kind: str
-    token: int | None
-    sentence: int | None
-    interval: tuple[int, int] | None
-    flags: tuple[str, ...] = ()
-    before: Evidence | None = None
-    after: Evidence | None = None
+    token: int | None  # the cut of the turn; None: no turn
+    sentence: int | None  # index of the sentence that ends at the turn or contains it
+    interval: tuple[int, int] | None  # (last judged cut before the turn, the turn]
+    flags: tuple[str, ...] = ()  # special cases, named in `ipo_lib.csr`
+    before: Evidence | None = None  # draws at the lower end of the interval
+    after: Evidence | None = None  # draws at the upper end
+    # (cut, "pass" | "fail" | "undecided") for each cut that was tested with all its draws
     tested: tuple[tuple[int, str], ...] = ()
-    rollouts: int = 0
-    tokens: int = 0
-    judged: int = 0
+    rollouts: int = 0  # cost of the search: continuations,
+    tokens: int = 0  # generated tokens,
+    judged: int = 0  # and verdicts
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """One replacement: at ``cut`` of ``rollout_id`` a sentence gave way to ``trigger_id``; ``result``: a rollout id."""
+    """One replacement: at ``cut`` a trigger took the place of a sentence of the rollout."""
 
     rollout_id: str
     cut: int
     trigger_id: str
-    result: str
+    result: str  # id of the rollout that continues after the trigger
     round: int = 1
     accepted: bool | None = None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference (x, chosen > rejected, h): both suffixes follow ``prompt_ids`` = chat ids + common prefix, which is ``h``
-    response tokens long; ``why`` says where the pair came from. The first ``given`` chosen tokens are a trigger's, put there and
-    not sampled; ``weight`` scales the pair's loss. Without ``rejected_ids`` it is an example for SFT."""
+    """A preference of Eq. 4: after one prefix, ``chosen_ids`` are better than ``rejected_ids``."""
 
     id: str
-    prompt_ids: Ids
+    prompt_ids: Ids  # the chat prompt and the response tokens that both sides share
     chosen_ids: Ids
-    rejected_ids: Ids
-    h: int
-    why: str
-    given: int = 0
-    weight: float = 1.0
+    rejected_ids: Ids  # empty: an example for supervised fine-tuning
+    h: int  # number of shared response tokens
+    why: str  # where the pair comes from
+    given: int = 0  # the first so many chosen tokens are a trigger's, not sampled
+    weight: float = 1.0  # factor of the pair's loss
 
 
 Prompts = Mapping[str, Prompt]  # by id
@@ -175,92 +183,107 @@ Curves = Mapping[str, Sequence[CsrPoint]]  # by rollout id
 
 
 class HasId(Protocol):
-    """Anything that is known by an id of its own."""
+    """Anything with an id."""
 
     @property
     def id(self) -> str:
         """The id."""
 
 
-Named = TypeVar("Named", bound=HasId)
+Identified = TypeVar("Identified", bound=HasId)
 
 
-def by_id(items: Iterable[Named]) -> dict[str, Named]:
-    """The items by their ``id``, in order. An item that comes again is no fault; BadInput when two different ones share an id."""
-    found: dict[str, Named] = {}
+def by_id(items: Iterable[Identified]) -> dict[str, Identified]:
+    """The items by their id, in order; equal items count once.
+
+    Raises:
+        BadInput: two different items share an id.
+    """
+    unique: dict[str, Identified] = {}
     for item in items:
-        if found.setdefault(item.id, item) != item:
+        if unique.setdefault(item.id, item) != item:
             kind = type(item).__name__.lower()
             raise BadInput(
                 f"two different {kind}s have the id {item.id!r}; give each {kind} an id of its own"
             )
-    return found
+    return unique
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """A record as plain JSON values; tuples become lists. A field marked SPARSE is left out at its default."""
-    found = {}
-    for one in fields(record):
-        value = getattr(record, one.name)
-        if not (one.metadata.get("sparse") and value == one.default):
-            found[one.name] = list(value) if isinstance(value, tuple) else value
-    return found
+    """The fields of a record, tuples as lists; a SPARSE field at its default is left out."""
+    values = {}
+    for column in fields(record):
+        value = getattr(record, column.name)
+        if not (column.metadata.get("sparse") and value == column.default):
+            values[column.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
-    """The record and those inside it from plain data; BadInput names what is missing, unknown or mistyped, after ``where``."""
+    """The record of class ``kind``, with the records inside it, from plain data.
+
+    Args:
+        kind: a dataclass.
+        data: a mapping of its fields.
+        where: dotted name of ``data`` in a larger whole, for messages.
+
+    Raises:
+        BadInput: a field is missing, unknown or of the wrong type.
+    """
+    owner = kind.__name__
     if not isinstance(data, Mapping):
-        raise BadInput(
-            f"{kind.__name__}: expected settings{where and f' for {where!r}'}, found {data!r:.60}"
-        )
-    hints, prefix = typing.get_type_hints(kind), where and f"{where}."
-    for name in (str(name) for name in data if name not in hints):
-        near = difflib.get_close_matches(name, hints, 1)
-        hint = f"did you mean {prefix + near[0]!r}?" if near else f"known: {', '.join(hints)}"
-        raise BadInput(f"{kind.__name__}: {prefix + name!r} is unknown; {hint}")
-    for one in fields(kind):  # type: ignore[arg-type]
-        if one.name not in data and one.default is one.default_factory is MISSING:
-            raise BadInput(f"{kind.__name__}: {prefix + one.name!r} is missing")
-    return kind(
-        **{
-            name: _typed(hints[name], value, prefix + name, kind.__name__)
-            for name, value in data.items()
-        }
-    )
+        place = f" for {where!r}" if where else ""
+        raise BadInput(f"{owner}: expected settings{place}, found {data!r:.60}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for name in data:
+        if name not in hints:
+            similar = difflib.get_close_matches(str(name), hints, 1)
+            hint = f"known: {', '.join(hints)}"
+            if similar:
+                hint = f"did you mean {prefix + similar[0]!r}?"
+            raise BadInput(f"{owner}: {f'{prefix}{name}'!r} is unknown; {hint}")
+    for column in fields(kind):  # type: ignore[arg-type]
+        required = column.default is MISSING and column.default_factory is MISSING
+        if required and column.name not in data:
+            raise BadInput(f"{owner}: {prefix + column.name!r} is missing")
+    values = {}
+    for name, value in data.items():
+        values[name] = _convert(hints[name], value, prefix + name, owner)
+    return kind(**values)
 
 
-def _typed(hint: Any, value: Any, where: str, owner: str) -> Any:
-    """``value`` if it fits the annotation (lists become tuples, ints may stand for floats), else BadInput."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    plain = hint is Any or (
-        isinstance(hint, type)
-        and isinstance(value, hint)
-        and isinstance(value, bool) == (hint is bool)
-    )
-    if plain or (value is None and type(None) in inner):
+def _convert(hint: Any, value: Any, name: str, owner: str) -> Any:
+    """``value`` as the annotation ``hint`` asks for; BadInput if it does not fit."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # "a type or None": records have no other unions
+        return None if value is None else _convert(arguments[0], value, name, owner)
+    same_kind = isinstance(value, bool) == (hint is bool)  # in Python a bool is an int, too
+    if hint is Any or (isinstance(hint, type) and isinstance(value, hint) and same_kind):
         return value
-    if origin is types.UnionType:  # a type or None; there are no others in records
-        return _typed(inner[0], value, where, owner)
+    if hint is float and type(value) is int:
+        return float(value)
     if is_dataclass(hint):
-        return from_json(typing.cast(type, hint), value, where)
+        return from_json(typing.cast(type, hint), value, name)
     if origin is Mapping and isinstance(value, Mapping):
         return {
-            str(key): _typed(inner[1], one, f"{where}.{key}", owner) for key, one in value.items()
+            str(key): _convert(arguments[1], item, f"{name}.{key}", owner)
+            for key, item in value.items()
         }
-    if origin is tuple and isinstance(value, (list, tuple)):
-        inner = inner[:1] * len(value) if inner[1:] == (Ellipsis,) else inner
-        if len(inner) == len(value):
-            return tuple(
-                _typed(one, item, where, owner) for one, item in zip(inner, value, strict=True)
-            )
-    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = "a mapping" if origin is Mapping else hint.__name__ if origin is None else hint
-    raise BadInput(f"{owner}: expected {expected} for {where!r}, found {value!r:.60}")
+    if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        if len(arguments) == len(value):
+            items = zip(arguments, value, strict=True)
+            return tuple(_convert(item_hint, item, name, owner) for item_hint, item in items)
+    expected = hint if origin else hint.__name__
+    if origin is Mapping:
+        expected = "a mapping"
+    raise BadInput(f"{owner}: expected {expected} for {name!r}, found {value!r:.60}")
 
 
 def canonical(data: Any) -> str:
-    """One text for equal JSON values: sorted keys, no spaces, no NaN."""
+    """The one text of a JSON value: sorted keys, no spaces, no NaN."""
     return json.dumps(
         data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )

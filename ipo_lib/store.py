@@ -1,6 +1,14 @@
-"""The run store: content-addressed, append-only, resumable, readable by eye, the same bytes whenever it was made.
-``<root>/<stage>/<digest>/`` holds ``spec.json``, then ``records.jsonl`` (a ledger) or ``files/`` (an artifact), then
-``done.json``. A kill at any instant costs unfinished work only; locks (``flock``) end with their process."""
+"""The run store: content-addressed, append-only, resumable, readable by eye.
+
+``<root>/<stage>/<digest of the spec>/`` holds
+
+1. ``spec.json``: what decides the content (settings, hashes of models, versions);
+2. ``records.jsonl``, a *ledger* of records by key, or ``files/``, an *artifact* such as an adapter;
+3. ``done.json``, once it is complete.
+
+The bytes do not depend on when or by how many processes they were written. A kill at any instant
+costs unfinished work only; locks (``flock``) end with their process.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +26,24 @@ from typing import Any
 
 from ipo_lib.records import BadInput, canonical, digest
 
-STORE = b'{"version": 1}\n'  # what store.json says; raise the number when the layout changes
-LINE = b'{"crc":"%08x",%b\n'  # of records: canonical JSON that begins with the CRC-32 of what follows it
-ELSEWHERE, FREE = (
-    "choose a writable folder with $IPO_STORE",
-    "free space and run again, finished records are kept",
-)
-HINTS = dict.fromkeys(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR), ELSEWHERE
-)
-HINTS |= {
+Json = dict[str, Any]
+
+STORE = b'{"version": 1}\n'  # content of store.json; raise the number when the layout changes
+# A line of records.jsonl: canonical JSON that begins with the CRC-32 of what follows it.
+LINE = b'{"crc":"%08x",%b\n'
+
+ELSEWHERE = "choose a writable folder with $IPO_STORE"
+FREE = "free space and run again, finished records are kept"
+HINTS = {  # remedies by error number
+    errno.EACCES: ELSEWHERE,
+    errno.EPERM: ELSEWHERE,
+    errno.EROFS: ELSEWHERE,
+    errno.EEXIST: ELSEWHERE,
+    errno.ENOTDIR: ELSEWHERE,
     errno.ENOSPC: FREE,
     errno.EDQUOT: FREE,
     errno.EWOULDBLOCK: "another process is building this; let it finish",
 }
-Json = dict[str, Any]
 
 
 def default_root() -> Path:
@@ -41,31 +52,23 @@ def default_root() -> Path:
 
 
 class Store:
-    """Ledgers and artifacts by (stage, version, spec). Looking at them writes nothing; another version is BadInput."""
+    """Ledgers and artifacts by stage, version and spec. To look at them writes nothing."""
 
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = default_root() if root is None else Path(root).expanduser()
-        self._ledgers: dict[
-            Path, Ledger
-        ] = {}  # read once; a search asks for the same one in every round
-        self.drawn: dict[
-            str, int
-        ] = {}  # generated tokens of every rollout asked for in this process, stored before or not
-        self.unread = set[str]()  # rollouts whose cue a detector was asked for in vain
-        self.closed: dict[
-            str, bool
-        ] = {}  # whether the trace of every whole response asked for was closed
-        if (path := self.root / "store.json").exists() and not STORE.startswith(
-            found := path.read_bytes()
-        ):
-            raise BadInput(f"store: {self.root} says {found!r:.60}, this is {STORE!r}; {ELSEWHERE}")
+        self._ledgers: dict[Path, Ledger] = {}  # each is parsed once
+        path = self.root / "store.json"
+        if path.exists() and not STORE.startswith(content := path.read_bytes()):
+            raise BadInput(
+                f"store: {self.root} says {content!r:.60}, this is {STORE!r}; {ELSEWHERE}"
+            )
 
     def ledger(self, stage: str, version: int, spec: Json) -> Ledger:
         """The records of ``spec``; raise ``version`` when the meaning of the stage changes."""
-        found = Ledger(self.root / stage, {"stage": stage, "version": version, "spec": spec})
-        found = self._ledgers.setdefault(found.folder, found)
-        found.read()
-        return found
+        ledger = Ledger(self.root / stage, {"stage": stage, "version": version, "spec": spec})
+        ledger = self._ledgers.setdefault(ledger.folder, ledger)
+        ledger.read()
+        return ledger
 
     def artifact(self, stage: str, version: int, spec: Json) -> Artifact:
         """The files (an adapter, a merged model) of ``spec``."""
@@ -73,47 +76,59 @@ class Store:
 
 
 class Ledger(dict[str, Json]):
-    """The records of a spec by key, as last seen on disk; only ``append`` writes, and never a key that is there."""
+    """The records of a spec by key, as last read from disk.
+
+    Only ``append`` adds to them, and never a key that is there.
+    """
 
     def __init__(self, parent: Path, spec: Json) -> None:
-        self.folder, self.spec, self._seen, self._sha = parent / digest(spec), spec, 0, sha256()
+        self.folder = parent / digest(spec)
+        self.spec = spec
+        self._forget()
+
+    def _forget(self) -> None:
+        self.clear()
+        self._bytes_read = 0
+        self._hash = sha256()  # of the bytes read
 
     def read(self) -> None:
-        """Take in what is on the disk and was not seen yet; all of it where somebody has cleared the folder."""
+        """Read what is new on disk; all of it where somebody has cleared the folder."""
         path = self.folder / "records.jsonl"
-        if self._seen and (not path.exists() or path.stat().st_size < self._seen):
-            self.clear()
-            self._seen, self._sha = 0, sha256()
-        self._take_in()
+        if self._bytes_read and (not path.exists() or path.stat().st_size < self._bytes_read):
+            self._forget()
+        self._read_new()
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that no worker has written yet, each once, in their order."""
-        self._take_in()
+        """Those of ``keys`` that no process has written yet, each once, in their order."""
+        self._read_new()
         return [key for key in dict.fromkeys(keys) if key not in self]
 
     def append(self, records: Mapping[str, Json] | Iterable[tuple[str, Json]]) -> int:
-        """Brings one batch to the disk (one fsync, canonical JSON lines); how many of its records were new."""
-        texts = {
-            key: canonical({"key": key, "record": record})[1:]
-            for key, record in dict(records).items()
-        }
+        """Write one batch to disk (one fsync); return how many of its records were new."""
+        texts = {}
+        for key, record in dict(records).items():
+            texts[key] = canonical({"key": key, "record": record})[1:]
         with _locked(self.folder, self.spec, "records.jsonl") as file:
-            self._take_in(file)
-            new = [
-                text.encode(errors="surrogatepass")
-                for key, text in texts.items()
-                if key not in self
-            ]
-            if data := b"".join(LINE % (zlib.crc32(rest), rest) for rest in new):
+            self._read_new(file)
+            lines = []
+            for key, text in texts.items():
+                if key not in self:
+                    content = text.encode(errors="surrogatepass")
+                    lines.append(LINE % (zlib.crc32(content), content))
+            data = b"".join(lines)
+            if data:
                 (self.folder / "done.json").unlink(missing_ok=True)
             while data:
                 data = data[os.write(file, data) :]
             os.fsync(file)
-            self._take_in(file)
-        return len(new)
+            self._read_new(file)
+        return len(lines)
 
     def collect(self, records: Iterable[tuple[str, Json]], every: int) -> None:
-        """Append records as they come, ``every`` so many, and finish; those that came before a failure are kept, too."""
+        """Append records as they come, ``every`` at a time, and finish.
+
+        Those that came before a failure are kept.
+        """
         batch: dict[str, Json] = {}
         try:
             for key, record in records:
@@ -127,95 +142,111 @@ class Ledger(dict[str, Json]):
         self.finish()
 
     def finish(self) -> None:
-        """Writes ``done.json``, unless it is there: how many records, the SHA-256 of their file. A new record removes it."""
-        if (self.folder / "done.json").exists():
+        """Write ``done.json``, unless it is there: number of records, SHA-256 of their file.
+
+        A new record removes it.
+        """
+        done = self.folder / "done.json"
+        if done.exists():
             return
         with _locked(self.folder, self.spec, "records.jsonl") as file:
-            self._take_in(file)
-            _publish(
-                self.folder / "done.json", {"records": len(self), "sha256": self._sha.hexdigest()}
-            )
+            self._read_new(file)
+            _publish(done, {"records": len(self), "sha256": self._hash.hexdigest()})
 
-    def _take_in(self, locked: int | None = None) -> None:
-        """Reads on, under a lock. A last line without its newline is torn (kill, full disk); a writer cuts it off."""
+    def _read_new(self, locked_file: int | None = None) -> None:
+        """Read on from where the last call ended, under a lock.
+
+        A last line without its newline was torn by a kill or a full disk: whoever writes
+        (``locked_file``) cuts it off, others leave it.
+        """
         with (
             suppress(FileNotFoundError, NotADirectoryError),
             (self.folder / "records.jsonl").open("rb") as file,
         ):
-            if locked is None:
+            if locked_file is None:
                 fcntl.flock(file, fcntl.LOCK_SH)
-            file.seek(self._seen)
+            file.seek(self._bytes_read)
             for line in file:
                 if not line.endswith(b"\n"):
-                    return None if locked is None else os.ftruncate(locked, self._seen)
-                rest = line.partition(b",")[2][:-1]
-                entry = json.loads(b"{" + rest) if line == LINE % (zlib.crc32(rest), rest) else None
-                if entry is None or entry["key"] in self:
-                    hint = "delete this line and run again, only its record is computed anew"
-                    raise BadInput(
-                        f"store: {file.name}, line {len(self) + 1}: corrupted or repeated record; {hint}"
-                    )
-                self[entry["key"]], self._seen = entry["record"], self._seen + len(line)
-                self._sha.update(line)
+                    if locked_file is not None:
+                        os.ftruncate(locked_file, self._bytes_read)
+                    return
+                self._take_line(line, file.name)
+
+    def _take_line(self, line: bytes, path: str) -> None:
+        """Add the record of a line; BadInput: its bytes have changed, or its key was there."""
+        content = line.partition(b",")[2][:-1]
+        intact = line == LINE % (zlib.crc32(content), content)
+        entry = json.loads(b"{" + content) if intact else None
+        if entry is None or entry["key"] in self:
+            raise BadInput(
+                f"store: {path}, line {len(self) + 1}: corrupted or repeated record; "
+                "delete this line and run again, only its record is computed anew"
+            )
+        self[entry["key"]] = entry["record"]
+        self._bytes_read += len(line)
+        self._hash.update(line)
 
 
 class Artifact:
     """A folder of files, ``path``, that is there as a whole (``done``) or not at all."""
 
     def __init__(self, parent: Path, spec: Json) -> None:
-        self.folder, self.spec = parent / digest(spec), spec
+        self.folder = parent / digest(spec)
         self.path = self.folder / "files"
+        self.spec = spec
 
     @property
     def done(self) -> bool:
-        """Whether it was built to the end."""
+        """Whether it is complete."""
         return (self.folder / "done.json").exists()
 
     @contextmanager
     def build(self) -> Iterator[Path]:
-        """A folder to fill, renamed to ``path`` at the end. A dead build's leavings go; a live one is BadInput."""
+        """A folder to fill, renamed to ``path`` at the end.
+
+        What a killed build has left is removed. BadInput: another process is building.
+        """
+        building = self.folder / "building"
         with _locked(self.folder, self.spec, "lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
             if self.done:
                 raise BadInput(
                     f"store: {self.path} is already built; delete {self.folder} to build it again"
                 )
-            for leaving in (building := self.folder / "building", self.path):
-                shutil.rmtree(leaving, ignore_errors=True)
+            shutil.rmtree(building, ignore_errors=True)
+            shutil.rmtree(self.path, ignore_errors=True)
             building.mkdir()
             yield building
-            files = {
-                str(f.relative_to(building)): f.stat().st_size
-                for f in building.rglob("*")
-                if f.is_file()
-            }
+            sizes = {}
+            for file in building.rglob("*"):
+                if file.is_file():
+                    sizes[str(file.relative_to(building))] = file.stat().st_size
             os.replace(building, self.path)
-            _publish(self.folder / "done.json", {"bytes": files})
+            _publish(self.folder / "done.json", {"bytes": sizes})
 
 
 @contextmanager
 def _locked(folder: Path, spec: Json, name: str, how: int = fcntl.LOCK_EX) -> Iterator[int]:
-    """The file ``name`` of a folder, locked and made if need be. What a user can mend becomes one line."""
+    """The file ``name`` of a folder, locked, and created if need be; its descriptor."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("ab", buffering=0) as file:
             fcntl.flock(file, how)
             if not (folder / "spec.json").exists():
-                (folder.parents[1] / "store.json").write_bytes(
-                    STORE
-                )  # same bytes, whoever else writes it now
+                # Whoever else writes store.json at this moment writes the same bytes.
+                (folder.parents[1] / "store.json").write_bytes(STORE)
                 _publish(folder / "spec.json", spec)
             yield file.fileno()
     except OSError as error:
         if error.errno not in HINTS:
             raise
-        raise BadInput(
-            f"store: {folder}: {os.strerror(error.errno)}; {HINTS[error.errno]}"
-        ) from error
+        problem = os.strerror(error.errno)
+        raise BadInput(f"store: {folder}: {problem}; {HINTS[error.errno]}") from error
 
 
 def _publish(path: Path, content: Json) -> None:
-    temporary = path.with_suffix(
-        ".tmp"
-    )  # the caller's lock makes it ours, even if a dead process left it
+    """Write a JSON file so that it is there as a whole or not at all."""
+    # The caller holds the lock: a temporary file of this name is left by a dead process.
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, path)

@@ -1,11 +1,19 @@
-"""TODO: what ipo_lib.triggers is."""
+"""Safety triggers: sentences that turn a trace to safety.
+
+1. *Mine*: take the sentences at safe turning points (Eq. 2). ``cluster_sentences`` counts equal
+   ones and puts similar ones into clusters. The result is the pool.
+2. *Test*: put each sentence of the pool at compliance cues and count how often the trace ends safe.
+   That is its one-shot rescue rate; the caller measures it.
+3. *Choose*: from each of the largest clusters the sentence of the best rescue rate:
+   ``choose_triggers``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ipo_lib.csr import START_LOCKED
 from ipo_lib.cues import WORD, ngrams
@@ -15,19 +23,34 @@ from ipo_lib.stats import wilson
 
 @dataclass(frozen=True)
 class Trigger:
-    """A sentence of the pool, its ``count`` at turning points, its cluster (0 is the largest), and its one-shot
-    ``rescue``: k safe of n judged interventions on training prompts, None before it was tried."""
+    """A sentence of the pool."""
 
     id: str
     text: str
-    count: int
-    cluster: int
+    count: int  # how often it stands at a turning point
+    cluster: int  # 0 is the largest
+    # One-shot rescue: k of n judged interventions ended safe, on training prompts; None: not tried.
     rescue: tuple[int, int] | None = None
 
 
 def triggers_from_sentences(sentences: Sequence[str]) -> list[Trigger]:
-    """Sentences written in a profile as triggers, for a run in which none can be mined."""
-    return [Trigger(digest(["written", one]), one, 0, at) for at, one in enumerate(sentences)]
+    """Triggers from sentences that a profile lists, for runs in which none can be mined."""
+    triggers = []
+    for index, sentence in enumerate(sentences):
+        triggers.append(Trigger(digest(["written", sentence]), sentence, 0, index))
+    return triggers
+
+
+@dataclass
+class _Cluster:
+    """Similar sentences, the most frequent first, and the n-grams of that one."""
+
+    leader_grams: set[str]
+    members: list[str] = field(default_factory=list)
+
+    def similarity(self, grams: set[str]) -> float:
+        """Jaccard similarity to the most frequent member."""
+        return len(grams & self.leader_grams) / len(grams | self.leader_grams)
 
 
 def cluster_sentences(
@@ -36,47 +59,68 @@ def cluster_sentences(
     kind: str = SAFE,
     similarity: float = 0.3,
 ) -> list[Trigger]:
-    """The pool: the sentences (``texts`` by rollout id) at safe turning points, not start-locked, most frequent first.
-    Same words count together. A sentence joins the cluster whose most frequent member it resembles most, from
-    ``similarity`` on (Jaccard of word 1- and 2-grams). ``kind`` unsafe mines cues (Eq. 3), for the reverse control."""
-    forms: dict[str, Counter[str]] = defaultdict(Counter)
+    """The pool of sentences at turning points, the most frequent first.
+
+    Args:
+        turns: turning points; start-locked ones are left out.
+        texts: the sentences of each trace, by rollout id.
+        kind: ``safe`` mines triggers; ``unsafe`` mines cues (Eq. 3), for the reverse control.
+        similarity: a sentence joins the most similar cluster if its Jaccard similarity of word 1-
+            and 2-grams is at least this.
+    """
+    # 1. Sentences of the same words count together, whatever their case and punctuation.
+    spellings: dict[str, Counter[str]] = defaultdict(Counter)
     for turn in turns:
         if turn.kind == kind and turn.sentence is not None and START_LOCKED not in turn.flags:
             text = texts[turn.rollout_id][turn.sentence].strip()
-            forms[" ".join(WORD.findall(text.casefold()))][text] += 1
-    clusters: list[tuple[set[str], list[str]]] = []  # the leader's n-grams, the members' words
-    for words in sorted(forms.keys() - {""}, key=lambda words: (-forms[words].total(), words)):
+            spellings[" ".join(WORD.findall(text.casefold()))][text] += 1
+    counts = {words: spelling.total() for words, spelling in spellings.items() if words}
+    by_count = sorted(counts, key=lambda words: (-counts[words], words))
+
+    # 2. Each joins the most similar cluster, or begins one.
+    clusters: list[_Cluster] = []
+    for words in by_count:
         grams = ngrams(words, 2)
-        likeness = [len(grams & leader) / len(grams | leader) for leader, _ in clusters]
-        if likeness and max(likeness) >= similarity:
-            clusters[likeness.index(max(likeness))][1].append(words)
-        else:
-            clusters.append((grams, [words]))
-    clusters.sort(key=lambda cluster: -sum(forms[words].total() for words in cluster[1]))
-    pool = [
-        (words, forms[words], at) for at, (_, members) in enumerate(clusters) for words in members
-    ]
-    pool.sort(key=lambda entry: (-entry[1].total(), entry[0]))
-    return [
-        Trigger(digest(w, 8), min(seen, key=lambda f: (-seen[f], f)), seen.total(), at)
-        for w, seen, at in pool
-    ]
+        nearest = max(clusters, key=lambda cluster: cluster.similarity(grams), default=None)
+        if nearest is None or nearest.similarity(grams) < similarity:
+            nearest = _Cluster(grams)
+            clusters.append(nearest)
+        nearest.members.append(words)
+    clusters.sort(key=lambda cluster: -sum(counts[words] for words in cluster.members))
+    cluster_of: dict[str, int] = {}
+    for index, cluster in enumerate(clusters):
+        cluster_of |= dict.fromkeys(cluster.members, index)
+
+    # 3. Of equal words, the most frequent spelling is the trigger's text.
+    pool = []
+    for words in by_count:
+        spelling = spellings[words]
+        text = min(spelling, key=lambda form: (-spelling[form], form))
+        pool.append(Trigger(digest(words, 8), text, counts[words], cluster_of[words]))
+    return pool
 
 
 def choose_triggers(
     pool: Sequence[Trigger], rescues: Mapping[str, tuple[int, int]], n: int = 6
 ) -> list[Trigger]:
-    """The triggers in use: of each of the ``n`` largest clusters with a tried member, the one of best one-shot rescue.
-    ``rescues``: (k, n) by trigger id. Best: the highest Wilson lower bound (at equal n: k / n), ties by count."""
-    tried = [
-        dataclasses.replace(t, rescue=rescues[t.id])
-        for t in by_id(pool).values()
-        if rescues.get(t.id, (0, 0))[1]
-    ]
-    ranked = sorted(tried, key=lambda t: (-wilson(*rescues[t.id]).low, -t.count, t.id))
-    best = {trigger.cluster: trigger for trigger in reversed(ranked)}
-    return [
-        trigger
-        for trigger in ranked
-        if best[trigger.cluster] is trigger and trigger.cluster in sorted(best)[:n]
-    ]
+    """The best trigger of each of the ``n`` largest clusters with a tried member, the best first.
+
+    ``rescues`` holds the one-shot rescue (k, n) by trigger id. Best is the highest Wilson lower
+    bound; among equals, the most frequent.
+    """
+    tried = []
+    for trigger in by_id(pool).values():
+        rescue = rescues.get(trigger.id, (0, 0))
+        if rescue[1]:
+            tried.append(dataclasses.replace(trigger, rescue=rescue))
+    tried.sort(key=lambda trigger: (-_lower_bound(trigger), -trigger.count, trigger.id))
+    largest = sorted({trigger.cluster for trigger in tried})[:n]
+    best: dict[int, Trigger] = {}
+    for trigger in tried:
+        if trigger.cluster in largest:
+            best.setdefault(trigger.cluster, trigger)
+    return list(best.values())
+
+
+def _lower_bound(trigger: Trigger) -> float:
+    return wilson(*(trigger.rescue or (0, 0))).low

@@ -1,29 +1,28 @@
-"""A trace as coloured text in a notebook: sentences by CSR or by verdict, marks where it turns, the draws behind each point.
-Plain HTML: it opens without a server and runs no script. Redacted unless ``reveal``."""
+"""A trace as coloured text in a notebook, with marks at its cue, trigger and turning point.
+
+Each sentence is tinted by a number between 0 (unsafe) and 1 (safe): the safety ratio after it, or a
+verdict. A click on a sentence unfolds the continuations drawn after it. The page is plain HTML
+without scripts. Words are blacked out unless ``reveal`` is set.
+"""
 
 from __future__ import annotations
 
+import functools
 import html
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ipo_lib.plots import NEUTRAL_COLOUR, SAFE_COLOUR, UNSAFE_COLOUR
 from ipo_lib.records import SAFE, UNSAFE, Rollout, Sentence
 
-MARKS = {"cue": UNSAFE_COLOUR, "trigger": SAFE_COLOUR, "turning point": "#7B3294"}
-COLOURS = {SAFE: SAFE_COLOUR, UNSAFE: UNSAFE_COLOUR}
-STYLE = """<style>
-.ipo{font:14px/1.6 system-ui,sans-serif;max-width:46em;color:#222;background:#fff;padding:.6em}
-.ipo details{display:inline}.ipo details[open]{display:block;margin:.2em 0}
-.ipo summary{display:inline;list-style:none;cursor:pointer}.ipo summary::-webkit-details-marker{display:none}
-.ipo .s{padding:.1em .15em;border-radius:.2em}
-.ipo .m{font-size:11px;font-weight:600;color:#fff;padding:.05em .4em;border-radius:.6em;margin-right:.25em}
-.ipo .d{border-left:3px solid #ccc;margin:.2em 0 .4em 1em;padding-left:.7em;font-size:12.5px;max-height:18em;overflow:auto}
-.ipo .k{font-size:12px;color:#555;margin-top:.5em}</style>"""
-CSR, CSR_IS = "S", ", the share of continuations that end safe"
-Draws = Sequence[tuple[str | None, str]]  # (label, text)
+MARK_COLOURS = {"cue": UNSAFE_COLOUR, "trigger": SAFE_COLOUR, "turning point": "#7B3294"}
+LABEL_COLOURS = {SAFE: SAFE_COLOUR, UNSAFE: UNSAFE_COLOUR}
+NOT_MEASURED_COLOUR = "#eeeeee"
+CSR = "S"  # the name of a value that is a safety ratio
+Draws = Sequence[tuple[str | None, str]]  # (label or None, text) of each continuation
 
 
 def show(
@@ -36,85 +35,88 @@ def show(
     name: str = CSR,
     reveal: bool = False,
 ) -> Any:
-    """The trace, each sentence tinted by ``values`` (by sentence index: 1 safe, 0 unsafe), which ``name`` names: CSR after it,
-    or a verdict. ``marks``: the index at which cue, trigger, turning point or any other word stands, None: nowhere. ``draws``:
-    the (label, text) behind the point after a sentence; a click on the sentence unfolds them."""
+    """The trace as an HTML object that a notebook displays.
+
+    Args:
+        rollout: holds the trace.
+        spans: its sentences.
+        values: by sentence index a number from 0 (unsafe) to 1 (safe), which gives the colour.
+        marks: by word, such as ``cue`` or ``trigger``, the sentence index where it stands, or None.
+        draws: by sentence index the continuations after it, as (label, text).
+        name: what ``values`` are; ``S`` is the safety ratio after a sentence.
+        reveal: show the words.
+    """
+    marks, draws = marks or {}, draws or {}
     pieces = []
     for span in spans:
-        named = [name for name, index in (marks or {}).items() if index == span.index]
-        pieces.append(
-            _sentence(
-                rollout,
-                span,
-                values.get(span.index),
-                named,
-                (draws or {}).get(span.index, ()),
-                name,
-                reveal,
-            )
-        )
-    key = f"colour: {name}{CSR_IS * (name == CSR)}, from orange (0) to blue (1); grey: not measured"
-    note = (
-        key
-        + ("; click a sentence for the draws behind it" if draws else "")
-        + ("" if reveal else "; text redacted")
-    )
-    return _html(f'{STYLE}<div class="ipo">{" ".join(pieces)}<div class="k">{note}</div></div>')
+        text = html.escape(shown(rollout.text[span.char_start : span.char_end], reveal))
+        title, colour = _value_title(values.get(span.index), name)
+        style = f'title="{title}" style="background:{colour}"'
+        words = [word for word, index in marks.items() if index == span.index]
+        chips = [_chip(word, MARK_COLOURS.get(word, NEUTRAL_COLOUR)) for word in words]
+        piece = f'{"".join(chips)}<span class="s" {style}>{text}</span>'
+        if draws.get(span.index):
+            piece = _unfolding(piece, title, draws[span.index], reveal)
+        pieces.append(piece)
+    # The page is complete: neither a server nor a script is needed to open it.
+    key = _colour_key(name, bool(draws), reveal)
+    body = f'<div class="ipo">{" ".join(pieces)}<div class="k">{key}</div></div>'
+    return _html_object(f"<style>\n{_style_sheet()}</style>{body}")
 
 
-def _sentence(
-    rollout: Rollout,
-    span: Sentence,
-    value: float | None,
-    marks: Sequence[str],
-    draws: Draws,
-    name: str,
-    reveal: bool,
-) -> str:
-    known = value is not None and not math.isnan(value)
-    title, colour = (
-        (f"{name} = {value:.2f}", tint(value or 0.0)) if known else ("not measured", "#eeeeee")
-    )
-    text = html.escape(shown(rollout.text[span.char_start : span.char_end], reveal))
-    chips = "".join(_chip(mark, MARKS.get(mark, NEUTRAL_COLOUR)) for mark in marks)
-    said = f'{chips}<span class="s" title="{title}" style="background:{colour}">{text}</span>'
-    if not draws:
-        return said
-    rows = "".join(_draw(label, drawn, reveal) for label, drawn in draws)
-    return f'<details><summary>{said}</summary><div class="d">{title}, {len(draws)} draws<br>{rows}</div></details>'
+def shown(text: str, reveal: bool) -> str:
+    """``text``; unless ``reveal``, every letter, mark and digit is blacked out."""
+    if reveal:
+        return text
+    return "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
 
 
-def _draw(label: str | None, text: str, reveal: bool) -> str:
-    chip = _chip(label or "not judged", COLOURS.get(label or "", NEUTRAL_COLOUR))
-    return f"<div>{chip}{html.escape(shown(text, reveal))}</div>"
+def tint(value: float) -> str:
+    """A CSS colour between unsafe (0) and safe (1)."""
+    channels = []
+    for start in (1, 3, 5):  # red, green and blue in "#RRGGBB"
+        low = int(UNSAFE_COLOUR[start : start + 2], 16)
+        high = int(SAFE_COLOUR[start : start + 2], 16)
+        channels.append(str(round((1 - value) * low + value * high)))
+    return f"rgba({','.join(channels)},0.30)"
+
+
+@functools.cache
+def _style_sheet() -> str:
+    return Path(__file__).with_name("viewer.css").read_text("utf-8").rstrip()
+
+
+def _value_title(value: float | None, name: str) -> tuple[str, str]:
+    """What a sentence's tooltip says, and its colour."""
+    if value is None or math.isnan(value):
+        return "not measured", NOT_MEASURED_COLOUR
+    return f"{name} = {value:.2f}", tint(value)
+
+
+def _colour_key(name: str, has_draws: bool, reveal: bool) -> str:
+    """The line below the trace that explains it."""
+    meaning = ", the share of continuations that end safe" if name == CSR else ""
+    key = f"colour: {name}{meaning}, from orange (0) to blue (1); grey: not measured"
+    if has_draws:
+        key += "; click a sentence for the draws behind it"
+    return key if reveal else f"{key}; text redacted"
+
+
+def _unfolding(sentence: str, title: str, draws: Draws, reveal: bool) -> str:
+    """A sentence that unfolds its continuations on a click."""
+    rows = []
+    for label, text in draws:
+        chip = _chip(label or "not judged", LABEL_COLOURS.get(label or "", NEUTRAL_COLOUR))
+        rows.append(f"<div>{chip}{html.escape(shown(text, reveal))}</div>")
+    unfolded = f'<div class="d">{title}, {len(draws)} draws<br>{"".join(rows)}</div>'
+    return f"<details><summary>{sentence}</summary>{unfolded}</details>"
 
 
 def _chip(word: str, colour: str) -> str:
     return f'<span class="m" style="background:{colour}">{html.escape(word)}</span>'
 
 
-def shown(text: str, reveal: bool) -> str:
-    """``text``, with every letter and digit blacked out unless ``reveal``; its shape stays."""
-    return (
-        text
-        if reveal
-        else "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
-    )
-
-
-def tint(value: float) -> str:
-    """A CSS colour between unsafe (0) and safe (1)."""
-    ends = [
-        [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
-        for colour in (UNSAFE_COLOUR, SAFE_COLOUR)
-    ]
-    red, green, blue = (
-        round((1 - value) * low + value * high) for low, high in zip(*ends, strict=True)
-    )
-    return f"rgba({red},{green},{blue},0.30)"
-
-
-def _html(text: str) -> Any:
+def _html_object(text: str) -> Any:
     from IPython.display import HTML
 
     return HTML(text)  # type: ignore[no-untyped-call]

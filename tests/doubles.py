@@ -30,7 +30,9 @@ class ScriptedSampler:
             yield self.script(request, sampling)
 
     def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
-        """Of the script's draws that agree with a trace so far, how many go on as it does, counted over ``TRIES`` seeds."""
+        """Of the script's draws that agree with a trace so far, how many go on as it does, counted
+        over ``TRIES`` seeds.
+        """
         for one in requests:
             tries = [
                 self.script(replace(one, prefix_ids=(), seed=seed), sampling).token_ids

@@ -1,4 +1,7 @@
-"""A proxy before a real server that breaks answers on demand, and the server: ``transformers serve`` on a model folder."""
+"""A proxy before a real server that breaks answers on demand, and the server.
+
+``transformers serve`` on a model folder.
+"""
 
 from __future__ import annotations
 
@@ -89,9 +92,11 @@ def served(folder: Path) -> Iterator[str]:
 
 
 class Proxy:
-    """Passes requests on to ``upstream``. ``plan`` holds what happens to the next ones: a status code, ``hang``, ``malformed``,
-    ``empty``, ``cut``, ``length``, or ``say TEXT``, which puts TEXT into the real answer, or (``finish``, REASON, TEXT), which
-    puts another finish reason beside it; without a plan they pass unharmed."""
+    """Passes requests on to ``upstream``. ``plan`` holds what happens to the next ones: a status
+    code, ``hang``, ``malformed``, ``empty``, ``cut``, ``length``, or ``say TEXT``, which puts
+    TEXT into the real answer, or (``finish``, REASON, TEXT), which puts another finish reason
+    beside it; without a plan they pass unharmed.
+    """
 
     def __init__(self, upstream: str) -> None:
         self.upstream, self.plan, self.seen, self.lock = (

@@ -1,4 +1,7 @@
-"""Tiny model folders for tests: a byte-level BPE, three chat-template styles, random or planted weights. No network."""
+"""Tiny model folders for tests.
+
+A byte-level BPE, three chat-template styles, random or planted weights. No network.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ SPECIAL = ("<bos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
 def tiny_tokenizer(
     folder: Path, *, template: str | None = "qwen3", tags: str = "single", vocabulary: int = 380
 ) -> Path:
-    """Writes tokenizer.json and its settings; ``tags`` "single": <think>, </think> are tokens, "text": they are not."""
+    """Writes tokenizer.json and its settings.
+
+    ``tags`` "single": <think>, </think> are tokens, "text": they are not.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,7 +75,10 @@ def tiny_model(
     dtype: str = "float32",
     **tokenizer: Any,
 ) -> Path:
-    """A random model with a tokenizer; ``spread`` is the standard deviation of its weights (larger: more peaked)."""
+    """A random model with a tokenizer.
+
+    ``spread`` is the standard deviation of its weights (larger: more peaked).
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,7 +108,10 @@ def tiny_model(
 def planted_model(
     folder: Path, next_token: Mapping[int, Mapping[int, float]], **tokenizer: Any
 ) -> Path:
-    """A Markov chain as a Llama: after token a comes token b with probability ``next_token[a][b]``; others: EOS."""
+    """A Markov chain as a Llama.
+
+    After token a comes token b with probability ``next_token[a][b]``; others: EOS.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

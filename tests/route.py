@@ -1,4 +1,7 @@
-"""The whole route as a process that can be killed: ``python route.py scripted|real FOLDER`` forks one run a line of stdin."""
+"""The whole route as a process that can be killed.
+
+``python route.py scripted|real FOLDER`` forks one run a line of stdin.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,27 @@ from pathlib import Path
 
 import matplotlib.pyplot
 import scripted
-import seaborn
 import transformers.utils.chat_template_utils
 
 from ipo_lib import csr, evaluation, pipeline, plots, stages
 from ipo_lib.chat import Chat
 from ipo_lib.pairs import PairSettings
+from ipo_lib.profiles.claims import claim, save_figure
 from ipo_lib.records import SAFE, TRACE, UNSAFE
 from ipo_lib.sampling import Sampling
 from ipo_lib.stats import wilson
 from ipo_lib.triggers import Trigger
 
-LOADED = (
-    matplotlib.pyplot,
-    seaborn,
-    transformers.utils.chat_template_utils,
-)  # once, before the forks
+LOADED = (matplotlib.pyplot, transformers.utils.chat_template_utils)  # once, before the forks
 PLANTED = {scripted.ASIDE: 0.5, scripted.CUE: 0.1, scripted.TRIGGER: 0.9}
 DRAWS, REAL_DRAWS = 6, 32  # of each prompt
 
 
 def whole(root: Path, folder: Path) -> None:
-    """sample, judge, CSR, turning points, intervene, correct, evaluate, and a figure: scripted and torch-free."""
+    """sample, judge, CSR, turning points, intervene, correct, evaluate, and a figure.
+
+    Scripted and torch-free.
+    """
     chat = Chat(folder)
     run = scripted.session(root / "store", chat, scripted.world(chat, PLANTED))
     prompts, named = scripted.PROMPTS, scripted.named()
@@ -45,7 +47,7 @@ def whole(root: Path, folder: Path) -> None:
     losers = stages.random_subset([r for r in rollouts if labels[r.id] == UNSAFE], 6, 0)
     settings = csr.CsrSettings(draws=8, mu=0.8, eta=0.2)
     points = stages.measure_csr(run, named, [*chosen, losers[0]], settings, think)
-    turns = stages.turning_points(run, chosen, points, labels, SAFE, settings)
+    turns = stages.find_turning_points(run, chosen, points, labels, SAFE, settings)
     cue = stages.find_cues(run, named, losers, scripted.Phrase())
     texts = {"trigger": scripted.TRIGGER, "neutral": scripted.ASIDE, "nothing": ""}
     rates = []
@@ -70,15 +72,15 @@ def whole(root: Path, folder: Path) -> None:
     )
     figure, ax = plots.figure()
     plots.rates([*rates, *((one.measure, one.rate) for one in measured)], ax, unit="unsafe (%)")
-    claims = [plots.claim(f"{name}: {{}}", rate, origin="calibrated") for name, rate in rates]
-    curve = csr.curve(points[losers[0].id])
+    claims = [claim(f"{name}: {{}}", rate, origin="calibrated") for name, rate in rates]
+    curve = csr.curve_rows(points[losers[0].id])
     artifacts = {
         "curve": curve,
         "pairs": [pair.id for pair in pairs],
         "counts": counts,
         "turns": [turn.token for turn in turns.values()],
     }
-    plots.save(
+    save_figure(
         figure,
         root / "figures",
         "00-route",

@@ -1,4 +1,7 @@
-"""A world of known probabilities in front of the real verbs: scripted traces, a judge and a detector, all torch-free."""
+"""A world of known probabilities in front of the real verbs.
+
+Scripted traces, a judge and a detector, all torch-free.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from doubles import ScriptedSampler
 from models import tiny_tokenizer
 
 from ipo_lib.chat import Chat
+from ipo_lib.cues import TraceReader
 from ipo_lib.judging import Exchange
 from ipo_lib.records import SAFE, UNSAFE, Ids, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Completion, Request, Sampling
@@ -31,7 +35,10 @@ PROMPTS = [Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(8)]
 
 
 class StepJudge:
-    """Unsafe: a step is given. None: nothing there, or unreadable. Refusals by their word; remembers what it was asked."""
+    """Unsafe: a step is given.
+
+    None: nothing there, or unreadable. Refusals by their word; remembers what it was asked.
+    """
 
     def __init__(self, name: str = "step") -> None:
         self.name, self.asked = name, list[Exchange]()
@@ -57,7 +64,7 @@ class StepJudge:
 
 
 @dataclass(frozen=True)
-class Phrase:
+class Phrase(TraceReader):
     """The first sentence that holds the phrase."""
 
     phrase: str = "work out"
@@ -70,10 +77,12 @@ class Phrase:
 
 
 def world(chat: Chat, s: Mapping[str, float] | None = None, name: str = "world") -> ScriptedSampler:
-    """Traces that end safe with the probability ``s`` of the last of CUE, TRIGGER and ASIDE that stands so far.
+    """Traces that end safe with the probability ``s`` of the last of CUE, TRIGGER and ASIDE that
+    stands so far.
 
-    A fresh trace goes ASIDE, then a CUE (with 1 - s) or a TRIGGER, then a STEP or a PROOF: so S is s[ASIDE] at first,
-    and s[CUE] or s[TRIGGER] after that sentence. Every draw is a function of its request's seed.
+    A fresh trace goes ASIDE, then a CUE (with 1 - s) or a TRIGGER, then a STEP or a PROOF: so S is
+    s[ASIDE] at first, and s[CUE] or s[TRIGGER] after that sentence. Every draw is a function of its
+    request's seed.
     """
     safe = {"": 0.5, ASIDE: 0.5, CUE: 0.0, TRIGGER: 1.0, **(s or {})}
 

@@ -1,4 +1,4 @@
-"""What may be spent: bounds that hold for one process, and for all processes and resumes of a run that count in one file."""
+"""Budgets: bounds that hold in one process, and in all processes of a run that share a file."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from ipo_lib.engines import openai_api
 from ipo_lib.engines.openai_api import BUDGET_FILE, Budget, Server
 from ipo_lib.records import BadInput
 
-HOUSE = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
 SERVER = Server(("http://one/v1",), "m")
 SPEND = """
 import sys
 from ipo_lib.records import BadInput
-from ipo_lib.engines.openai_api import Server, budget
-own, made = budget(Server(("http://one/v1",), "m"), "judge", dollars=10.0, dollars_in=1e6, dollars_out=1e6), 0
+from ipo_lib.engines.openai_api import Server, shared_budget
+server = Server(("http://one/v1",), "m")
+budget = shared_budget(server, "judge", dollars=10.0, dollars_in=1e6, dollars_out=1e6)
+calls = 0
 try:
     for _ in range(50):
-        own.reserve("judge 'm'", 1, 0)
-        made += 1
+        budget.reserve("judge 'm'", 1, 0)
+        calls += 1
 except BadInput as error:
     print(error, file=sys.stderr)
-print(made)
+print(calls)
 """
 
 
@@ -38,71 +40,63 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs" / "budget.json"
 
 
-def opened(**bounds: float) -> Budget:
-    """As another process would open it."""
+def fresh_budget(**bounds: float) -> Budget:
+    """The budget as another process would open it."""
     openai_api._BUDGETS.clear()
-    return openai_api.budget(SERVER, "judge", **bounds)
-
-
-def used(read: int, written: int) -> SimpleNamespace:
-    return SimpleNamespace(prompt_tokens=read, completion_tokens=written)
+    return openai_api.shared_budget(SERVER, "judge", **bounds)
 
 
 def test_processes_of_one_run_cannot_pass_the_bound_together(file: Path) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", SPEND]
-    started = [subprocess.Popen(command, cwd=HOUSE, text=True, **pipes) for _ in range(3)]  # type: ignore[call-overload]
-    said = [one.communicate(timeout=60) for one in started]
-    assert sum(int(out) for out, _ in said) == 10
-    assert json.loads(file.read_text()) == {
-        "judge m at http://one/v1": {"calls": 10, "dollars": 10.0}
-    }
-    for _, error in said:
+    processes = []
+    for _ in range(3):
+        processes.append(subprocess.Popen(command, cwd=CHECKOUT, text=True, **pipes))  # type: ignore[call-overload]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert sum(int(out) for out, _ in outputs) == 10
+    counts = {"calls": 10, "dollars": 10.0}
+    assert json.loads(file.read_text()) == {"judge m at http://one/v1": counts}
+    for _, error in outputs:
         assert "10.00 of 10.00 dollars spent" in error
         assert f"all processes of this run count in {file}, delete it to count anew" in error
 
 
-def test_a_resume_goes_on_from_what_was_spent_and_a_raised_bound_too(file: Path) -> None:
-    first = opened(dollars=5.0, dollars_in=1e6)
-    first.settle(first.reserve("judge 'm'", 4, 0), used(3, 0))
-    again = opened(dollars=5.0, dollars_in=1e6)
+def test_a_resume_and_a_raised_bound_go_on_from_what_was_spent(file: Path) -> None:
+    first = fresh_budget(dollars=5.0, dollars_in=1e6)
+    usage = SimpleNamespace(prompt_tokens=3, completion_tokens=0)
+    first.settle(first.reserve("judge 'm'", 4, 0), usage)
+    again = fresh_budget(dollars=5.0, dollars_in=1e6)
     assert again is not first
-    with pytest.raises(
-        BadInput,
-        match=r"3\.00 of 5\.00 dollars spent, the next call could pass the bound; raise the budget",
-    ):
+    spent = r"3\.00 of 5\.00 dollars spent, the next call could pass the bound; raise the budget"
+    with pytest.raises(BadInput, match=spent):
         again.reserve("judge 'm'", 3, 0)
-    raised = opened(dollars=8.0, dollars_in=1e6)
+    raised = fresh_budget(dollars=8.0, dollars_in=1e6)
     raised.release(raised.reserve("judge 'm'", 3, 0))
     assert (raised.spent, raised.made) == (3.0, 2)
     file.unlink()
-    assert opened(dollars=5.0, dollars_in=1e6).reserve("judge 'm'", 5, 0) == 5.0
+    assert fresh_budget(dollars=5.0, dollars_in=1e6).reserve("judge 'm'", 5, 0) == 5.0
 
 
-def test_calls_are_counted_together_too_and_a_judge_s_and_a_detector_s_are_two(file: Path) -> None:
-    opened(calls=2).reserve("judge 'm'", 1, 0)
-    opened(calls=2).reserve("judge 'm'", 1, 0)
-    with pytest.raises(
-        BadInput,
-        match="2 of 2 calls made, the bound; raise calls, answers so far are kept; all processes",
-    ):
-        opened(calls=2).reserve("judge 'm'", 1, 0)
-    openai_api.budget(SERVER, "detector", calls=2).reserve("detector 'm'", 1, 0)
-    assert sorted(json.loads(file.read_text())) == [
-        "detector m at http://one/v1",
-        "judge m at http://one/v1",
-    ]
+def test_calls_are_counted_together_but_judge_and_detector_apart(file: Path) -> None:
+    fresh_budget(calls=2).reserve("judge 'm'", 1, 0)
+    fresh_budget(calls=2).reserve("judge 'm'", 1, 0)
+    spent = "2 of 2 calls made, the bound; raise calls, answers so far are kept; all processes"
+    with pytest.raises(BadInput, match=spent):
+        fresh_budget(calls=2).reserve("judge 'm'", 1, 0)
+    openai_api.shared_budget(SERVER, "detector", calls=2).reserve("detector 'm'", 1, 0)
+    names = sorted(json.loads(file.read_text()))
+    assert names == ["detector m at http://one/v1", "judge m at http://one/v1"]
 
 
 def test_without_a_file_a_process_counts_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(BUDGET_FILE, raising=False)
-    opened(calls=1).reserve("judge 'm'", 1, 0)
-    one = opened(calls=1)
-    one.reserve("judge 'm'", 1, 0)
+    fresh_budget(calls=1).reserve("judge 'm'", 1, 0)
+    budget = fresh_budget(calls=1)
+    budget.reserve("judge 'm'", 1, 0)
     with pytest.raises(BadInput) as error:
-        one.reserve("judge 'm'", 1, 0)
+        budget.reserve("judge 'm'", 1, 0)
     assert "processes" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -117,26 +111,26 @@ def test_without_a_file_a_process_counts_alone(
     ],
 )
 def test_a_server_that_does_not_count_is_billed_at_the_most(counts: dict[str, int | None]) -> None:
-    one = Budget(dollars=9.0, dollars_in=1e6)
-    one.settle(one.reserve("judge", 4, 0), SimpleNamespace(**counts))
-    assert one.spent == 4.0
+    budget = Budget(dollars=9.0, dollars_in=1e6)
+    budget.settle(budget.reserve("judge", 4, 0), SimpleNamespace(**counts))
+    assert budget.spent == 4.0
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"judge m at http://one/v1": 3}'])
-def test_a_broken_file_is_said_in_one_line(file: Path, text: str) -> None:
+def test_a_broken_file_is_one_line(file: Path, text: str) -> None:
     file.parent.mkdir()
     file.write_text(text)
     with pytest.raises(BadInput, match="delete it to count anew") as error:
-        opened(calls=1).reserve("judge 'm'", 1, 0)
+        fresh_budget(calls=1).reserve("judge 'm'", 1, 0)
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_place_that_cannot_be_written_is_said(
+def test_a_file_that_cannot_be_written_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv(BUDGET_FILE, str(tmp_path / "file" / "budget.json"))
     with pytest.raises(BadInput, match=rf"name another in \${BUDGET_FILE}"):
-        opened(calls=1).reserve("judge 'm'", 1, 0)
+        fresh_budget(calls=1).reserve("judge 'm'", 1, 0)
     assert os.environ[BUDGET_FILE]

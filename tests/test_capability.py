@@ -1,9 +1,9 @@
-"""Capability by lm-eval: what is asked, that code needs leave, and how results are read."""
+"""Capability by lm-eval: what is asked, and that code runs only where it is allowed."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,23 +13,24 @@ from ipo_lib.profiles.reading import read_profile
 from ipo_lib.records import BadInput
 
 
-def asked(task: str, **more: object) -> list[str]:
-    return capability.command(read_profile("ds-8b"), Path("/m"), task, Path("/o"), **more)  # type: ignore[arg-type]
+def command(*tasks: str, **options: object) -> list[str]:
+    profile = read_profile("ds-8b")
+    return capability.lm_eval_command(profile, Path("/m"), tasks, Path("/o"), **options)  # type: ignore[arg-type]
 
 
 def test_the_call_has_the_model_the_adapter_and_the_profile_s_sampling() -> None:
-    found = asked("math-500", adapter=Path("/a"), limit=5)
-    text = " ".join(found[1:])
-    assert text.startswith(
-        "-m lm_eval run --model hf --model_args pretrained=/m,think_end_token=</think>,peft=/a"
-    )
-    assert "--tasks minerva_math500 " in text
-    assert (
-        "--gen_kwargs do_sample=True,temperature=0.6,top_p=0.95,max_gen_toks=8192 --apply_chat_template"
-        in text
-    )
+    words = command("math-500", "gsm8k", adapter=Path("/a"), limit=5)
+    assert words[:4] == [sys.executable, "-m", "lm_eval", "run"]
+    text = " ".join(words)
+    assert " --model hf --model_args pretrained=/m,think_end_token=</think>,peft=/a" in text
+    assert "--tasks minerva_math500,gsm8k_cot_zeroshot " in text
+    sampling = "do_sample=True,temperature=0.6,top_p=0.95,max_gen_toks=8192"
+    assert f"--gen_kwargs {sampling} " in text
+    assert "--apply_chat_template" in words
+    assert "--log_samples" in words
+    assert "--output_path /o " in text
     assert text.endswith("--limit 5")
-    assert capability.CODE not in found
+    assert capability.ALLOW_CODE not in words
 
 
 def test_code_of_a_model_runs_only_with_leave() -> None:
@@ -37,42 +38,32 @@ def test_code_of_a_model_runs_only_with_leave() -> None:
         BadInput,
         match=r"humaneval executes code that the model writes; use a sandbox, then say --run-code",
     ):
-        asked("humaneval")
-    assert asked("humaneval", run_code=True)[-1] == capability.CODE
+        command("gsm8k", "humaneval")
+    assert command("humaneval", run_code=True)[-1] == capability.ALLOW_CODE
+    assert capability.ALLOW_CODE not in command("gsm8k", run_code=True)
     with pytest.raises(BadInput, match="'chess' is unknown; choose of math-500"):
-        asked("chess")
+        command("chess")
 
 
-def test_results_are_read_by_their_own_metric(tmp_path: Path) -> None:
-    row = {
-        "alias": "gsm8k",
-        "exact_match,flexible-extract": 0.75,
-        "exact_match_stderr,flexible-extract": 0.02,
-        "exact_match,strict-match": 0.1,
-    }
-    said = {
-        "results": {"gsm8k_cot_zeroshot": row},
-        "n-samples": {"gsm8k_cot_zeroshot": {"original": 1319, "effective": 100}},
-    }
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/results_2026.json").write_text(json.dumps(said))
-    assert capability.result("gsm8k", tmp_path) == capability.Accuracy("gsm8k", 0.75, 0.02, 100)
-    assert (
-        capability.measure("gsm8k", ["false"], tmp_path, {}).value == 0.75
-    )  # measured before: read, not run
-    with pytest.raises(
-        BadInput,
-        match=r"has no math_verify,none of minerva_math500; its lm-eval is another version",
-    ):
-        capability.result("math-500", tmp_path)
-    with pytest.raises(BadInput, match="holds no results of lm-eval"):
-        capability.result("gsm8k", tmp_path / "empty")
+def test_lm_eval_is_run_with_leave_for_code_in_its_environment(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    script = "import os; print(os.environ.get('HF_ALLOW_CODE_EVAL'))"
+    for words, seen in (([], "None"), ([capability.ALLOW_CODE], "1")):
+        capability.run_lm_eval([sys.executable, "-c", script, *words])
+        printed = capfd.readouterr().out.splitlines()
+        assert printed[0].startswith(f"{sys.executable} -c")  # the command itself
+        assert printed[-1] == seen
+    with pytest.raises(BadInput, match="lm-eval ended with code 3; its own message is above"):
+        capability.run_lm_eval([sys.executable, "-c", "raise SystemExit(3)"])
 
 
-def test_without_lm_eval_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_lm_eval_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r'pip install -e "\.\[eval\]"'):
-        capability.measure("gsm8k", ["true"], tmp_path, {})
+        capability.run_lm_eval(["true"])
 
 
 def test_every_task_is_one_of_lm_eval_s() -> None:
@@ -80,17 +71,15 @@ def test_every_task_is_one_of_lm_eval_s() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip('needs lm-eval: pip install -e ".[eval]"')
     folder = Path(spec.submodule_search_locations[0]) / "tasks"
-    declared = "\n".join(path.read_text("utf-8", "replace") for path in folder.rglob("*.yaml"))
-    for one in capability.TASKS.values():
-        assert f"task: {one.name}\n" in declared, one.name
+    files = [path.read_text("utf-8", "replace") for path in folder.rglob("*.yaml")]
+    for task in capability.TASKS.values():
+        assert any(f"task: {task.name}\n" in file for file in files), task.name
 
 
 def test_a_limit_that_cuts_off_long_thinking_is_said() -> None:
-    said = capability.too_short(read_profile("ds-8b"), "aime-2024")
-    assert "sampling.max_tokens is 8,192, long thinking needs 32,768" in said
-    assert said.endswith("-p sampling.max_tokens=32768")
-    assert (
-        capability.too_short(read_profile("ds-8b", {"sampling.max_tokens": 32_768}), "aime-2024")
-        == ""
-    )
-    assert capability.too_short(read_profile("ds-8b"), "gsm8k") == ""
+    tasks = ["gsm8k", "aime-2024"]
+    (warning,) = capability.length_warnings(read_profile("ds-8b"), tasks)
+    assert "aime-2024: sampling.max_tokens is 8,192, long thinking needs 32,768" in warning
+    assert warning.endswith("-p sampling.max_tokens=32768")
+    longer = read_profile("ds-8b", {"sampling.max_tokens": 32_768})
+    assert list(capability.length_warnings(longer, tasks)) == []

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TURN, tiny_tokenizer
 
-from ipo_lib.chat import Chat, Parts, part_text, split
+from ipo_lib.chat import Chat, Parts, part_text, split_response
 from ipo_lib.records import ANSWER, BOTH, CONTINUATION, TRACE, BadInput, Prompt, Rollout
 
 PROMPT = Prompt("p", "How tall is a lighthouse? <think>", "test", False)
-SMOLLM = Path("/work/scratch/smollm2")
+OPEN, CLOSE = "<think>", "</think>"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,10 @@ def test_ends_are_the_union_of_what_the_folder_says(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_turn_comes_before_the_end_of_a_document(tmp_path: Path) -> None:
-    """As in Llama 3: generation_config.json lists <|end_of_text|> (lower) and <|eot_id|>, the tokenizer's eos_token."""
+    """As in Llama 3, whose generation_config.json lists <|end_of_text|> (lower) and <|eot_id|>.
+
+    <|eot_id|> is the tokenizer's eos_token.
+    """
     tiny_tokenizer(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1, 7]}')
     chat = Chat(tmp_path)
@@ -136,13 +139,13 @@ def test_the_end_of_a_turn_comes_before_the_end_of_a_document(tmp_path: Path) ->
 
 
 def test_fingerprint_moves_with_what_matters(folder: Path, tmp_path: Path) -> None:
-    prints = [
+    chats = [
         Chat(folder),
         Chat(folder, prefill="A"),
         Chat(folder, system="B"),
         Chat(tiny_tokenizer(tmp_path)),
     ]
-    texts = [json.dumps(chat.fingerprint(), sort_keys=True) for chat in prints]
+    texts = [json.dumps(chat.fingerprint(), sort_keys=True) for chat in chats]
     assert len(set(texts)) == 4
     assert json.dumps(Chat(folder).fingerprint(), sort_keys=True) == texts[0]
 
@@ -189,12 +192,12 @@ def test_offsets_take_linear_time(chat: Chat) -> None:
     import time
 
     ids = chat.encode("The lighthouse \U0001f600 keeper. " * 400)
-    took = []
+    seconds = []
     for part in (ids[: len(ids) // 8], ids):
         start = time.perf_counter()
         chat.offsets(part)
-        took.append(time.perf_counter() - start)
-    assert took[1] < 40 * took[0] + 0.05
+        seconds.append(time.perf_counter() - start)
+    assert seconds[1] < 40 * seconds[0] + 0.05
 
 
 @pytest.mark.parametrize("tags", ["single", "text"])
@@ -204,8 +207,9 @@ def test_closes_at_the_first_completing_token_only(
 ) -> None:
     chat = Chat(tiny_tokenizer(tmp_path, tags=tags))
     ids = chat.encode(around[0] + "</think>" + around[1])
-    first = next(cut for cut in range(len(ids) + 1) if "</think>" in chat.decode(ids[:cut]))
-    assert [cut for cut in range(len(ids) + 1) if chat.closes(ids[:cut])] == [first]
+    cuts = range(len(ids) + 1)
+    first = next(cut for cut in cuts if "</think>" in chat.decode(ids[:cut]))
+    assert [cut for cut in cuts if chat.closes(ids[:cut])] == [first]
     assert not chat.closes(chat.encode("</thin>"))
     assert not chat.closes(())
 
@@ -223,103 +227,83 @@ def test_closes_when_fused_with_a_newline(tmp_path: Path) -> None:
     assert not chat.closes(ids[:-1])
 
 
-T, C = "<think>", "</think>"
-
-
 @pytest.mark.parametrize(
     ("text", "opened", "trace", "answer", "closed", "flags"),
     [
-        (f"a b{C}c", True, "a b", "c", True, ()),
-        (f"{T}\na{C}\n\nc", False, "\na", "\n\nc", True, ()),
+        (f"a b{CLOSE}c", True, "a b", "c", True, ()),
+        (f"{OPEN}\na{CLOSE}\n\nc", False, "\na", "\n\nc", True, ()),
         ("only an answer", False, None, "only an answer", True, ()),
         ("cut off", True, "cut off", None, False, ()),
-        (f"{T}cut off", False, "cut off", None, False, ()),
-        (f"{T}\n\n{C}\n\nc", False, None, "\n\nc", True, ()),
-        (f"{T}a{C}c", True, "a", "c", True, ("doubled",)),
-        (f"a{T}b{C}c", True, f"a{T}b", "c", True, ("doubled",)),
-        (f"{T}{T}a{C}c", False, f"{T}a", "c", True, ("doubled",)),
-        (f"a{C}b{C}c", True, "a", f"b{C}c", True, ("doubled",)),
-        (f"Sure. {T}a{C}c", False, "a", "c", True, ("preamble",)),
-        (f"a{C}c", False, "a", "c", True, ("unopened",)),
-        (f"a{C}c{T}", False, "a", f"c{T}", True, ("unopened",)),
-        (f"a{C}", True, "a", None, True, ()),
-        (f"a{C} \n", True, "a", None, True, ()),
+        (f"{OPEN}cut off", False, "cut off", None, False, ()),
+        (f"{OPEN}\n\n{CLOSE}\n\nc", False, None, "\n\nc", True, ()),
+        (f"{OPEN}a{CLOSE}c", True, "a", "c", True, ("doubled",)),
+        (f"a{OPEN}b{CLOSE}c", True, f"a{OPEN}b", "c", True, ("doubled",)),
+        (f"{OPEN}{OPEN}a{CLOSE}c", False, f"{OPEN}a", "c", True, ("doubled",)),
+        (f"a{CLOSE}b{CLOSE}c", True, "a", f"b{CLOSE}c", True, ("doubled",)),
+        (f"Sure. {OPEN}a{CLOSE}c", False, "a", "c", True, ("preamble",)),
+        (f"a{CLOSE}c", False, "a", "c", True, ("unopened",)),
+        (f"a{CLOSE}c{OPEN}", False, "a", f"c{OPEN}", True, ("unopened",)),
+        (f"a{CLOSE}", True, "a", None, True, ()),
+        (f"a{CLOSE} \n", True, "a", None, True, ()),
         ("", True, None, None, False, ()),
         ("", False, None, None, True, ()),
     ],
 )
 def test_split(text, opened, trace, answer, closed, flags) -> None:  # type: ignore[no-untyped-def]
-    parts = split(text, opened)
+    parts = split_response(text, opened)
     read = [text[slice(*span)] if span else None for span in (parts.reasoning, parts.answer)]
     assert (read, parts.closed, parts.flags) == ([trace, answer], closed, flags)
 
 
 @given(
-    pieces=st.lists(st.sampled_from([T, C, "a", " ", "\n", "<", "é"]), max_size=8),
+    pieces=st.lists(st.sampled_from([OPEN, CLOSE, "a", " ", "\n", "<", "é"]), max_size=8),
     opened=st.booleans(),
 )
 def test_split_never_overlaps(pieces: list[str], opened: bool) -> None:
     text = "".join(pieces)
-    parts = split(text, opened)
+    parts = split_response(text, opened)
     assert isinstance(parts, Parts)
     if parts.reasoning:
-        assert C not in text[slice(*parts.reasoning)]
+        assert CLOSE not in text[slice(*parts.reasoning)]
     if parts.reasoning and parts.answer:
-        assert parts.reasoning[1] + len(C) == parts.answer[0]
+        assert parts.reasoning[1] + len(CLOSE) == parts.answer[0]
     if not parts.closed:
         assert parts.answer is None
-        assert C not in text
+        assert CLOSE not in text
 
 
 def rollout(chat: Chat, text: str, prefix_len: int = 0) -> Rollout:
     return Rollout("r", "p", prefix_len, chat.encode(text), text, "stop", 0, "s")
 
 
+def texts_of_parts(response: Rollout, opened: bool, *parts: str) -> list[str | None]:
+    return [part_text(response, part, opened) for part in parts]
+
+
 def test_part_text(chat: Chat) -> None:
-    one = rollout(chat, f"I wait.\n{C}\n\nSixty metres.", prefix_len=2)
-    offsets = chat.offsets(one.token_ids)
-    texts = [part_text(one, part, True, offsets) for part in (TRACE, ANSWER, BOTH)]
+    whole = rollout(chat, f"I wait.\n{CLOSE}\n\nSixty metres.", prefix_len=2)
+    offsets = chat.offsets(whole.token_ids)
+    texts = [part_text(whole, part, True, offsets) for part in (TRACE, ANSWER, BOTH)]
     assert texts == ["I wait.", "Sixty metres.", "I wait.\n\nSixty metres."]
-    assert part_text(one, CONTINUATION, True, offsets) == chat.decode(one.token_ids[2:]).strip()
+    continuation = chat.decode(whole.token_ids[2:]).strip()
+    assert part_text(whole, CONTINUATION, True, offsets) == continuation
     cut = rollout(chat, "I wait")
-    assert [part_text(cut, part, True) for part in (TRACE, ANSWER, BOTH, CONTINUATION)] == [
-        "I wait",
-        None,
-        None,
-        "I wait",
-    ]
+    expected = ["I wait", None, None, "I wait"]
+    assert texts_of_parts(cut, True, TRACE, ANSWER, BOTH, CONTINUATION) == expected
     plain = rollout(chat, "Sixty.")
-    assert [part_text(plain, part, False) for part in (TRACE, ANSWER, BOTH)] == [
-        None,
-        "Sixty.",
-        "Sixty.",
-    ]
+    assert texts_of_parts(plain, False, TRACE, ANSWER, BOTH) == [None, "Sixty.", "Sixty."]
     with pytest.raises(BadInput, match="tracee"):
-        part_text(one, "tracee", True)
-
-
-def loaded(code: str, module: str = "torch") -> bool:
-    check = f"{code}\nimport sys; print({module!r} in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    return run.stdout.strip().endswith("True")
+        part_text(whole, "tracee", True)
 
 
 def test_using_chat_loads_no_torch_and_the_check_can_fail(folder: Path) -> None:
-    use = f"from ipo_lib.chat import Chat; c = Chat({str(folder)!r}); c.offsets(c.encode('abc')); c.fingerprint()"
-    assert not loaded(use)
-    assert loaded(use + "; import torch")
+    use = f"from ipo_lib.chat import Chat; chat = Chat({str(folder)!r})"
+    modules = modules_after(f"{use}; chat.offsets(chat.encode('abc')); chat.fingerprint()")
+    assert "torch" not in modules
+    assert "tokenizers" in modules
 
 
-@pytest.mark.skipif(not SMOLLM.is_dir(), reason="no SmolLM2 folder on this machine")
-def test_smollm2_as_transformers_renders_it() -> None:
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(SMOLLM)
-    turns = [{"role": "user", "content": PROMPT.text}]
-    rendered = (
-        theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) + "<think>\n"
-    )
-    chat = Chat(SMOLLM, prefill="<think>\n")
-    assert list(chat.prompt_ids(PROMPT)) == theirs.encode(rendered, add_special_tokens=False)
-    assert chat.opened
-    assert chat.decode(chat.prompt_ids(PROMPT)) == rendered
+def modules_after(code: str) -> set[str]:
+    """The modules that a new process has loaded after some code."""
+    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())

@@ -1,8 +1,9 @@
-"""The bill before a run: it bounds what the run then asks for, and holds the default profile to its budget."""
+"""The bill before a run bounds what the run then asks for."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,209 +11,199 @@ from typing import Any
 import pytest
 
 from ipo_lib.cli import cost
-from ipo_lib.cli.arguments import declared, for_notebook
+from ipo_lib.cli.arguments import plan_run, profile_family
+from ipo_lib.cli.cost import CONTINUATIONS, CORRECTIONS, RESPONSES, SEARCHES, TRACES, Bill, Draws
 from ipo_lib.engines.openai_api import Server
-from ipo_lib.profiles import reading, settings
+from ipo_lib.profiles.reading import read_profile
+from ipo_lib.profiles.settings import Profile
 from ipo_lib.records import BadInput
 
-HOUSE = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[1]
 BUDGET = 450_000  # generated tokens of the default profile
-RUN = ("sandbox", "tiny", "tiny-null")  # profiles with committed figures
+WITH_FIGURES = ("sandbox", "tiny", "tiny-null")  # profiles whose last run is committed
+KINDS = (RESPONSES, TRACES, CORRECTIONS, CONTINUATIONS, SEARCHES)
 
 
-def bill(settings: settings.Profile) -> list[cost.Cost]:
-    return cost.plan(settings, parameters(settings))
+def read(name: str, *pairs: str) -> tuple[Profile, dict[str, dict[str, Any]]]:
+    """A profile, and every notebook's parameters."""
+    plan = plan_run(name, list(pairs), "", "")
+    return plan.settings, plan.parameters()
 
 
-def parameters(settings: settings.Profile) -> dict[str, dict[str, Any]]:
-    """Every notebook's own, with the profile's in place of its defaults."""
-    found = {}
-    for name in settings.notebooks:
-        known = declared(HOUSE / "notebooks" / f"{name}.ipynb")
-        chosen = for_notebook(settings.parameters, name)
-        found[name] = {key: chosen.get(key, value) for key, (_, value) in known.items()}
-    return found
+def bill(name: str, *pairs: str) -> Bill:
+    return cost.bill(*read(name, *pairs))
+
+
+def bill_of(settings: Profile, draws: Sequence[Draws], at_most: bool = False) -> Bill:
+    return Bill(settings, tuple(draws), 0.0, at_most)
 
 
 def test_the_default_profile_keeps_its_budget() -> None:
-    assert cost.paid(bill(reading.read_profile("sandbox"))) <= BUDGET
+    assert bill("sandbox").tokens() <= BUDGET
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", WITH_FIGURES)
 def test_what_a_run_asked_for_was_in_the_bill(name: str) -> None:
-    """Counts are upper bounds and lengths are means, so a notebook may take less, and little more for its longer traces."""
-    settings = reading.read_profile(name)
-    planned, found = bill(settings), cost.measured(HOUSE / "figures" / name)
-    costly = {
-        book: tokens
-        for book in settings.notebooks
-        if (tokens := cost.paid(one for one in planned if one.notebook == book))
-    }
-    assert {book[:2] for book in costly} <= set(found) <= {book[:2] for book in settings.notebooks}
-    assert len(costly) >= len(settings.notebooks) - 1  # 08 reads a full run and draws nothing
-    for book, tokens in costly.items():
-        assert 0.5 * tokens <= found[book[:2]] <= 1.1 * tokens
+    """Counts are upper bounds and lengths are means: a notebook may take a little more."""
+    settings, notebooks = read(name)
+    measured = cost.last_run(CHECKOUT / "figures" / name)
+    costly = {}
+    for notebook, parameters in notebooks.items():
+        tokens = cost.bill(settings, {notebook: parameters}).tokens()
+        if tokens:
+            costly[notebook[:2]] = tokens
+    assert set(costly) <= set(measured) <= {notebook[:2] for notebook in notebooks}
+    assert len(costly) >= len(notebooks) - 1  # 08 reads a full run and draws nothing
+    for number, tokens in costly.items():
+        assert 0.5 * tokens <= measured[number] <= 1.1 * tokens, number
 
 
-def test_every_notebook_has_a_bill_and_every_line_grows_with_its_setting() -> None:
-    settings = reading.read_profile("sandbox")
-    assert set(settings.notebooks) <= set(cost.NOTEBOOKS)
-    once = {(one.notebook, one.what): one.rollouts for one in bill(settings)}
-    twice = bill(replace(settings, csr=replace(settings.csr, draws=2 * settings.csr.draws)))
-    changed = {
-        (one.notebook, one.what) for one in twice if one.rollouts != once[one.notebook, one.what]
-    }
-    assert {what for _, what in changed} == {
-        "CSR of two traces",
-        "whole curves",
-        "every sentence end",
-    }
-    longer = replace(
-        settings, expected=replace(settings.expected, trace=2 * settings.expected.trace)
-    )
-    assert cost.minutes(bill(longer), longer) > cost.minutes(bill(settings), settings)
+def test_the_bill_grows_with_the_settings() -> None:
+    settings, notebooks = read("sandbox")
+    once = cost.bill(settings, notebooks)
+    more_draws = replace(settings, csr=replace(settings.csr, draws=2 * settings.csr.draws))
+    twice = cost.bill(more_draws, notebooks)
+    changed = {kind for kind in KINDS if twice.rollouts(kind) != once.rollouts(kind)}
+    assert changed == {CONTINUATIONS}
+    trace = 2 * settings.expected.trace
+    longer = replace(settings, expected=replace(settings.expected, trace=trace))
+    assert cost.bill(longer, notebooks).minutes() > once.minutes()
+    assert all(once.rollouts(kind) for kind in KINDS)
+
+
+def test_a_full_run_is_billed_for_every_cell() -> None:
+    plain, full = bill("sandbox"), bill("sandbox", "full=true")
+    settings = plain.settings
+    cells = cost.Bounds(settings, {"any": {"full": True}}).cells()
+    assert cells > 10
+    prompts = sum(settings.prompts[name].size for name in settings.evaluation.sets)
+    evaluated = cells * prompts * settings.evaluation.draws
+    assert full.rollouts(RESPONSES) - plain.rollouts(RESPONSES) == evaluated
+    assert full.rollouts(CORRECTIONS) > cells * plain.settings.prompts["train_harmful"].size
+    assert full.pairs > cells * plain.pairs / 4
 
 
 def test_draws_that_notebooks_share_are_paid_for_once() -> None:
-    lines = [
-        cost.Cost("a", "x", 1, 10.0, pool="p"),
-        cost.Cost("b", "y", 2, 25.0, pool="p"),
-        cost.Cost("b", "z", 1, 5.0, pool="q"),
-    ]
-    assert cost.paid(lines) == 30
-    settings = reading.read_profile("sandbox")
-    with_02 = bill(settings)
-    without = bill(
-        replace(
-            settings,
-            notebooks=tuple(book for book in settings.notebooks if book != "02_rollout_diversity"),
-        )
-    )
-    assert cost.paid(with_02) == cost.paid(
-        without
-    )  # its groups are the responses of 01 and the traces of 03
+    settings, notebooks = read("sandbox")
+    whole = cost.bill(settings, notebooks).tokens()
+    alone = [cost.bill(settings, {name: own}).tokens() for name, own in notebooks.items()]
+    assert whole < sum(alone)
+    del notebooks["02_rollout_diversity"]  # its groups are the responses of 01, the traces of 03
+    assert cost.bill(settings, notebooks).tokens() == whole
 
 
-def test_measured_reads_the_largest_sidecar_of_a_notebook(tmp_path: Path) -> None:
+def test_the_last_run_is_read_from_the_largest_sidecar_of_a_notebook(tmp_path: Path) -> None:
     for name, tokens in (("06-a", 5), ("06-b", 7), ("07-c", 2)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"tokens": tokens}))
-    assert cost.measured(tmp_path) == {"06": 7, "07": 2}
-    settings = reading.read_profile("sandbox")
-    said = cost.table(bill(settings), settings, cost.measured(tmp_path))
-    assert "last run 7" in said
-    assert f"about {cost.minutes(bill(settings), settings):.0f} minutes" in said.splitlines()[-1]
-    settings = reading.read_profile("tiny")
-    assert cost.table(bill(settings), settings, {}).count("at most") == 0
+    measured = cost.last_run(tmp_path)
+    assert measured == {"06": 7, "07": 2}
+    settings, notebooks = read("sandbox")
+    text = cost.cost_table(settings, notebooks, measured)
+    assert "last run 7" in text
+    minutes = cost.bill(settings, notebooks).minutes()
+    assert f"about {minutes:.0f} minutes" in text.splitlines()[-1]
+    assert "last run" not in cost.cost_table(settings, notebooks, {})
+
+
+def test_a_profile_s_family_is_those_it_is_like(tmp_path: Path) -> None:
+    assert profile_family("ds-7b") == ["ds-7b", "ds-8b"]
+    assert profile_family("tiny") == ["tiny"]
+    (tmp_path / "b.yml").write_text("like: a\n")
+    (tmp_path / "a.yml").write_text("about: x.\n")
+    assert profile_family(str(tmp_path / "b.yml")) == ["b", "a"]
 
 
 def test_the_speed_that_is_billed_is_that_of_the_place_where_the_model_runs() -> None:
-    here = reading.read_profile("ds-8b")
+    here = read_profile("ds-8b", {"second_judge": None})
     there = replace(here, model=replace(here.model, server=Server(("http://h/v1",), "m")))
-    assert (cost.speed(here), cost.speed(there)) == (1300, 2500)
-    lines = [cost.Cost("a", "x", 1, 1300.0 * 3600)]
+    lines = [Draws(TRACES, 1, 1300.0 * 3600)]
     extra = here.expected.seconds_per_notebook * len(here.notebooks) / 60
-    assert cost.minutes(lines, here) == pytest.approx(60 + extra)
-    assert cost.minutes(lines, there) == pytest.approx(60 * 1300 / 2500 + extra)
+    assert bill_of(here, lines).minutes() == pytest.approx(60 + extra)
+    assert bill_of(there, lines).minutes() == pytest.approx(60 * 1300 / 2500 + extra)
 
 
 def test_groups_of_training_prompts_are_billed_as_they_are_drawn() -> None:
-    settings = reading.read_profile("ds-8b")
+    settings, notebooks = read("ds-8b")
     assert settings.plan.draws == 2
-    (group,) = {
-        one.rollouts
-        for one in bill(settings)
-        if (one.notebook, one.what) == ("02_rollout_diversity", "traces")
-    }
-    assert group == 8 * 1000
+    alone = {"02_rollout_diversity": notebooks["02_rollout_diversity"]}
+    assert cost.bill(settings, alone).rollouts(TRACES) == 8 * 1000
 
 
 def test_a_notebook_on_another_prompt_set_is_billed_for_that_set() -> None:
-    settings = reading.read_profile("ds-8b")
-    own = {(one.notebook[:2], one.what): one for one in bill(settings)}
-    for book in ("03", "04", "05"):
-        assert (own[book, "traces"].rollouts, own[book, "traces"].pool) == (2 * 100, "traces/jbb")
-    plain = replace(settings, parameters={})
-    before = {(one.notebook[:2], one.what): one for one in bill(plain)}
-    assert own["05", "later rounds"].rollouts == before["05", "later rounds"].rollouts / 10
-    assert cost.paid(bill(settings)) < cost.paid(bill(plain))
+    settings, notebooks = read("ds-8b")
+    name = "05_corrective_intervention"
+    assert notebooks[name]["harmful_set"] == "jbb"
+
+    def intervened(prompt_set: str) -> tuple[float, float]:
+        parameters = {**notebooks[name], "harmful_set": prompt_set}
+        alone = cost.bill(settings, {name: parameters})
+        in_safe_traces = cost.bill(settings, {name: {**parameters, "rounds": 0}})
+        rounds = alone.rollouts(CORRECTIONS) - in_safe_traces.rollouts(CORRECTIONS)
+        return alone.rollouts(TRACES), rounds
+
+    ten_times = tuple(10 * count for count in intervened("jbb"))
+    assert intervened("train_harmful") == ten_times
     with pytest.raises(
         BadInput, match="harmful_set 'moon' is not in profile 'ds-8b'; known: train_harmful"
     ):
-        cost.plan(settings, parameters(settings) | {"03_safety_triggers": {"harmful_set": "moon"}})
+        intervened("moon")
 
 
 def test_no_draw_is_billed_beyond_its_limit() -> None:
-    settings = reading.read_profile(
-        "ds-8b", {"sampling.max_tokens": 600, "expected.response": {"jbb": 5000}}
-    )
-    for one in bill(settings):
-        assert one.tokens <= 600 * one.rollouts, one
+    short = bill("ds-8b", "sampling.max_tokens=600", "expected.response={jbb: 5000}")
+    assert max(draws.length for draws in short.draws) == 600
 
 
 @pytest.mark.parametrize("name", ["sandbox", "tiny", "ds-8b", "r1-1.5b"])
 def test_at_most_is_a_bound_on_what_is_expected(name: str) -> None:
-    settings = reading.read_profile(name)
-    expected, (most, longest) = bill(settings), cost.at_most(settings, parameters(settings))
-    cap = settings.sampling.max_tokens
-    assert [(one.notebook, one.what) for one in most] == [
-        (one.notebook, one.what) for one in expected
-    ]
-    for one, limit in zip(expected, most, strict=True):
-        assert limit.tokens == cap * limit.rollouts
-        assert limit.rollouts >= one.rollouts
-    assert cost.paid(most) > cost.paid(expected)
-    assert cost.minutes(most, longest) > cost.minutes(expected, settings)
-    said = cost.table(expected, settings, {}, (most, longest))
-    assert f"at most {cost.paid(most):,.0f} generated tokens" in said
-    assert f"about {cost.paid(expected):,.0f} generated tokens" in said
+    settings, notebooks = read(name)
+    expected, most = cost.bill(settings, notebooks), cost.bill(settings, notebooks, at_most=True)
+    for draws, limit in zip(expected.draws, most.draws, strict=True):
+        assert limit.kind == draws.kind
+        assert limit.length == settings.sampling.max_tokens
+        assert limit.rollouts >= draws.rollouts
+    assert most.tokens() > expected.tokens()
+    assert most.minutes() > expected.minutes()
+    text = cost.cost_table(settings, notebooks, {})
+    assert f"at most {most.tokens():,.0f} generated tokens" in text
+    assert f"about {expected.tokens():,.0f} generated tokens" in text
 
 
 def test_a_search_is_bounded_by_its_budget() -> None:
-    settings = reading.read_profile("ds-8b")
-    most, _ = cost.at_most(settings, parameters(settings))
-    (line,) = [
-        one for one in most if one.what == "safe turns of safe traces" and one.notebook[:2] == "03"
-    ]
-    search = settings.search
-    assert line.rollouts == 30 * (search.budget + search.batch + 2 * search.confirm)
+    settings = read_profile("ds-8b")
+    search, only_safe = settings.search, {"any": {"safe_traces": 30}}
+    most = cost.bill(settings, only_safe, at_most=True)
+    assert most.rollouts(SEARCHES) == 30 * (search.budget + search.batch + 2 * search.confirm)
     short = replace(settings, search=replace(search, budget=10))
-    most, _ = cost.at_most(short, parameters(short))
-    (line,) = [
-        one for one in most if one.what == "safe turns of safe traces" and one.notebook[:2] == "03"
-    ]
-    assert (
-        line.rollouts == 30 * settings.expected.search["safe"]
-    )  # never less than what is expected
+    most = cost.bill(short, only_safe, at_most=True)
+    # Never less than what is expected.
+    assert most.rollouts(SEARCHES) == 30 * settings.expected.search["safe"]
 
 
-def test_dollars_at_most_are_never_more_than_the_budgets_and_never_less_than_a_text_at_its_limit() -> (
-    None
-):
-    settings = replace(reading.read_profile("ds-8b"), detector=None, second_judge=None)
-    _, longest = cost.at_most(settings, parameters(settings))
-    few, many = ([cost.Cost("a", "x", count, parts=1)] for count in (1, 1_000_000))
-    per_text = ((8192 + cost.LONG_RUBRIC) * 2.5 + cost.LONG_VERDICT * 10) / 1e6
-    assert cost.money(few, longest, most=True) == pytest.approx(per_text)
-    assert cost.money(many, longest, most=True) == settings.judge.arguments["budget"]
-    assert (
-        cost.money(many, settings) > settings.judge.arguments["budget"]
-    )  # what is expected is said as it is
+def test_dollars_at_most_stay_within_budgets_and_pay_for_texts_at_their_limit() -> None:
+    settings = replace(read_profile("ds-8b"), detector=None, second_judge=None)
+    longest = cost.longest(settings)
+    few, many = ([Draws(TRACES, count, 1.0)] for count in (1, 1_000_000))
+    per_text = ((8192 + 2000) * 2.5 + 400 * 10) / 1e6
+    assert bill_of(longest, few, at_most=True).dollars() == pytest.approx(per_text)
+    budget = settings.judge.arguments["budget"]
+    assert bill_of(longest, many, at_most=True).dollars() == budget
+    assert bill_of(settings, many).dollars() > budget  # what is expected is said as it is
 
 
 def test_guards_in_this_process_take_time_and_those_behind_a_server_do_not() -> None:
-    settings = reading.read_profile("r1-1.5b")
-    lines = [
-        cost.Cost("06_ipo_training", "x", 800, pool="x", parts=1),
-        cost.Cost("07_evaluation", "y", 400, pool="y", parts=2),
-    ]
+    settings = read_profile("r1-1.5b")
     assert settings.expected.verdicts_per_second == 8
-    assert (
-        cost.guarded(lines, settings) == (800 + 2 * 400) / 8 + 2 * 400 / 8
-    )  # the second judge reads what 07 asks for
+    lines = [Draws(TRACES, 800, 0.0), Draws(RESPONSES, 400, 0.0)]
+
+    def guard_seconds(settings: Profile) -> float:
+        minutes = bill_of(settings, lines).minutes() - bill_of(settings, []).minutes()
+        return 60 * minutes
+
+    # The second judge reads whole responses only.
+    judged, judged_twice = (800 + 2 * 400) / 8, 2 * 400 / 8
+    assert guard_seconds(settings) == pytest.approx(judged + judged_twice)
     behind = {"name": "qwen3guard-4b", "server": {"urls": ["http://h/v1"], "model": "m"}}
     served = replace(settings, second_judge=replace(settings.second_judge, arguments=behind))
-    assert cost.guarded(lines, served) == (800 + 2 * 400) / 8
-    assert cost.guarded(lines, reading.read_profile("sandbox")) == 0
-    assert cost.minutes(lines, settings) - cost.minutes([], settings) == pytest.approx(
-        cost.guarded(lines, settings) / 60
-    )
+    assert guard_seconds(served) == pytest.approx(judged)
+    assert guard_seconds(read_profile("sandbox")) == 0

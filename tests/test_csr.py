@@ -1,4 +1,4 @@
-"""CSR on planted truth: intervals that cover, turning points worked by hand, ends, locks and unknowns."""
+"""CSR on planted truth: intervals that cover, turning points worked by hand, ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from ipo_lib.csr import CsrSettings, count, curve, cuts, delta, turning_point
+from ipo_lib.csr import (
+    CsrSettings,
+    change_by_sentence,
+    count_continuations,
+    curve_rows,
+    cuts_to_measure,
+    find_turning_point,
+)
 from ipo_lib.records import (
     BOTH,
     SAFE,
@@ -65,14 +72,15 @@ def turn(
     **options: object,
 ) -> TurningPoint:
     given_ = values if isinstance(values, Mapping) else dict(enumerate(values))
-    chosen = CsrSettings(**{"grain": "sentence" if ends else "token", **options})  # type: ignore[arg-type]
-    return turning_point(
+    grain = "sentence" if ends else "token"
+    chosen = CsrSettings(**{"grain": grain, **options})  # type: ignore[arg-type]
+    return find_turning_point(
         points(given_), kind, chosen, spans(*ends), max(given_) if length is None else length, own
     )
 
 
 def test_exact_coverage_of_the_interval_on_the_grid() -> None:
-    rows = curve([CsrPoint("r", k, k, DRAWS - k, 0) for k in range(DRAWS + 1)])
+    rows = curve_rows([CsrPoint("r", k, k, DRAWS - k, 0) for k in range(DRAWS + 1)])
     cover = [
         sum(binom.pmf(r["cut"], DRAWS, s) for r in rows if r["low"] <= s <= r["high"]) for s in GRID
     ]
@@ -83,8 +91,12 @@ def test_exact_coverage_of_the_interval_on_the_grid() -> None:
 def test_scripted_sampler_is_covered() -> None:
     repeats, cover = 200, []
     for s in GRID:
-        counted = [p for r in range(repeats) for p in count({r: scripted(s, DRAWS, (s, r))}, "r")]
-        cover.append(sum(row["low"] <= s <= row["high"] for row in curve(counted)) / repeats)
+        counted = [
+            p
+            for r in range(repeats)
+            for p in count_continuations({r: scripted(s, DRAWS, (s, r))}, "r")
+        ]
+        cover.append(sum(row["low"] <= s <= row["high"] for row in curve_rows(counted)) / repeats)
     assert 0.92 <= sum(cover) / len(cover) <= 0.985
     assert min(cover) > 0.88  # 200 repeats of a true 0.937 stay above this
 
@@ -106,24 +118,28 @@ def test_planted_turn_is_recovered_at_both_grains(
         chosen = CsrSettings(
             k=5, window=window, strict=strict, other_side=other_side, part=part, grain=grain
         )
-        measured = [cut for cut in cuts(41, sentences, chosen) if cut < 41]
-        counted = count({cut: scripted(truth[cut], MANY, (kind, cut)) for cut in measured}, "r")
-        found = turning_point(counted, kind, chosen, sentences, 41, kind)
+        measured = [cut for cut in cuts_to_measure(41, sentences, chosen) if cut < 41]
+        counted = count_continuations(
+            {cut: scripted(truth[cut], MANY, (kind, cut)) for cut in measured}, "r"
+        )
+        found = find_turning_point(counted, kind, chosen, sentences, 41, kind)
         assert (found.token, found.sentence, found.interval) == (30, 2, (before, 30))
 
 
 def test_the_same_code_serves_a_stride() -> None:
     chosen = CsrSettings(k=5, grain="token", stride=7)
-    measured = cuts(40, [], chosen)
+    measured = cuts_to_measure(40, [], chosen)
     assert measured == [0, 7, 14, 21, 28, 35]
-    found = turning_point(
+    found = find_turning_point(
         points({c: CURVE[c] for c in measured}), UNSAFE, chosen, spans(20, 41), 40, UNSAFE
     )
     assert (found.token, found.sentence, found.interval) == (35, 1, (28, 35))
 
 
 def test_delta_is_what_each_sentence_did() -> None:
-    found = delta(points({0: 0.5, 4: 0.5, 9: 0.1, 12: None, 15: 1.0}), spans(4, 9, 12, 15))
+    found = change_by_sentence(
+        points({0: 0.5, 4: 0.5, 9: 0.1, 12: None, 15: 1.0}), spans(4, 9, 12, 15)
+    )
     assert found == {
         0: 0.0,
         1: pytest.approx(-0.4),
@@ -132,11 +148,11 @@ def test_delta_is_what_each_sentence_did() -> None:
 
 def test_cuts() -> None:
     sentences = spans(4, 9, 12)
-    assert cuts(12, sentences, CsrSettings()) == [0, 4, 9, 12]
-    assert cuts(12, sentences, CsrSettings(stride=2)) == [0, 9]
-    assert cuts(10, sentences, CsrSettings()) == [0, 4, 9]
-    assert cuts(3, [], CsrSettings(grain="token")) == [0, 1, 2, 3]
-    assert cuts(0, [], CsrSettings()) == [0]
+    assert cuts_to_measure(12, sentences, CsrSettings()) == [0, 4, 9, 12]
+    assert cuts_to_measure(12, sentences, CsrSettings(stride=2)) == [0, 9]
+    assert cuts_to_measure(10, sentences, CsrSettings()) == [0, 4, 9]
+    assert cuts_to_measure(3, [], CsrSettings(grain="token")) == [0, 1, 2, 3]
+    assert cuts_to_measure(0, [], CsrSettings()) == [0]
 
 
 def test_window_of_k_or_k_plus_one_tokens() -> None:
@@ -232,7 +248,7 @@ def test_recrossing_and_gradual() -> None:
 def test_sentence_of_a_turn_at_token_grain() -> None:
     curve_ = [0.1] * 6 + [0.95] * 6
     assert (
-        turning_point(
+        find_turning_point(
             points(dict(enumerate(curve_))),
             SAFE,
             CsrSettings(k=2, grain="token"),
@@ -243,7 +259,7 @@ def test_sentence_of_a_turn_at_token_grain() -> None:
         == 0
     )
     assert (
-        turning_point(
+        find_turning_point(
             points(dict(enumerate(curve_))),
             SAFE,
             CsrSettings(k=2, grain="token"),
@@ -295,15 +311,15 @@ def test_counts_and_rows() -> None:
     verdicts = [
         Verdict("c", TRACE, "harm", label, None, "", "j") for label in (SAFE, SAFE, UNSAFE, None)
     ]
-    (none, some) = count({9: verdicts, 4: verdicts[3:]}, "r")
+    (none, some) = count_continuations({9: verdicts, 4: verdicts[3:]}, "r")
     assert (some.cut, some.n_safe, some.n_unsafe, some.n_unknown) == (9, 2, 1, 1)
-    first, second = curve([none, some])
+    first, second = curve_rows([none, some])
     assert math.isnan(first["s"])
     assert (first["low"], first["high"], first["n"], first["n_unknown"]) == (0.0, 1.0, 0, 1)
     assert second["low"] < second["s"] < second["high"]
     assert second["s"] == pytest.approx(2 / 3)
     with pytest.raises(BadInput, match="refused"):
-        count({0: [Verdict("c", TRACE, "refusal", "refused", None, "", "j")]}, "r")
+        count_continuations({0: [Verdict("c", TRACE, "refusal", "refused", None, "", "j")]}, "r")
 
 
 def test_bad_settings_and_inputs() -> None:
@@ -318,15 +334,15 @@ def test_bad_settings_and_inputs() -> None:
         with pytest.raises(BadInput):
             CsrSettings(**wrong)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="measure"):
-        turning_point([], SAFE, CsrSettings(), [], 0, SAFE)
+        find_turning_point([], SAFE, CsrSettings(), [], 0, SAFE)
     with pytest.raises(BadInput, match="sideways"):
         turn([0.5, 0.5], "sideways")
 
 
 def test_a_curve_has_bounds_where_continuations_were_cut_off() -> None:
-    """Ten safe, ten unsafe, twelve that nobody can judge: S is 0.5 of the judged, and 10 or 22 of 32 at the bounds."""
-    (row,) = curve([CsrPoint("r", 5, 10, 10, 12)])
+    """10 safe, 10 unsafe, 12 not judged: S is 0.5 of the judged, 10 or 22 of 32 at the bounds."""
+    (row,) = curve_rows([CsrPoint("r", 5, 10, 10, 12)])
     assert row["s"] == 0.5
     assert (row["at_least"], row["at_most"]) == (10 / 32, 22 / 32)
-    (nothing,) = curve([CsrPoint("r", 5, 0, 0, 0)])
+    (nothing,) = curve_rows([CsrPoint("r", 5, 0, 0, 0)])
     assert (nothing["at_least"], nothing["at_most"]) == (0.0, 1.0)

@@ -1,3 +1,5 @@
+"""The decoder draws what plain decoding, one prefix at a time, would draw."""
+
 from __future__ import annotations
 
 import itertools
@@ -9,17 +11,25 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
+from sampling_kit import answers
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
 from ipo_lib.chat import Chat
-from ipo_lib.engines.decoding import ARCHITECTURES, Columns, Decoder, generate, trunks_of
+from ipo_lib.engines.decoding import (
+    ARCHITECTURES,
+    ColumnCache,
+    Decoder,
+    decode_by_generate,
+    find_trunks,
+)
 from ipo_lib.engines.transformers_sampler import TransformersSampler
 from ipo_lib.sampling import Request, Sampling
 
 STEPS = 20
 TRACE = tuple(range(20, 60))
-# Cuts of one trace, another trace that shares its beginning, an unrelated short one, one token, and a repetition.
+# Cuts of one trace, another trace that shares its beginning, an unrelated short one, one token, and
+# a repetition.
 PREFIXES = [
     TRACE[:9],
     TRACE,
@@ -41,12 +51,13 @@ def greedy(_: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(-1)
 
 
-def collected(limits: Sequence[int]) -> tuple[list[list[int]], Any]:
+def collector(limits: Sequence[int]) -> tuple[list[list[int]], Any]:
+    """Rows to be filled, and a function that fills them up to their limits."""
     rows: list[list[int]] = [[] for _ in limits]
 
-    def take(one: int, token: int) -> bool:
-        rows[one].append(token)
-        return len(rows[one]) == limits[one]
+    def take(index: int, token: int) -> bool:
+        rows[index].append(token)
+        return len(rows[index]) == limits[index]
 
     return rows, take
 
@@ -55,54 +66,45 @@ def collected(limits: Sequence[int]) -> tuple[list[list[int]], Any]:
 def test_greedy_tokens_are_those_of_plain_generate_one_by_one(folder: Path, size: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     plain = model.config._attn_implementation
-    limits = [
-        STEPS,
-        3,
-        17,
-        1,
-        STEPS,
-        9,
-        12,
-        5,
-    ]  # rows end at different steps, so that places are refilled
+    # Rows end at different steps, so that places are refilled.
+    limits = [STEPS, 3, 17, 1, STEPS, 9, 12, 5]
     expected = []
     for prefix, limit in zip(PREFIXES, limits, strict=True):
-        ids = torch.tensor([prefix])
-        out = model.generate(
-            ids,
+        output = model.generate(
+            torch.tensor([prefix]),
             do_sample=False,
             max_new_tokens=limit,
             min_new_tokens=limit,
             eos_token_id=None,
             pad_token_id=0,
         )
-        expected.append(out[0, len(prefix) :].tolist())
-    found, take = collected(limits)
+        expected.append(output[0, len(prefix) :].tolist())
+    rows, take = collector(limits)
     Decoder(model, size).decode(PREFIXES, greedy, take)
-    assert found == expected
+    assert rows == expected
     model.set_attn_implementation(plain)
-    again, take = collected(limits)
-    generate(model, PREFIXES, 0, max(limits), greedy, take)
-    assert again == expected
+    rows, take = collector(limits)
+    decode_by_generate(model, PREFIXES, 0, max(limits), greedy, take)
+    assert rows == expected
 
 
 def test_logits_are_those_of_a_forward_pass_over_the_whole_row(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    seen: list[tuple[int, int, torch.Tensor]] = []
-    found, take = collected([STEPS] * len(PREFIXES))
+    steps: list[tuple[int, int, torch.Tensor]] = []
+    rows, take = collector([STEPS] * len(PREFIXES))
 
-    def draw(live: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        seen.extend(
-            (one, len(found[one]), row) for one, row in zip(live, logits.clone(), strict=True)
-        )
+    def choose(live: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        for index, row_logits in zip(live, logits.clone(), strict=True):
+            steps.append((index, len(rows[index]), row_logits))
         return logits.argmax(-1)
 
-    Decoder(model, 5).decode(PREFIXES, draw, take)
-    assert len(seen) == STEPS * len(PREFIXES)
+    Decoder(model, 5).decode(PREFIXES, choose, take)
+    assert len(steps) == STEPS * len(PREFIXES)
     model.set_attn_implementation("eager")
-    for one, step, logits in seen:
+    for index, step, logits in steps:
+        ids = torch.tensor([[*PREFIXES[index], *rows[index][:step]]])
         with torch.no_grad():
-            whole = model(torch.tensor([[*PREFIXES[one], *found[one][:step]]])).logits[0, -1]
+            whole = model(ids).logits[0, -1]
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
@@ -112,133 +114,133 @@ def test_a_shared_beginning_is_prefilled_once(
     model = AutoModelForCausalLM.from_pretrained(folder)
     shapes: list[tuple[int, ...]] = []
     forward = model.forward
-    monkeypatch.setattr(
-        model,
-        "forward",
-        lambda **given: shapes.append(tuple(given["input_ids"].shape)) or forward(**given),
-    )
-    _, take = collected([2] * 24)
-    Decoder(model, 64).decode(
-        [TRACE[: 5 + 3 * cut] for cut in range(12) for _ in range(2)], greedy, take
-    )
+
+    def watched(**inputs: Any) -> Any:
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    _, take = collector([2] * 24)
+    cuts = [TRACE[: 5 + 3 * cut] for cut in range(12)]
+    prefixes = [prefix for prefix in cuts for _ in range(2)]
+    Decoder(model, 64).decode(prefixes, greedy, take)
     assert shapes == [(1, 5 + 3 * 11), (24, 1), (24, 1)]
 
 
-def test_keys_are_not_repeated_and_columns_grow_in_place(folder: Path) -> None:
+def test_keys_are_not_repeated_and_columns_grow_in_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     decoder = Decoder(model, 4)
-    _, take = collected([150] * 4)
-    buffers = set()
-    update = Columns.update
+    _, take = collector([150] * 4)
+    buffers, heads = set(), set()
+    update = ColumnCache.update
 
-    def watched(self: Columns, *given: Any, **named: Any) -> Any:
-        out = update(self, *given, **named)
+    def watched(self: ColumnCache, *arguments: Any, **options: Any) -> Any:
+        output = update(self, *arguments, **options)
         buffers.add(self.keys.data_ptr())
-        assert (
-            self.keys.shape[1]
-            == model.config.num_key_value_heads
-            < model.config.num_attention_heads
-        )
-        return out
+        heads.add(self.keys.shape[1])
+        return output
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Columns, "update", watched)
-        decoder.decode([TRACE] * 4, greedy, take)
-    assert (
-        len(buffers) <= 3 * model.config.num_hidden_layers
-    )  # 150 columns in three allocations a layer
+    monkeypatch.setattr(ColumnCache, "update", watched)
+    decoder.decode([TRACE] * 4, greedy, take)
+    assert heads == {model.config.num_key_value_heads}
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    # 150 columns in three allocations a layer.
+    assert len(buffers) <= 3 * model.config.num_hidden_layers
 
 
 def test_trunks_are_the_longest_of_those_that_begin_alike() -> None:
-    trunks, which = trunks_of(PREFIXES)
-    assert sorted(trunks) == sorted(
-        {TRACE, (*TRACE[:9], 100, 101), (200, 201, 202), (7,), tuple(range(300, 330))}
-    )
-    for prefix, trunk in zip(PREFIXES, which, strict=True):
+    trunks, trunk_index = find_trunks(PREFIXES)
+    expected = {TRACE, (*TRACE[:9], 100, 101), (200, 201, 202), (7,), tuple(range(300, 330))}
+    assert sorted(trunks) == sorted(expected)
+    for prefix, trunk in zip(PREFIXES, trunk_index, strict=True):
         assert trunks[trunk][: len(prefix)] == prefix
-    for some in itertools.permutations(PREFIXES[:4]):
-        assert len(trunks_of(some)[0]) == 2
+    for permutation in itertools.permutations(PREFIXES[:4]):
+        assert len(find_trunks(permutation)[0]) == 2
 
 
 def test_a_row_draws_by_its_own_seed_whatever_the_batch(folder: Path) -> None:
     chat, sampling = Chat(folder), Sampling(temperature=0.3, top_p=0.9, max_tokens=STEPS)
-    requests = [
-        Request(f"{place}/{draw}", prefix, (), 100 * place + draw)
-        for place, prefix in enumerate(PREFIXES)
-        for draw in range(3)
-    ]
-    found = [
-        {
-            one.key: one.token_ids
-            for one in TransformersSampler(folder, chat, batch_size=size).sample(given, sampling)
-        }
-        for size, given in ((64, requests), (5, requests[::-1]), (1, requests[7:] + requests[:7]))
-    ]
-    assert found[0] == found[1] == found[2]
-    assert found[0]["0/0"] != found[0]["0/1"]
+    requests = []
+    for place, prefix in enumerate(PREFIXES):
+        for draw in range(3):
+            requests.append(Request(f"{place}/{draw}", prefix, (), 100 * place + draw))
+    expected = answers(TransformersSampler(folder, chat, batch_size=64), requests, sampling)
+    for size, order in ((5, requests[::-1]), (1, requests[7:] + requests[:7])):
+        sampler = TransformersSampler(folder, chat, batch_size=size)
+        assert answers(sampler, order, sampling) == expected
+    assert expected["0/0"].token_ids != expected["0/1"].token_ids
 
 
 def nucleus(model: Any, ids: Sequence[int], temperature: float, top_p: float) -> dict[int, float]:
     """The next token's probabilities, from a plain forward pass and a full sort."""
     with torch.no_grad():
-        mass = (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
-    kept, total = {}, 0.0
+        logits = model(torch.tensor([ids])).logits[0, -1].double()
+    mass = (logits / temperature).softmax(-1)
+    inside: dict[int, float] = {}
+    total = 0.0
     for token in mass.argsort(descending=True).tolist():
         if total >= top_p:
             break
-        kept[token], total = mass[token].item(), total + mass[token].item()
-    return {token: one / total for token, one in kept.items()}
+        inside[token] = mass[token].item()
+        total += mass[token].item()
+    return {token: probability / total for token, probability in inside.items()}
 
 
 def test_token_frequencies_are_the_models_own_probabilities(folder: Path) -> None:
-    """First and second tokens of many draws, from two cuts of one trace in the same batch; the seeds are fixed."""
+    """First and second tokens of many draws, from two cuts of one trace in the same batch.
+
+    The seeds are fixed.
+    """
     sampling, draws = Sampling(temperature=1.0, top_p=0.9, max_tokens=2), 3000
     cuts = [TRACE[:9], TRACE[:23]]
-    asked = [
-        Request(f"{place}", cut, (), draws * place + draw)
-        for place, cut in enumerate(cuts)
-        for draw in range(draws)
-    ]
+    requests = []
+    for place, cut in enumerate(cuts):
+        for draw in range(draws):
+            requests.append(Request(str(place), cut, (), draws * place + draw))
     chat = Chat(folder)
-    drawn = [*TransformersSampler(folder, chat, batch_size=500).sample(asked, sampling)]
+    completions = [*TransformersSampler(folder, chat, batch_size=500).sample(requests, sampling)]
     model = AutoModelForCausalLM.from_pretrained(folder)
     checked = 0
     for place, cut in enumerate(cuts):
-        pairs = [
-            one.token_ids + chat.eos_ids * (one.finish == "stop")
-            for one in drawn
-            if one.key == str(place)
-        ]
+        pairs = []
+        for completion in completions:
+            if completion.key == str(place):
+                ends = chat.eos_ids if completion.finish == "stop" else ()
+                pairs.append(completion.token_ids + ends)
         first = Counter(ids[0] for ids in pairs)
         common = first.most_common(1)[0][0]
         second = Counter(ids[1] for ids in pairs if ids[0] == common)
         for counts, prefix in ((first, cut), (second, (*cut, common))):
             expected = nucleus(model, prefix, sampling.temperature, sampling.top_p)
             assert set(counts) <= set(expected)
-            n = counts.total()
-            found, hoped = [0], [0.0]  # in cells of at least five draws
-            for token, mass in expected.items():
-                if hoped[-1] >= 5:
-                    found, hoped = [*found, 0], [*hoped, 0.0]
-                found[-1], hoped[-1] = found[-1] + counts[token], hoped[-1] + n * mass
-            assert chisquare(found, hoped).pvalue > 1e-3
-            checked += len(found) > 1
+            cells = cells_of_five(counts, expected)
+            assert chisquare(*cells).pvalue > 1e-3
+            checked += len(cells[0]) > 1
     assert checked == 4
+
+
+def cells_of_five(
+    counts: Counter[int], probabilities: dict[int, float]
+) -> tuple[list[int], list[float]]:
+    """Observed and expected counts in cells where at least five draws are expected."""
+    observed, expected = [0], [0.0]
+    for token, probability in probabilities.items():
+        if expected[-1] >= 5:
+            observed.append(0)
+            expected.append(0.0)
+        observed[-1] += counts[token]
+        expected[-1] += counts.total() * probability
+    return observed, expected
 
 
 def test_other_architectures_are_decoded_by_generate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_model(tmp_path, spread=0.3)
-    ask = [Request("a", PREFIXES[0], (), 1), Request("b", PREFIXES[4], (), 2)]
-    ours = [
-        *TransformersSampler(folder, Chat(folder)).sample(
-            ask, Sampling(temperature=0.3, max_tokens=5)
-        )
-    ]
+    requests = [Request("a", PREFIXES[0], (), 1), Request("b", PREFIXES[4], (), 2)]
+    sampling = Sampling(temperature=0.3, max_tokens=5)
+    ours = answers(TransformersSampler(folder, Chat(folder)), requests, sampling)
     monkeypatch.setattr("ipo_lib.engines.decoding.ARCHITECTURES", ())
-    assert [
-        *TransformersSampler(folder, Chat(folder)).sample(
-            ask, Sampling(temperature=0.3, max_tokens=5)
-        )
-    ] == ours
+    assert answers(TransformersSampler(folder, Chat(folder)), requests, sampling) == ours

@@ -1,4 +1,4 @@
-"""Planted rates come back with their intervals; unknown and truncated are shown, never turned into a label."""
+"""Planted rates come back with their intervals; unknown and truncated responses are shown."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def measure(
     cut: float = 0.0,
     name: str = "model",
 ) -> dict[tuple[str, str], MeasuredRate]:
-    """Harmful traces at rate ``harm``, of which ``leak`` answer harmfully; some unreadable, some never closed."""
+    """Harmful traces at rate ``harm``, of which ``leak`` answer harmfully.
+
+    Some are unreadable (``unknown``), some are never closed (``cut``).
+    """
     asked = {chat.prompt_ids(p): p for prompts in SETS.values() for p in prompts}
 
     def script(request: Request, sampling: Sampling) -> Completion:

@@ -13,7 +13,7 @@ from ipo_lib.dpo import DpoSettings
 from ipo_lib.experiments import grpo
 from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.profiles.settings import GrpoSettings
-from ipo_lib.records import BadInput
+from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, Rollout, by_id
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Prefix, judge, sample
 
@@ -31,64 +31,62 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
 
 
-def test_rewards_are_their_formulas(run: Run) -> None:
-    prompts = run.prompts("train_harmful")
-    rollouts = sample(run.session, [Prefix(prompt) for prompt in prompts], SAMPLING, 6)
-    named = {prompt.id: prompt for prompt in prompts}
-    z, y = (
-        [v.label == "safe" for v in judge(run.session, named, rollouts, part)]
-        for part in ("trace", "answer")
-    )
-    assert {(a, b) for a, b in zip(z, y, strict=True)} >= {
-        (True, True),
-        (False, False),
-        (False, True),
-    }
-    sums = {"I[z]": (1, 0), "I[y]": (0, 1), "I[z]+I[y]": (1, 1), "I[z]-I[y]": (1, -1)}
-    asked, ids = [named[one.prompt_id] for one in rollouts], [one.token_ids for one in rollouts]
-    for reward, (p, q) in sums.items():
-        expected = [p * a + q * b for a, b in zip(z, y, strict=True)]
-        ended = [True] * len(ids)
-        assert (
-            grpo.rewards(run.session, asked, ids, ended, replace(SETTINGS, reward=reward))
-            == expected
-        )
-    cut = [rollouts[0].token_ids[:3]]  # no trace was closed, no answer begun: nothing to reward
-    first = [named[rollouts[0].prompt_id]]
-    for reward in sums:
-        assert grpo.rewards(run.session, first, cut, [False], replace(SETTINGS, reward=reward)) == [
-            0.0
-        ]
+def with_eos(run: Run, rollout: Rollout) -> list[int]:
+    """The rollout's ids as TRL has them where the model ended the response."""
+    return [*rollout.token_ids, run.session.chat.eos_ids[0]]
 
 
-def test_a_response_that_was_cut_off_earns_nothing(run: Run) -> None:
+def rewarder(run: Run, reward: str) -> grpo.Rewarder:
+    prompts = by_id(run.prompts("train_harmful"))
+    return grpo.Rewarder(run.session, prompts, replace(SETTINGS, reward=reward))
+
+
+@pytest.fixture(scope="module")
+def rollouts(run: Run) -> list[Rollout]:
+    prefixes = [Prefix(prompt) for prompt in run.prompts("train_harmful")]
+    return sample(run.session, prefixes, SAMPLING, 6)
+
+
+def safe(run: Run, rollouts: list[Rollout], part: str) -> list[bool]:
+    prompts = by_id(run.prompts("train_harmful"))
+    return [verdict.label == SAFE for verdict in judge(run.session, prompts, rollouts, part)]
+
+
+def test_rewards_are_their_formulas(run: Run, rollouts: list[Rollout]) -> None:
+    outcomes = list(zip(safe(run, rollouts, TRACE), safe(run, rollouts, ANSWER), strict=True))
+    assert set(outcomes) >= {(True, True), (False, False), (False, True)}
+    asked = [rollout.prompt_id for rollout in rollouts]
+    responses = [with_eos(run, rollout) for rollout in rollouts]
+    cut = rollouts[0].token_ids[:3]  # no trace was closed, no answer begun: nothing to reward
+    weights = {"I[z]": (1, 0), "I[y]": (0, 1), "I[z]+I[y]": (1, 1), "I[z]-I[y]": (1, -1)}
+    for reward, (trace, answer) in weights.items():
+        expected = [trace * z + answer * y for z, y in outcomes]
+        assert rewarder(run, reward)(asked, responses) == expected
+        assert rewarder(run, reward)(asked[:1], [cut]) == [0.0]
+
+
+def test_a_response_that_was_cut_off_earns_nothing(run: Run, rollouts: list[Rollout]) -> None:
     """A model that is rewarded for a trace with no harm in it yet learns to write without end."""
-    prompts = run.prompts("train_harmful")
-    rollouts = sample(run.session, [Prefix(prompt) for prompt in prompts], SAMPLING, 6)
-    named = {prompt.id: prompt for prompt in prompts}
-    answers = judge(run.session, named, rollouts, "answer")
-    one = next(r for r, v in zip(rollouts, answers, strict=True) if v.label == "safe")
-    asked, settings = [named[one.prompt_id]], replace(SETTINGS, reward="I[y]")
-    assert grpo.rewards(run.session, asked, [one.token_ids], [True], settings) == [1.0]
-    assert grpo.rewards(run.session, asked, [one.token_ids], [False], settings) == [0.0]
+    rollout = rollouts[safe(run, rollouts, ANSWER).index(True)]
+    reward = rewarder(run, "I[y]")
+    assert reward([rollout.prompt_id], [with_eos(run, rollout)]) == [1.0]
+    assert reward([rollout.prompt_id], [rollout.token_ids]) == [0.0]
+    assert reward.generated == 2 * len(rollout.token_ids) + 1
 
 
 def test_trl_is_given_our_prompt_ids_and_ends(run: Run, tmp_path: Path) -> None:
-    prompts = run.prompts("train_harmful")
-    made = grpo.trainer(run.session, prompts, run.folder, LORA, SETTINGS, SAMPLING, tmp_path, None)
-    ids, images, fields = made._tokenize_prompts([prompt.id for prompt in prompts])
-    assert [tuple(one) for one in ids] == [
-        run.session.chat.prompt_ids(prompt) for prompt in prompts
-    ]
+    prompts, chat = run.prompts("train_harmful"), run.session.chat
+    trainer = grpo.make_trainer(
+        run.session, prompts, run.folder, LORA, SETTINGS, SAMPLING, tmp_path, None
+    )
+    ids, images, fields = trainer._tokenize_prompts([prompt.id for prompt in prompts])
+    assert list(map(tuple, ids)) == [chat.prompt_ids(prompt) for prompt in prompts]
     assert (images, fields) == (None, {})
-    assert made.generation_config.eos_token_id == [*run.session.chat.eos_ids]
-    assert (
-        made.generation_config.temperature,
-        made.generation_config.top_p,
-        made.generation_config.top_k,
-    ) == (0.6, 0.95, 0)
-    assert made.args.loss_type == "grpo"
-    assert made.args.lr_scheduler_type == "constant"
+    config = trainer.generation_config
+    assert config.eos_token_id == [*chat.eos_ids]
+    assert (config.temperature, config.top_p, config.top_k) == (0.6, 0.95, 0)
+    assert trainer.args.loss_type == "grpo"
+    assert trainer.args.lr_scheduler_type == "constant"
 
 
 def test_training_ends_with_its_budget_and_moves_only_the_adapter(run: Run, tmp_path: Path) -> None:
@@ -110,15 +108,9 @@ def test_training_ends_with_its_budget_and_moves_only_the_adapter(run: Run, tmp_
     assert summary["generated"] == rows[-1]["tokens"]
     weights = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    settings, start = replace(SETTINGS, budget=1), tmp_path / "one"
     more = grpo.train(
-        run.session,
-        prompts,
-        run.folder,
-        LORA,
-        replace(SETTINGS, budget=1),
-        SAMPLING,
-        tmp_path / "two",
-        adapter=tmp_path / "one",
+        run.session, prompts, run.folder, LORA, settings, SAMPLING, tmp_path / "two", adapter=start
     )
     assert len(more) == 1
     again = load_file(tmp_path / "two" / "adapter_model.safetensors")
@@ -127,16 +119,20 @@ def test_training_ends_with_its_budget_and_moves_only_the_adapter(run: Run, tmp_
     assert drift < 0.01  # one step from there, not from fresh LoRA
 
 
-def test_bad_settings_are_one_line(run: Run, tmp_path: Path) -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"reward": "I[w]"}, "unknown"),
         ({"batch_size": 12}, "groups of 8"),
         ({"learning_rate": 0}, "above 0"),
-    ]
-    for changes, said in cases:
-        with pytest.raises(BadInput, match=said):
-            replace(SETTINGS, **changes)
+    ],
+)
+def test_bad_settings_are_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        replace(SETTINGS, **changes)
+
+
+def test_a_budget_of_0_is_refused(run: Run, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, budget=0)
     with pytest.raises(BadInput, match="budget 0"):
-        grpo.train(
-            run.session, [], run.folder, LORA, replace(SETTINGS, budget=0), SAMPLING, tmp_path
-        )
+        grpo.train(run.session, [], run.folder, LORA, settings, SAMPLING, tmp_path)

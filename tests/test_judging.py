@@ -1,4 +1,4 @@
-"""Judges: None stays None, noise has the rate it claims, a panel and an agreement worked by hand."""
+"""Judges: None stays None, noise has the rate it claims, an agreement worked by hand."""
 
 from __future__ import annotations
 
@@ -12,18 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.judging import (
-    HARM,
-    MAJORITY,
-    REFUSAL,
-    UNANIMOUS,
-    ByQuestion,
-    Exchange,
-    KeywordJudge,
-    NoisyJudge,
-    Panel,
-    agreement,
-)
+from ipo_lib.judging import HARM, REFUSAL, ByQuestion, Exchange, KeywordJudge, NoisyJudge, agreement
 from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Verdict, canonical
 from ipo_lib.stats import clopper_pearson
 
@@ -131,32 +120,6 @@ def test_keyword_toy_by_hand() -> None:
     ]
 
 
-def test_panels_by_hand() -> None:
-    votes = {
-        "sss": (SAFE, SAFE, SAFE),
-        "uus": (UNSAFE, UNSAFE, SAFE),
-        "uun": (UNSAFE, UNSAFE, None),
-        "usn": (UNSAFE, SAFE, None),
-        "unn": (UNSAFE, None, None),
-        "nnn": (None, None, None),
-    }
-    judges = [Scripted({key: vote[at] for key, vote in votes.items()}, f"j{at}") for at in range(3)]
-    exchanges = ask(list(votes))
-    assert labels(Panel(judges, MAJORITY).judge(exchanges)) == [
-        SAFE,
-        UNSAFE,
-        UNSAFE,
-        None,
-        None,
-        None,
-    ]
-    joint = list(Panel(judges, UNANIMOUS).judge(exchanges))
-    assert labels(joint) == [SAFE, None, None, None, None, None]
-    assert json.loads(joint[1].raw) == [["j0", UNSAFE], ["j1", UNSAFE], ["j2", SAFE]]
-    assert labels(Panel(judges[:2], MAJORITY).judge(ask(["usn"]))) == [None]  # a tie
-    assert [f["judge"] for f in Panel(judges).fingerprint()["judges"]] == ["j0", "j1", "j2"]
-
-
 def test_agreement_by_hand() -> None:
     ids = list("abcdef")
     one = Scripted(dict(zip(ids, [UNSAFE, UNSAFE, SAFE, SAFE, None, SAFE], strict=True))).judge(
@@ -181,10 +144,6 @@ def test_agreement_by_hand() -> None:
 def test_settings_out_of_range_and_fingerprints() -> None:
     with pytest.raises(BadInput, match=r"1\.2"):
         NoisyJudge(Scripted(), 1.2, 0.5)
-    with pytest.raises(BadInput, match="plurality"):
-        Panel([Scripted(), Scripted()], "plurality")
-    with pytest.raises(BadInput, match="two"):
-        Panel([Scripted()])
     prints = [NoisyJudge(Scripted(), 0.9, 0.9, s).fingerprint() for s in (0, 1)] + [
         KeywordJudge().fingerprint()
     ]

@@ -1,36 +1,29 @@
-"""The lexicon and the pool come from judged traces alone: planted cues and triggers are found, nothing else is."""
+"""The lexicon and the pool come from judged traces alone: what was planted is found, no more."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, named, r1_chat, rollout, session, world
+from scripted import ASIDE, CUE, PROMPTS, TRIGGER, Phrase, named, rollout, session, world
 
 from ipo_lib import stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import LexiconCues
-from ipo_lib.records import SAFE, BadInput, Prompt
+from ipo_lib.records import SAFE, BadInput, Prompt, Rollout, Verdict
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import CorrectionSettings, Prefix, Session
+from ipo_lib.stages import CorrectionSettings, Session
 from ipo_lib.turning_points.adaptive import SearchSettings
 from ipo_lib.turning_points.mining import learn_lexicon, mine_pool
 
 THINK = Sampling(max_tokens=400, until="think")
-MANY = [Prompt(f"p{at}", f"Plan {at}?", "scripted", True) for at in range(24)]
+MANY = [Prompt(f"p{n}", f"Plan {n}?", "scripted", True) for n in range(24)]
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    return r1_chat(tmp_path_factory.mktemp("tokenizer"))
-
-
-def judged(
-    run: Session, prompts: list[Prompt], draws: int
-) -> tuple[list[stages.Rollout], list[stages.Verdict]]:
-    rollouts = stages.sample(run, [Prefix(prompt) for prompt in prompts], THINK, draws)
-    return rollouts, stages.judge(run, named(prompts), rollouts)
+def judged(run: Session, prompts: list[Prompt], draws: int) -> tuple[list[Rollout], list[Verdict]]:
+    seen = stages.sample_and_judge(run, prompts, THINK, draws)
+    return seen.rollouts, seen.verdicts
 
 
 def test_the_lexicon_finds_the_planted_cue(tmp_path: Path, chat: Chat) -> None:
@@ -38,18 +31,16 @@ def test_the_lexicon_finds_the_planted_cue(tmp_path: Path, chat: Chat) -> None:
     rollouts, verdicts = judged(run, MANY, 4)
     detector = learn_lexicon(run, rollouts, verdicts)
     assert isinstance(detector, LexiconCues)
-    found = stages.find_cues(run, named(MANY), rollouts, detector)
-    assert found == stages.find_cues(run, named(MANY), rollouts, Phrase())
+    cues = stages.find_cues(run, named(MANY), rollouts, detector)
+    assert cues == stages.find_cues(run, named(MANY), rollouts, Phrase())
     assert detector == learn_lexicon(run, rollouts, verdicts)
 
 
 def test_unjudged_traces_teach_nothing(tmp_path: Path, chat: Chat) -> None:
     run = session(tmp_path, chat, world(chat))
     rollouts, verdicts = judged(run, MANY, 4)
-    unread = [
-        rollout(chat, f"{ASIDE}\nRivers are deep ?!\n</think>", id_=f"u{at}", prompt=p.id)
-        for at, p in enumerate(MANY)
-    ]
+    text = f"{ASIDE}\nRivers are deep ?!\n</think>"
+    unread = [rollout(chat, text, id_=f"u{p.id}", prompt=p.id) for p in MANY]
     more = stages.judge(run, named(MANY), unread)
     assert {v.label for v in more} == {None}
     assert learn_lexicon(run, rollouts + unread, verdicts + more) == learn_lexicon(
@@ -92,10 +83,10 @@ def test_the_pool_is_the_planted_trigger(tmp_path: Path, chat: Chat) -> None:
 
 def test_no_turn_no_pool(tmp_path: Path, chat: Chat) -> None:
     run = session(tmp_path, chat, world(chat))
-    said = [f"{ASIDE}\n{turn}\n</think>" for turn in (CUE, TRIGGER) * 2]
-    traces = [
-        rollout(chat, text, id_=f"{at}", prompt=f"p{at // 2}") for at, text in enumerate(said)
-    ]
+    traces = []
+    for n, turn in enumerate((CUE, TRIGGER) * 2):
+        text = f"{ASIDE}\n{turn}\n</think>"
+        traces.append(rollout(chat, text, id_=f"{n}", prompt=f"p{n // 2}"))
     verdicts = stages.judge(run, named(), traces)
     with pytest.raises(BadInput, match=r"no trigger.*raise"):
         mine_pool(

@@ -1,26 +1,29 @@
-"""What a profile needs, said before anything runs; a model without a profile; claims that are withheld."""
+"""What a profile needs is said before anything runs; a model can do without a profile."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from models import tiny_model
 
 from ipo_lib import plots
-from ipo_lib.cli import arguments, cost, doctor, reproduce
+from ipo_lib.cli import app, arguments, cost, doctor
 from ipo_lib.cli.doctor import Check
 from ipo_lib.engines import hub
-from ipo_lib.profiles import run
+from ipo_lib.profiles.claims import claim
 from ipo_lib.profiles.reading import read_profile
-from ipo_lib.profiles.run import open_run
-from ipo_lib.profiles.settings import Component
+from ipo_lib.profiles.run import FEW_CLOSED, build_component, open_run
+from ipo_lib.profiles.settings import Component, Profile
 from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Prefix, sample
 from ipo_lib.stats import wilson
+
+CHECKOUT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -28,16 +31,23 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No key, no data folder, an empty hub cache."""
     for name in ("IPO_DATA", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(hub, "held", lambda name, revision: None)
-    monkeypatch.setattr(hub, "has_data", lambda pinned: False)
+    monkeypatch.setattr(hub, "local_folder", lambda name, revision: None)
+    monkeypatch.setattr(hub, "has_dataset", lambda pinned: False)
+
+
+def needs(settings: Profile) -> list[Check]:
+    """All checks of a profile whose notebooks have their default parameters."""
+    parameters = {}
+    for name in settings.notebooks:
+        declared = arguments.read_parameters(CHECKOUT / "notebooks" / f"{name}.ipynb")
+        parameters[name] = {parameter: default for parameter, (_, default) in declared.items()}
+    return list(doctor.check_needs(settings, parameters))
 
 
 def troubles(profile: str, **changes: object) -> dict[str, str]:
-    return {
-        one.name: f"{one.found} -> {one.hint}"
-        for one in doctor.needs(read_profile(profile, changes))
-        if one.hint
-    }
+    checks = needs(read_profile(profile, changes))
+    failed = [check for check in checks if check.hint]
+    return {check.name: f"{check.found} -> {check.hint}" for check in failed}
 
 
 def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_mend() -> None:
@@ -58,7 +68,7 @@ def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_mend() -> None:
 def test_what_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_model(tmp_path / "m", template="r1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
-    monkeypatch.setattr(hub, "has_data", lambda pinned: True)
+    monkeypatch.setattr(hub, "has_dataset", lambda pinned: True)
     changes = {
         "model.find": None,
         "model.folder": str(folder),
@@ -74,8 +84,8 @@ def test_what_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyP
     changes |= {"prompts.strongreject.attacks": [], "notebooks": ["06_ipo_training"]}
     assert troubles("ds-8b", **changes) == {}
     assert "reads judge_val/harmbench" in troubles("ds-8b")["labelled sets"]
-    found = [one for one in doctor.needs(read_profile("ds-8b", changes)) if one.name == "model"]
-    assert str(folder) in found[0].found
+    checks = {check.name: check.found for check in needs(read_profile("ds-8b", changes))}
+    assert str(folder) in checks["model"]
 
 
 def test_a_server_that_is_down_and_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -83,7 +93,7 @@ def test_a_server_that_is_down_and_a_folder_that_is_no_model(tmp_path: Path) -> 
     found = troubles(
         "ds-8b", **{"model.server": server, "model.find": None, "model.folder": str(tmp_path)}
     )
-    assert "start it, or mend the url" in found["model server"]
+    assert "start it, or correct the url" in found["model server"]
     assert "no tokenizer.json" in found["model"]
     assert "--model DIR" in troubles("plain")["model"]
 
@@ -91,7 +101,8 @@ def test_a_server_that_is_down_and_a_folder_that_is_no_model(tmp_path: Path) -> 
 def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    reproduce.rehearse("ds-8b", [], str(tmp_path / "store"), str(tmp_path / "figures"))
+    folders = {"store": str(tmp_path / "store"), "figures": str(tmp_path / "figures")}
+    app.reproduce_profile("ds-8b", dry_run=True, **folders)
     said = capsys.readouterr().out
     assert "06_ipo_training" in said
     assert re.search(r"about \d+ hours on one H200 GPU \(sampling in process measured", said)
@@ -103,7 +114,7 @@ def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(
         said,
     )
     assert "dollars" in said
-    assert "checks need a hand:" in said
+    assert "checks failed:" in said
     assert "export OPENAI_API_KEY=..." in said
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "figures").exists()
@@ -112,34 +123,38 @@ def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(
 def test_a_large_model_in_this_process_is_said_to_be_slow(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (one,) = doctor.speed(read_profile("ds-8b"), 13_000 * 3600)
+    (one,) = doctor.check_speed(read_profile("ds-8b"), 13_000 * 3600)
     assert one.hint == ""  # it is a choice, not a fault
     assert "1,300 tokens/s (one H200 GPU" in one.found
     assert "10 hours of sampling; behind vLLM, named as model.server, about 5" in one.found
     server = {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}
-    assert list(doctor.speed(read_profile("ds-8b", {"model.server": server}), 1e9)) == []
-    assert list(doctor.speed(read_profile("r1-1.5b"), 1e9)) == []
-    assert list(doctor.speed(read_profile("sandbox"), 1e9)) == []
+    assert list(doctor.check_speed(read_profile("ds-8b", {"model.server": server}), 1e9)) == []
+    assert list(doctor.check_speed(read_profile("r1-1.5b"), 1e9)) == []
+    assert list(doctor.check_speed(read_profile("sandbox"), 1e9)) == []
     folder = tiny_model(tmp_path / "m", template="r1")
     here = read_profile("ds-8b", {"model.find": None, "model.folder": str(folder)})
-    assert list(doctor.speed(here, 1e9)) == []  # its weights are here, and small
-    monkeypatch.setattr(doctor, "LARGE", 1000)
-    assert len(list(doctor.speed(here, 1e9))) == 1
+    assert list(doctor.check_speed(here, 1e9)) == []  # its weights are here, and small
+    monkeypatch.setattr(doctor, "LARGE_WEIGHTS", 1000)
+    assert len(list(doctor.check_speed(here, 1e9))) == 1
 
 
 def test_money_follows_price_and_rollouts() -> None:
-    settings = read_profile("ds-8b")
-    bill = [
-        cost.Cost("a", "traces", 1000, 1.0, pool="p"),
-        cost.Cost("b", "traces", 600, 1.0, pool="p"),
+    settings = replace(read_profile("ds-8b"), second_judge=None)
+    draws = [
+        cost.Draws(cost.RESPONSES, 1000, 1.0),
+        cost.Draws(cost.TRACES, 600, 1.0),
+        cost.Draws(cost.CONTINUATIONS, 500, 1.0),
     ]
-    bill.append(cost.Cost("b", "whole curves", 500, 1.0, pool="q"))
-    assert cost.verdicts(bill) == 3000
-    read_ = settings.expected.trace + cost.RUBRIC
-    judged = 3000 * (read_ * 2.5 + cost.VERDICT * 10)
-    found = 1000 * (read_ * 2.5 + cost.FIND * 10)  # no cue is looked for in CSR's draws
-    assert cost.money(bill, settings) == pytest.approx((judged + found) / 1e6)
-    assert cost.money(bill, read_profile("sandbox")) == 0
+    bill = cost.Bill(settings, tuple(draws), 0.0, at_most=False)
+    verdicts = 2 * 1000 + 600 + 500
+    assert f"{verdicts:,} verdicts" in str(bill)
+    read = settings.expected.trace + 400
+    judged = verdicts * (read * 2.5 + 100 * 10)
+    searched = 600 * (read * 2.5 + 2 * 10)  # no cue is looked for in the draws of S
+    assert bill.dollars() == pytest.approx((judged + searched) / 1e6)
+    sandbox = cost.Bill(read_profile("sandbox"), tuple(draws), 0.0, at_most=False)
+    assert sandbox.dollars() == 0
+    assert "dollars" not in str(sandbox)
 
 
 def test_a_check_is_one_line() -> None:
@@ -148,7 +163,7 @@ def test_a_check_is_one_line() -> None:
 
 
 def test_a_model_without_a_profile(tmp_path: Path) -> None:
-    given = arguments.parse(arguments.local("DIR", "jbb", "http://h:1/v1#gpt"))
+    given = arguments.parse_pairs(arguments.model_settings("DIR", "jbb", "http://h:1/v1#gpt"))
     settings = read_profile("plain", given)
     assert (
         settings.model.folder,
@@ -158,7 +173,8 @@ def test_a_model_without_a_profile(tmp_path: Path) -> None:
     assert settings.judge.use == "ipo_lib.judges.rubric:rubric"
     assert settings.judge.arguments == {"server": {"urls": ["http://h:1/v1"], "model": "gpt"}}
     settings = read_profile(
-        "plain", arguments.parse(arguments.local("DIR", "a.csv#question", "wildguard"))
+        "plain",
+        arguments.parse_pairs(arguments.model_settings("DIR", "a.csv#question", "wildguard")),
     )
     assert (settings.prompts["train_harmful"].file, settings.prompts["train_harmful"].text) == (
         "a.csv",
@@ -168,7 +184,9 @@ def test_a_model_without_a_profile(tmp_path: Path) -> None:
         "ipo_lib.judges.guards:guard", {"name": "wildguard", "revision": "main"}
     )
     assert (
-        read_profile("plain", arguments.parse(arguments.local("DIR", "", "keyword"))).judge
+        read_profile(
+            "plain", arguments.parse_pairs(arguments.model_settings("DIR", "", "keyword"))
+        ).judge
         == read_profile("plain").judge
     )
 
@@ -195,10 +213,10 @@ def test_a_model_that_seldom_closes_its_trace_claims_nothing_of_traces(
     run = open_run(
         "plain", {**changes, "model.prefill": ""}, str(tmp_path / "s"), str(tmp_path / "f")
     )
-    run.session.store.closed.update({str(at): at < 10 * closed for at in range(10)})
+    run.session.usage.closed.update({str(at): at < 10 * closed for at in range(10)})
     claims = [
-        plots.claim(f"Profile plain: {what} {{}}.", wilson(3, 9), origin="emergent")
-        for what in ("harmful traces", "answers refused")
+        claim(f"Profile plain: {what} {{}}.", wilson(3, 9), origin="emergent", about=about)
+        for what, about in (("harmful traces", "traces"), ("answers refused", "answers"))
     ]
     run.save(plots.figure()[0], "07-x", claims, {})
     text = (tmp_path / "f" / "07-x.json").read_text()
@@ -219,9 +237,9 @@ def test_the_verbs_note_which_traces_were_closed(tmp_path: Path) -> None:
     found = sample(
         run.session, [Prefix(Prompt("p", "Bread?", "test", False))], Sampling(max_tokens=5), 3
     )
-    assert run.session.store.closed == {one.id: "</think>" in one.text for one in found}
+    assert run.session.usage.closed == {one.id: "</think>" in one.text for one in found}
     assert os.environ.get("IPO_DATA") is None
-    assert run.CLOSED == 0.5
+    assert FEW_CLOSED == 0.5
 
 
 def test_overlapping_prompts_can_be_left_out(tmp_path: Path) -> None:
@@ -258,12 +276,7 @@ def test_judges_inside_judges_are_made_priced_and_looked_at() -> None:
         "use": "ipo_lib.judges.guards:guard",
         "arguments": {"name": "wildguard", "revision": "main"},
     }
-    part = Component(
-        "ipo_lib.profiles.run:panel", {"judges": [keyword, phrases], "rule": "majority"}
-    )
-    made = run.build_component(part)
-    assert (len(made.judges), made.rule) == (2, "majority")
-    split = run.build_component(
+    split = build_component(
         Component("ipo_lib.profiles.run:by_question", {"harm": keyword, "refusal": phrases})
     )
     assert sorted(split.judges) == ["harm", "refusal"]
@@ -272,11 +285,12 @@ def test_judges_inside_judges_are_made_priced_and_looked_at() -> None:
         "arguments": {"harm": guard, "refusal": {**phrases, "arguments": {"dollars_in": 3.0}}},
     }
     changed = read_profile("r1-1.5b", {"judge": nested})
-    assert [one.use for one in changed.judge.all] == [
+    assert [one.use for one in changed.judge.with_inner()] == [
         "ipo_lib.profiles.run:by_question",
         guard["use"],
         phrases["use"],
     ]
     assert changed.online
-    assert any("allenai/wildguard" in one.found for one in doctor.needs(changed))
-    assert cost.money([cost.Cost("a", "x", 1.0)], changed) > 0
+    assert any("allenai/wildguard" in check.found for check in needs(changed))
+    draws = (cost.Draws(cost.TRACES, 1, 1.0),)
+    assert cost.Bill(changed, draws, 0.0, at_most=False).dollars() > 0

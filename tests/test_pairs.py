@@ -1,4 +1,4 @@
-"""Pairs: the shared prefix is exact, suffixes end where the part ends, and every refusal has its reason."""
+"""Pairs: the shared prefix is exact, suffixes end where the part ends, reasons are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipo_lib.pairs import KEPT, REASONS, PairSettings, Refusal, build_pair, count_reasons
+from ipo_lib.pairs import KEPT, REASONS, NoPair, PairSettings, build_pair, count_reasons
 from ipo_lib.records import ANSWER, BOTH, BadInput, Pair, Rollout
 
 CLOSE, EOS, PROMPT = 9, 1, (100, 101, 102)
@@ -27,10 +27,11 @@ WINNER = rollout((10, 11, 40, CLOSE, 31, 32), "winner")
 
 def pair(
     loser: Rollout = LOSER, winner: Rollout = WINNER, cut: int = 2, **changes: object
-) -> Pair | Refusal:
+) -> Pair | NoPair:
     ends = {"loser_end": 5, "winner_end": 4, "eos_id": None}
     options = {key: changes.pop(key, value) for key, value in ends.items()}
-    return build_pair(loser, winner, PROMPT, cut, PairSettings(**changes), "trigger-1", **options)  # type: ignore[arg-type]
+    settings = PairSettings(**changes)  # type: ignore[arg-type]
+    return build_pair(loser, winner, PROMPT, cut, settings, "trigger-1", **options)  # type: ignore[arg-type]
 
 
 def test_trace_suffixes_run_from_the_cut_through_the_closing_tag() -> None:
@@ -50,7 +51,7 @@ def test_both_takes_everything_and_needs_a_stop() -> None:
     assert made.rejected_ids[-1] == 30
     for finish in ("length", "think"):
         cut_off = dataclasses.replace(WINNER, finish=finish)
-        assert pair(winner=cut_off, part=BOTH) == Refusal("loser", "unfinished")
+        assert pair(winner=cut_off, part=BOTH) == NoPair("loser", "unfinished")
 
 
 def test_a_closed_trace_counts_although_the_answer_was_cut() -> None:
@@ -88,8 +89,8 @@ def test_eos_only_where_the_model_itself_stopped() -> None:
         ("off-edge", {"cut": -1}),
     ],
 )
-def test_refusals_by_reason(reason: str, changes: dict[str, object]) -> None:
-    assert pair(**changes) == Refusal("loser", reason)  # type: ignore[arg-type]
+def test_reasons_why_there_is_no_pair(reason: str, changes: dict[str, object]) -> None:
+    assert pair(**changes) == NoPair("loser", reason)  # type: ignore[arg-type]
 
 
 def test_longest_side_decides_the_length() -> None:
@@ -119,9 +120,9 @@ def test_bad_input_is_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_collect_counts_every_reason() -> None:
+def test_every_reason_is_counted() -> None:
     made, counts = count_reasons(
-        [pair(), pair(loser_end=None), pair(cut=3), pair(cut=3), Refusal("r", "unjudged")]
+        [pair(), pair(loser_end=None), pair(cut=3), pair(cut=3), NoPair("r", "unjudged")]
     )
     assert len(made) == 1
     assert list(counts) == [KEPT, *REASONS]
@@ -158,7 +159,7 @@ def test_prefix_plus_suffix_is_the_rollout(seed: int, part: str, eos: bool) -> N
     made = build_pair(
         *sides, PROMPT, cut, settings, "x", loser_end=ends[0], winner_end=ends[1], eos_id=EOS
     )
-    if isinstance(made, Refusal):
+    if isinstance(made, NoPair):
         return
     assert len(made.prompt_ids) + max(len(made.chosen_ids), len(made.rejected_ids)) <= 10
     for side, end, suffix in zip(sides, ends, (made.rejected_ids, made.chosen_ids), strict=True):

@@ -11,31 +11,24 @@ from ipo_lib.experiments import paper
 from ipo_lib.records import BadInput
 
 TABLES = Path(__file__).parents[1] / "figures" / "paper_tables"
+SOURCES = {"note", "review", "reimpl"}
 
 
 def test_every_table_has_a_source_in_every_row() -> None:
-    assert len(list(TABLES.glob("*.csv"))) > 10
-    for path in TABLES.glob("*.csv"):
-        assert {row["source"] for row in csv.DictReader(path.open())} <= {
-            "note",
-            "review",
-            "reimpl",
-        }, path
+    paths = list(TABLES.glob("*.csv"))
+    assert len(paths) > 10
+    for path in paths:
+        assert {row["source"] for row in csv.DictReader(path.open())} <= SOURCES, path
 
 
 def test_a_number_comes_with_its_row_and_source() -> None:
-    said = paper.reported(
-        "fig4_rollout_diversity", "share_of_prompts_pct", model="DS-8B", safe_rollouts_in_group="0"
-    )
-    assert (said["value"], said["source"], said["table"]) == (
-        36.2,
-        "review",
-        "fig4_rollout_diversity",
-    )
-    about = paper.reported(
-        "fig5_csr", "value", quantity="share of safe trajectories with a safe turning point (%)"
-    )
-    assert (about["value"], about["said"]) == (90.0, ">90")
+    column, where = "share_of_prompts_pct", {"model": "DS-8B", "safe_rollouts_in_group": "0"}
+    number = paper.reported("fig4_rollout_diversity", column, **where)
+    assert (number["value"], number["source"]) == (36.2, "review")
+    assert (number["table"], number["where"]) == ("fig4_rollout_diversity", where)
+    quantity = "share of safe trajectories with a safe turning point (%)"
+    number = paper.reported("fig5_csr", "value", quantity=quantity)
+    assert (number["value"], number["said"]) == (90.0, ">90")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Profiles: data in, settings out; a wrong name or type is answered by one line that names it and the nearest known."""
+"""Profiles: data in, settings out.
+
+A wrong name or type is answered by one line that names it and the nearest known.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import yaml
 from models import tiny_tokenizer
 
 from ipo_lib.chat import Chat
-from ipo_lib.cli.reproduce import parse
+from ipo_lib.cli.arguments import parse_pairs
 from ipo_lib.engines import lora
 from ipo_lib.judging import KeywordJudge
 from ipo_lib.profiles import reading, run, settings
@@ -106,12 +109,14 @@ def test_numbers_may_be_written_with_an_exponent_alone(tmp_path: Path) -> None:
         yaml.safe_dump(SMALL) + "stage1: {learning_rate: 2e-4, beta: 1E-1}\n"
     )
     settings = read_profile(
-        str(tmp_path / "small.yml"), parse(["stage2.learning_rate=5e-5", "stage2.ratio=3e-1"])
+        str(tmp_path / "small.yml"), parse_pairs(["stage2.learning_rate=5e-5", "stage2.ratio=3e-1"])
     ).stage2
     assert (settings.learning_rate, settings.ratio) == (5e-5, 0.3)
     settings = read_profile(str(tmp_path / "small.yml")).stage1
     assert (settings.learning_rate, settings.beta) == (2e-4, 0.1)
-    one_line(str(tmp_path / "small.yml"), parse(["csr.draws=1e1"]), "'csr.draws'", "int", "10.0")
+    one_line(
+        str(tmp_path / "small.yml"), parse_pairs(["csr.draws=1e1"]), "'csr.draws'", "int", "10.0"
+    )
 
 
 def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def test_a_bench_opens_its_doors(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"'yours'.*known: mine"):
         run.prompts("yours")
     with pytest.raises(BadInput, match="training notebook"):
-        run.adapters("06-training")
+        run.trained_adapters("06-training")
 
 
 def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:
@@ -234,7 +239,10 @@ def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> Non
     assert plain.truth() is plain.wide_truth() is None
     for name in ("sandbox", "tiny", "tiny-null"):
         own = read_profile(name)
-        parts = {"truth": to_json(own.truth), "wide_truth": to_json(own.wide_truth)}
+        parts = {
+            "truth": to_json(own.extras["truth"]),
+            "wide_truth": to_json(own.extras["wide_truth"]),
+        }
         narrow, wide = (
             getattr(open_run(write(tmp_path, model=model, **parts)), truth)() for truth in parts
         )

@@ -1,85 +1,112 @@
-"""What a kernel says reaches whoever looks on, and nobody else is bothered."""
+"""Bars of a kernel reach the terminal; a log gets few lines; outside a kernel there are none."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from ipo_lib.engines import progress
+from ipo_lib.engines.progress import Meter, Relay, say
+
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
-def test_a_kernel_writes_and_the_watcher_shows_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.05)
-    monkeypatch.setattr(progress, "EVERY", 0.0)
-    path = tmp_path / "progress.json"
-    with progress.watched(path, "06_ipo_training"):
-        meter = progress.Meter(8, "rollouts")
-        for _ in range(4):
-            meter.step()
-        assert json.loads(path.read_text()) == ["rollouts", 4, 8]
-        time.sleep(0.2)
-    said = capfd.readouterr().err
-    assert f"06 {'rollouts':25} [{'#' * 15}{'.' * 15}] 4 of 8" in said
-    assert "\r" not in said  # a log, not a terminal
-    assert not path.exists()
+@pytest.fixture
+def kernel(monkeypatch: Patch) -> None:
+    """As in a Jupyter kernel, with bars that are shown at once."""
+    monkeypatch.setattr(progress, "in_kernel", lambda: True)
+    monkeypatch.setattr(progress, "SECONDS_PER_UPDATE", 0.0)
 
 
-def test_nobody_looks_on(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(progress.FILE, raising=False)
-    progress.say(1, 2, "rollouts")
+def test_outside_a_kernel_nothing_is_shown(capfd: Capture) -> None:
+    say(1, 2, "rollouts")
+    meter = Meter(2, "rollouts")
+    meter.step()
+    meter.step()
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_that_is_half_written_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.02)
-    path = tmp_path / "progress.json"
-    with progress.watched(path, "00"):
-        path.write_text('["roll')
-        time.sleep(0.1)
-    with (
-        pytest.raises(ZeroDivisionError),
-        progress.watched(path, "00"),
-    ):  # what goes wrong inside comes out
-        raise ZeroDivisionError
+@pytest.mark.usefixtures("kernel")
+def test_a_meter_shows_its_steps_on_the_error_stream_and_clears_the_bar(capsys: Capture) -> None:
+    meter = Meter(8, "rollouts")
+    for _ in range(4):
+        meter.step()
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.split("\r")[-1].startswith("rollouts:  50%|")
+    assert "4/8" in errors.split("\r")[-1]
+    for _ in range(4):
+        meter.step()
+    assert capsys.readouterr().err.split("\r")[-2].strip() == ""
 
 
-def test_the_bar_is_full_at_the_end_and_never_longer() -> None:
-    assert progress.line("x", 0, 0).count("#") == 0
-    assert (
-        progress.line("x", 9, 9).count("#")
-        == progress.line("x", 12, 9).count("#")
-        == progress.WIDTH
-    )
-
-
-def test_a_meter_speaks_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[tuple[int, int, str]] = []
-    monkeypatch.setattr(progress, "say", lambda *what: said.append(what))
-    monkeypatch.setattr(progress, "EVERY", 3600.0)
-    meter = progress.Meter(3, "drawing")
+@pytest.mark.usefixtures("kernel")
+def test_a_short_loop_shows_no_bar(capsys: Capture, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_PER_UPDATE", 3600.0)
+    meter = Meter(3, "drawing")
     for _ in range(3):
         meter.step()
-    assert said == [(3, 3, "drawing")]
+    assert capsys.readouterr() == ("", "")
 
 
-def test_two_workers_of_the_same_notebooks_do_not_trip_over_each_other(tmp_path: Path) -> None:
-    code = "from ipo_lib import progress\nfor at in range(400): progress.say(at, 400, 'rollouts')"
-    environment = {**os.environ, progress.FILE: str(tmp_path / "progress.json")}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    assert [(worker.communicate()[1], worker.returncode) for worker in workers] == [(b"", 0)] * 3
-    assert json.loads((tmp_path / "progress.json").read_text())[1:] == [399, 400]
+@pytest.mark.usefixtures("kernel")
+def test_what_somebody_else_counts_is_shown_as_a_bar(capsys: Capture) -> None:
+    say(2, 3, "table1: base, seed 0")
+    assert capsys.readouterr().err.startswith("\rtable1: base, seed 0:  67%|")
+    say(4, 3, "GRPO, tokens")
+    assert "4/" in capsys.readouterr().err
+
+
+class Terminal:
+    """A stream that says it is a terminal."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> None:
+        self.text += text
+
+    def flush(self) -> None:
+        pass
+
+
+def test_a_relay_shows_bars_on_a_terminal_and_clears_them(monkeypatch: Patch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    relay = Relay("06")
+    relay.write("UserWarning: nothing to look at\n")
+    relay.write("\rtraining:  10%|#\rtraining:  20%|##\nA warning")
+    relay.write("\r" + "x" * 100)
+    relay.write("\r      \r")
+    relay.close()
+    lines = ["06 training:  20%|##", "06 " + "x" * 36, ""]
+    assert terminal.text == "".join(progress.ERASE_LINE + line for line in lines)
+
+
+def test_a_relay_writes_few_lines_to_a_log(capsys: Capture, monkeypatch: Patch) -> None:
+    relay = Relay("06")
+    for done in range(3):
+        relay.write(f"\rtraining: {done}/3")
+    assert capsys.readouterr().err == ""  # in the first minute
+    monkeypatch.setattr(progress, "SECONDS_PER_LOG_LINE", 0.2)
+    time.sleep(0.2)
+    for done in range(3):
+        relay.write(f"\rtraining: {done}/3")
+    relay.close()
+    assert capsys.readouterr().err == "06 training: 0/3\n"
+
+
+def test_in_a_kernel_is_known_without_loading_ipython() -> None:
+    code = (
+        "import sys\nfrom ipo_lib.engines import progress\n"
+        "assert not progress.in_kernel()\nassert 'IPython' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Records: JSON both ways without loss; a field that is unknown, missing or mistyped is one line with its dotted name."""
+"""Records: JSON both ways without loss; a wrong field is one line with its dotted name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ipo_lib import dpo, records
 from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import LexiconCues
 from ipo_lib.pairs import PairSettings
-from ipo_lib.profiles.layered import Yaml
+from ipo_lib.profiles.reading import Yaml
 from ipo_lib.profiles.settings import Component, Model, Profile
 from ipo_lib.prompts import PromptSet
 from ipo_lib.records import BadInput, canonical, digest, from_json, to_json
@@ -160,7 +160,7 @@ def test_nested_settings_are_named_by_their_dotted_name() -> None:
     wrong(
         Profile,
         {**data, "model": {"find": {"us": 1}}},
-        "Part",
+        "Component",
         "'model.find.us' is unknown",
         "'model.find.use'",
     )

@@ -1,4 +1,4 @@
-"""The ``ipo`` command: a user's mistake is one clear line on stderr and exit code 2; what is up to date is not run."""
+"""The ``ipo`` command: a user's mistake is one line and exit code 2; what is done is not redone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from models import tiny_tokenizer
 from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ipo_lib import stages
-from ipo_lib.cli import doctor, reproduce
+from ipo_lib.cli import app, arguments, doctor, reproduce
 from ipo_lib.engines import openai_api
 from ipo_lib.profiles import reading
 from ipo_lib.profiles.run import open_run
@@ -30,22 +30,21 @@ from ipo_lib.records import BadInput
 from ipo_lib.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
-COMMAND = "import sys; from ipo_lib.cli.reproduce import main; main()"
 QUICK = ["-p", "prompts.train_harmful.count=2", "-p", "draws=2", "-p", "notebooks=[00_quickstart]"]
 Ipo = Callable[..., "tuple[int, str, str]"]
 
 
 class InProcess(Engine):
-    """Runs the cells of a notebook here instead of in a kernel, and notes an error as a kernel would."""
+    """Runs the cells of a notebook in this process, and notes an error as a kernel would."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
         space: dict[str, Any] = {"__name__": "__main__"}
-        for at, cell in enumerate(nb_man.nb.cells):
+        for index, cell in enumerate(nb_man.nb.cells):
             if cell.cell_type != "code":
                 continue
-            nb_man.cell_start(cell, at)
-            cell.execution_count = at + 1
+            nb_man.cell_start(cell, index)
+            cell.execution_count = index + 1
             try:
                 with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                     exec(cell.source, space)
@@ -54,10 +53,10 @@ class InProcess(Engine):
                 cell.outputs.append(
                     nbformat.v4.new_output("error", ename=name, evalue=value, traceback=[value])
                 )
-                nb_man.cell_exception(cell, at, exception=error)
+                nb_man.cell_exception(cell, index, exception=error)
                 break
             finally:
-                nb_man.cell_complete(cell, at)
+                nb_man.cell_complete(cell, index)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,39 +69,40 @@ def in_process() -> Iterator[None]:
 @pytest.fixture
 def ipo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Ipo:
     """Calls the command as a shell would: (exit code, stdout, stderr)."""
-    for name in ("IPO_STORE", *reproduce.KERNEL):
-        monkeypatch.setenv(name, reproduce.KERNEL.get(name, str(tmp_path / "store")))
+    for name in ("IPO_STORE", *reproduce.KERNEL_ENVIRONMENT):
+        value = reproduce.KERNEL_ENVIRONMENT.get(name, str(tmp_path / "store"))
+        monkeypatch.setenv(name, value)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         folders = ["--figures", str(tmp_path / "figures")] if arguments[0] == "reproduce" else []
         monkeypatch.setattr(sys, "argv", ["ipo", *arguments, *folders])
         code = 0
         try:
-            reproduce.main()
+            app.main()
         except SystemExit as end:
             code = int(end.code or 0)
-        said = capfd.readouterr()
-        return code, said.out, said.err
+        output, errors = capfd.readouterr()
+        return code, output, errors
 
     return call
 
 
 def one_line(answer: tuple[int, str, str], *says: str) -> None:
-    code, _, said = answer
+    code, _, message = answer
     assert code == 2, answer
-    assert said.startswith("ipo: ")
-    assert said.endswith("\n")
-    assert said.count("\n") == 1, said
-    assert "Traceback" not in said
+    assert message.startswith("ipo: ")
+    assert message.endswith("\n")
+    assert message.count("\n") == 1, message
+    assert "Traceback" not in message
     for part in says:
-        assert part in said, said
+        assert part in message, message
 
 
 def shell(*arguments: str, path: Path = REPOSITORY, **options: Any) -> tuple[int, str, str]:
     """The same in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, *arguments],
+        [sys.executable, "-m", "ipo_lib.cli", *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -140,9 +140,9 @@ def test_cost_follows_settings_and_notebook_parameters(ipo: Ipo) -> None:
     """It loads no model and knows what a parameter changes."""
 
     def tokens(*arguments: str) -> int:
-        code, said, _ = ipo("cost", *arguments)
+        code, output, _ = ipo("cost", *arguments)
         assert code == 0
-        return int(re.search(r"about ([\d,]+) generated tokens", said)[1].replace(",", ""))  # type: ignore[index]
+        return int(re.search(r"about ([\d,]+) generated tokens", output)[1].replace(",", ""))  # type: ignore[index]
 
     plain = tokens("tiny")
     assert (
@@ -164,10 +164,9 @@ def test_the_same_from_a_shell(tmp_path: Path) -> None:
     shutil.copytree(
         REPOSITORY / "ipo_lib", package, ignore=shutil.ignore_patterns("__pycache__", "tiny*")
     )
-    for arguments in (["reproduce"], ["profiles"]):
-        one_line(
-            shell(*arguments, path=package.parent, cwd=tmp_path), "checkout", "pip install -e ."
-        )
+    for command in ("reproduce", "profiles"):
+        answer = shell(command, path=package.parent, cwd=tmp_path)
+        one_line(answer, "checkout", "pip install -e .")
 
 
 def test_from_a_kernel_it_is_one_line_too(tmp_path: Path) -> None:
@@ -186,14 +185,15 @@ def test_from_a_kernel_it_is_one_line_too(tmp_path: Path) -> None:
 
 
 def test_help_and_profiles_load_nothing_heavy() -> None:
+    heavy = {"torch", "transformers", "matplotlib", "papermill", "pandas"}
     code = (
-        "import sys; from ipo_lib.cli.reproduce import main\ntry: main()\nexcept SystemExit: pass\n"
-        "print({'torch', 'transformers', 'matplotlib', 'papermill', 'pandas'} & set(sys.modules), file=sys.stderr)"
+        "import sys; from ipo_lib.cli.app import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"print({heavy} & set(sys.modules), file=sys.stderr)"
     )
-    for arguments, says in (["--help"], "reproduce"), (["profiles"], "sandbox world"):
+    for command, says in ("--help", "reproduce"), ("profiles", "sandbox world"):
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
+            [sys.executable, "-c", code, command],
             env=environment,
             capture_output=True,
             text=True,
@@ -325,8 +325,8 @@ PARAMETERS = (
 )
 WORK = """
 from pathlib import Path
-from ipo_lib import profiles
-assert profiles.read(profile, overrides).csr.draws < 99, "too many"
+from ipo_lib.profiles.reading import read_profile
+assert read_profile(profile, overrides).csr.draws < 99, "too many"
 Path(figures).mkdir(exist_ok=True)
 claim = '{"claim": "draws %d <b>", "origin": "emergent", "n": 3, "method": "wilson"}' % draws
 (Path(figures) / "ab-figure.json").write_text('{"tokens": 1234, "claims": [%s]}' % claim)
@@ -337,7 +337,7 @@ with (Path(figures) / "log").open("a") as log: log.write("x")
 
 @pytest.fixture
 def small(tmp_path: Path) -> list[str]:
-    """A profile with one small notebook, as arguments; it writes a figure and an x into ``figures/log``."""
+    """The arguments for a profile with one small notebook, which writes a figure and into a log."""
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(WORK)]
     book.cells[0].metadata["tags"] = ["parameters"]
@@ -367,11 +367,11 @@ def test_only_what_changed_is_run_again(tmp_path: Path, ipo: Ipo, small: list[st
 
     def runs(*more: str) -> int:
         before = len(log.read_text()) if log.exists() else 0
-        code, said, errors = ipo(*small, *more)
+        code, output, errors = ipo(*small, *more)
         assert (code, errors) == (0, "")
         done = len(log.read_text()) - before
-        assert ("up to date" in said) is (done == 0)
-        assert ("draws " in said) is (done == 1)
+        assert ("up to date" in output) is (done == 0)
+        assert ("draws " in output) is (done == 1)
         return done
 
     assert [runs(), runs(), runs()] == [1, 0, 0]
@@ -390,11 +390,11 @@ def test_only_what_changed_is_run_again(tmp_path: Path, ipo: Ipo, small: list[st
 
 def test_a_notebook_that_fails_is_not_done(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
     for _ in range(2):
-        code, _, said = ipo(*small, "-p", "csr.draws=100")
+        code, _, output = ipo(*small, "-p", "csr.draws=100")
         assert code == 1
-        assert "ab_small" in said
-        assert "too many" in said
-        assert "Traceback" not in said
+        assert "ab_small" in output
+        assert "too many" in output
+        assert "Traceback" not in output
     assert ipo(*small)[0] == 0
 
 
@@ -406,12 +406,12 @@ def test_the_source_of_a_run_is_the_whole_package(
     (package / "a.py").write_text("1")
     (package / "deep" / "weights").write_bytes(b"2")
     monkeypatch.setattr(reproduce, "__file__", str(package / "cli" / "reproduce.py"))
-    first = reproduce.source()
+    first = reproduce.source_digest()
     (package / "__pycache__").mkdir()
     (package / "__pycache__" / "a.pyc").write_bytes(b"x")
-    assert reproduce.source() == first
+    assert reproduce.source_digest() == first
     (package / "deep" / "weights").write_bytes(b"3")
-    assert reproduce.source() != first
+    assert reproduce.source_digest() != first
 
 
 def test_a_figure_that_a_run_no_longer_makes_goes(
@@ -434,18 +434,11 @@ def test_the_key_covers_the_null_world_and_the_papers_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key() -> str:
-        return next(
-            reproduce.jobs(
-                reproduce.planned("tiny", ["notebooks=[00_quickstart]"], str(tmp_path), "")
-            )
-        ).key
+        plan = arguments.plan_run("tiny", ["notebooks=[00_quickstart]"], str(tmp_path), "")
+        return next(reproduce.plan_jobs(plan)).key
 
-    first, null, read = key(), reading.read_profile("tiny-null", {"seed": 5}), reading.read_profile
-    monkeypatch.setattr(
-        reproduce,
-        "read_rows",
-        lambda name, *given: null if name == "tiny-null" else read(name, *given),
-    )
+    first, null = key(), reading.read_profile("tiny-null", {"seed": 5})
+    monkeypatch.setattr(reproduce, "read_profile", {"tiny-null": null}.get)
     assert key() != first
 
 
@@ -456,16 +449,13 @@ def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(
     for name in ("notebooks", "figures"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     monkeypatch.setattr(reproduce, "checkout", lambda: tmp_path)
+    monkeypatch.setattr(arguments, "checkout", lambda: tmp_path)
     monkeypatch.setattr(reading, "checkout", lambda: tmp_path)
 
     def keys(*given: str) -> list[str]:
         names = ["notebooks=[02_rollout_diversity, 08_ablations]", *given]
-        return [
-            job.key
-            for job in reproduce.jobs(
-                reproduce.planned("tiny", names, str(tmp_path / "store"), str(tmp_path / "out"))
-            )
-        ]
+        plan = arguments.plan_run("tiny", names, str(tmp_path / "store"), str(tmp_path / "out"))
+        return [job.key for job in reproduce.plan_jobs(plan)]
 
     plain, full = keys(), keys("full=true")
     assert plain != full
@@ -480,9 +470,9 @@ def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(
         asked.extend(given)
         raise BadInput("seen")
 
-    monkeypatch.setattr(reproduce, "planned", stop)
+    monkeypatch.setattr(app, "plan_run", stop)
     with pytest.raises(BadInput, match="seen"):
-        reproduce.reproduce("tiny", ["seed=1"], full=True)
+        app.reproduce_profile("tiny", ["seed=1"], full=True)
     assert asked == ["seed=1", "full=true"]
 
 
@@ -496,10 +486,10 @@ def test_status_says_what_is_up_to_date_and_runs_nothing(
     assert re.search(r"ab_small +to run\n", ipo(*asked)[1])
     assert not (tmp_path / "figures").exists()
     ipo(*small)
-    code, said, errors = ipo(*asked)
+    code, output, errors = ipo(*asked)
     assert (code, errors) == (0, "")
-    assert re.search(r"ab_small +up to date +\d+ s +0 tokens\n", said)
-    assert str(tmp_path / "store") in said
+    assert re.search(r"ab_small +up to date +\d+ s +0 tokens\n", output)
+    assert str(tmp_path / "store") in output
     assert re.search(r"ab_small +to run again", ipo(*asked, "-p", "draws=3")[1])
     (tmp_path / "figures" / "ab-figure.json").write_text("{}")
     assert re.search(r"ab_small +to run again", ipo(*asked)[1])
@@ -508,8 +498,8 @@ def test_status_says_what_is_up_to_date_and_runs_nothing(
 def test_the_report_holds_every_figure_and_claim(
     tmp_path: Path, ipo: Ipo, small: list[str]
 ) -> None:
-    said = ipo(*small)[1]
-    page = Path(re.search(r"report: (.*)", said)[1]).read_text()  # type: ignore[index]
+    output = ipo(*small)[1]
+    page = Path(re.search(r"report: (.*)", output)[1]).read_text()  # type: ignore[index]
     assert "draws 2 &lt;b&gt;" in page
     assert "data:image/png;base64,aW1hZ2U=" in page
     assert "1,234 tokens" in page
@@ -542,70 +532,73 @@ def test_the_report_keeps_the_notebooks_that_a_run_did_not_ask_for(
 
 
 def test_generated_counts_the_new_tokens_of_the_store(tmp_path: Path) -> None:
-    before = reproduce.sizes(tmp_path / "store")
+    before = reproduce.ledger_sizes(tmp_path / "store")
     path = drawn(tmp_path / "store")
     records = [json.loads(line)["record"] for line in path.read_bytes().splitlines()]
     total = sum(len(one["token_ids"]) for one in records)
-    assert reproduce.generated(tmp_path / "store", before) == total > 0
-    assert reproduce.generated(tmp_path / "store", reproduce.sizes(tmp_path / "store")) == 0
+    assert reproduce.generated_tokens(tmp_path / "store", before) == total > 0
+    assert (
+        reproduce.generated_tokens(tmp_path / "store", reproduce.ledger_sizes(tmp_path / "store"))
+        == 0
+    )
     whole = path.read_bytes()
     path.write_bytes(
         whole[:-20]
     )  # a kill tore the last line; the next writer cuts it off and writes it again
-    before = reproduce.sizes(tmp_path / "store")
+    before = reproduce.ledger_sizes(tmp_path / "store")
     path.write_bytes(whole)
-    assert reproduce.generated(tmp_path / "store", before) == len(records[-1]["token_ids"])
+    assert reproduce.generated_tokens(tmp_path / "store", before) == len(records[-1]["token_ids"])
 
 
-def test_doctor_finds_a_well_machine_and_names_each_mend(
+def test_doctor_finds_a_sound_machine_and_names_each_remedy(
     ipo: Ipo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "NEEDED_DISK", 0)
     monkeypatch.setattr(doctor, "NEEDED_MEMORY", 0)
-    code, said, _ = ipo("doctor")
-    assert code == 0, said
+    code, output, _ = ipo("doctor")
+    assert code == 0, output
     assert all(
-        re.search(rf"^{name} ", said, re.M)
+        re.search(rf"^{name} ", output, re.M)
         for name in ("python", "packages", "device", "memory", "store")
     )
-    assert "->" not in said
+    assert "->" not in output
     monkeypatch.setattr(doctor, "NEEDED_DISK", 10**18)
     monkeypatch.setattr(
         doctor.importlib.metadata, "requires", lambda _: ["torch==1.0.0", "no-such-package==2.0"]
     )
-    code, said, errors = ipo("doctor")
+    code, output, errors = ipo("doctor")
     assert code == 2
-    assert "pip install torch==1.0.0" in said
-    assert re.search(r"no-such-package +missing +-> pip install no-such-package==2.0", said)
-    assert re.search(r"store .*-> free some space", said)
-    assert errors == "ipo: 3 of 7 checks need a hand; the mends stand above\n"
+    assert "pip install torch==1.0.0" in output
+    assert re.search(r"no-such-package +missing +-> pip install no-such-package==2.0", output)
+    assert re.search(r"store .*-> free some space", output)
+    assert errors == "ipo: 3 of 7 checks failed; each line above says what to do\n"
 
 
 def test_a_profile_parameter_that_no_notebook_has_is_one_line(tmp_path: Path, ipo: Ipo) -> None:
     text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
     path = tmp_path / "odd.yml"
     path.write_text(re.sub(r"parameters: \{.*\}", "parameters: {live_tracks: 8}", text))
-    code, _, said = ipo("status", str(path))
+    code, _, output = ipo("status", str(path))
     assert code == 2
-    assert "no notebook has the parameter 'live_tracks'" in said
+    assert "no notebook has the parameter 'live_tracks'" in output
 
 
 PER_NOTEBOOK = {
-    "parameters: {draws: 4, 00_quickstart: {draws: 8}}": "",
-    "parameters: {00_quickstart: {drawz: 8}}": "00_quickstart has no parameter 'drawz'; mend it under parameters",
-    "parameters: {99_nothing: {draws: 8}}": "no notebook is called '99_nothing'; known: 00_quickstart",
-    "parameters: {00_quickstart: 8}": "00_quickstart holds 8; write its parameters as name: value",
-    "parameters: {00_quickstart: {draws: many}}": "parameter 'draws': expected int, found 'many'",
+    "{draws: 4, 00_quickstart: {draws: 8}}": "",
+    "{00_quickstart: {drawz: 8}}": "00_quickstart has no parameter 'drawz'; correct it under",
+    "{99_nothing: {draws: 8}}": "no notebook is called '99_nothing'; known: 00_quickstart",
+    "{00_quickstart: 8}": "00_quickstart holds 8; write its parameters as name: value",
+    "{00_quickstart: {draws: many}}": "parameter 'draws': expected int, found 'many'",
 }
 
 
-@pytest.mark.parametrize(("line", "fault"), PER_NOTEBOOK.items())
+@pytest.mark.parametrize(("parameters", "fault"), PER_NOTEBOOK.items())
 def test_a_notebook_s_own_parameters_are_checked(
-    tmp_path: Path, ipo: Ipo, line: str, fault: str
+    tmp_path: Path, ipo: Ipo, parameters: str, fault: str
 ) -> None:
     text = (REPOSITORY / "notebooks" / "profiles" / "tiny.yml").read_text("utf-8")
     path = tmp_path / "own.yml"
-    path.write_text(re.sub(r"parameters: \{.*\}", line, text))
+    path.write_text(re.sub(r"parameters: \{.*\}", f"parameters: {parameters}", text))
     for command in ("status", "cost"):
         if fault:
             one_line(ipo(command, str(path)), fault)
@@ -622,7 +615,7 @@ def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(
     path.write_text(re.sub(r"parameters: \{.*\}", own, text))
 
     def draws(*given: str) -> dict[str, int]:
-        plan = reproduce.planned(str(path), list(given), str(tmp_path), "")
+        plan = arguments.plan_run(str(path), list(given), str(tmp_path), "")
         return {
             book.stem: values["draws"] for book, values in plan.values.items() if "draws" in values
         }
@@ -632,16 +625,15 @@ def test_a_notebook_s_own_parameters_win_and_the_command_line_wins_over_them(
     assert set(found.values()) == {3}
     assert set(draws("draws=5").values()) == {5}
     assert draws("parameters.00_quickstart.draws=6")["00_quickstart"] == 6
-    settings, every = reproduce.billed(reproduce.planned(str(path), [], str(tmp_path), ""))
-    assert every["00_quickstart"]["draws"] == 8
-    assert (
-        every["00_quickstart"]["candidates"] > 0
-    )  # what is not given has the notebook's own value
-    assert settings.name == "own"
+    plan = arguments.plan_run(str(path), [], str(tmp_path), "")
+    parameters = plan.parameters()["00_quickstart"]
+    assert parameters["draws"] == 8
+    assert parameters["candidates"] > 0  # what is not given has the notebook's own value
+    assert plan.settings.name == "own"
 
 
 def test_the_paper_s_model_looks_for_turns_in_the_paper_s_prompts(tmp_path: Path) -> None:
-    plan = reproduce.planned("ds-8b", [], str(tmp_path), "")
+    plan = arguments.plan_run("ds-8b", [], str(tmp_path), "")
     sets = {book.stem: values.get("harmful_set") for book, values in plan.values.items()}
     chosen = [name for name, one in sets.items() if one == "jbb"]
     assert chosen == ["03_safety_triggers", "04_compliance_cues", "05_corrective_intervention"]

@@ -179,7 +179,7 @@ def test_a_real_model_killed_twice_draws_all_and_none_twice(
 
 COMMAND = """
 import sys
-from ipo_lib.cli.reproduce import main
+from ipo_lib.cli.app import main
 try:
     main()
 finally:

@@ -1,4 +1,4 @@
-"""The splitter loses nothing, cuts nothing protected, and agrees with the hand-marked boundaries."""
+"""The splitter loses nothing, cuts nothing protected, and agrees with boundaries set by hand."""
 
 from __future__ import annotations
 
@@ -9,86 +9,34 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from data_kit import KIT, NO_KIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipo_lib.records import BadInput, Sentence
-from ipo_lib.segmentation import sentences, split
+from ipo_lib.segmentation import locate_sentences, split_sentences
 
 MARKS = json.loads((Path(__file__).parent / "boundaries.json").read_text())
-SOURCE = Path(__file__).parents[2] / "shared/data/train/star1.jsonl"
 F1_FLOOR = 0.95
 
-PIECES = [
-    *(
-        " ",
-        "\n",
-        "\n\n",
-        "\t",
-        "\r\n",
-        "\u2028",
-        ".",
-        "...",
-        "…",
-        "?!",
-        "。",
-        ":",
-        ";",
-        '"',
-        "”",
-        "(",
-        ")",
-        "[",
-        "]",
-    ),
-    *(
-        "`",
-        "```",
-        "```\n",
-        "$",
-        "$$",
-        "\\[",
-        "\\]",
-        "\\(",
-        "\\)",
-        "\\$",
-        "\\",
-        "*",
-        "**",
-        "#",
-        "- ",
-        "1.",
-        "(a)",
-    ),
-    *(
-        "<think>",
-        "</think>",
-        "Dr",
-        "e.g",
-        "U.S",
-        "A",
-        "I",
-        "The",
-        "word",
-        "3.14",
-        "é",
-        "好",
-        "😊",
-        "\x00",
-        "\ud800",
-    ),
-]
+# Pieces of text that are hard to split: end marks, code and TeX, words before a full stop.
+END_MARKS = [" ", "\n", "\n\n", "\t", "\r\n", "\u2028", *'.:;"”()[]…。', "...", "?!"]
+CODE = ["`", "```", "```\n", "$", "$$", "\\[", "\\]", "\\(", "\\)", "\\$", "\\"]
+LIST_MARKS = ["*", "**", "#", "- ", "1.", "(a)"]
+WORDS = ["Dr", "e.g", "U.S", "A", "I", "The", "word", "3.14", "é", "好", "😊"]
+OTHERS = ["<think>", "</think>", "\x00", "\ud800"]
+PIECES = [*END_MARKS, *CODE, *LIST_MARKS, *WORDS, *OTHERS]
 nasty = st.lists(st.sampled_from(PIECES), max_size=40).map("".join) | st.text(max_size=80)
 
 
 def cut(text: str) -> list[str]:
-    return [text[start:end] for start, end in split(text)]
+    return [text[start:end] for start, end in split_sentences(text)]
 
 
 @settings(max_examples=600, deadline=None)
 @given(nasty)
 def test_lossless(text: str) -> None:
-    spans = split(text)
+    spans = split_sentences(text)
     assert "".join(text[start:end] for start, end in spans) == text
     assert all(start < end for start, end in spans)
     assert [start for start, _ in spans] == [0, *(end for _, end in spans)][: len(spans)]
@@ -99,24 +47,29 @@ def test_lossless(text: str) -> None:
 
 
 def test_empty() -> None:
-    assert split("") == []
-    assert sentences("", [0]) == []
+    assert split_sentences("") == []
+    assert locate_sentences("", [0]) == []
 
 
 @pytest.mark.parametrize(
     "marked",
     [
-        "Dr. Smith met Mr. Jones, e.g. in v1.2.3.| It was 3.14 then.| So... maybe not.| Hmm...| The end.",
-        "At 5 p.m. on Monday, cf. Foo.| At 5 p.m.| The U.S. Army met J. K. Rowling and John F. Kennedy Jr. there.",
-        "Apples, etc.| But pears.| Acme Inc. Holdings fell.| See No. 5 and Fig. 3.| No.| That is it.",
+        "Dr. Smith met Mr. Jones, e.g. in v1.2.3.| It was 3.14 then.| So... maybe not.| Hmm...| "
+        "The end.",
+        "At 5 p.m. on Monday, cf. Foo.| At 5 p.m.| The U.S. Army met J. K. Rowling and "
+        "John F. Kennedy Jr. there.",
+        "Apples, etc.| But pears.| Acme Inc. Holdings fell.| See No. 5 and Fig. 3.| No.| "
+        "That is it.",
         "See https://a.b/c?d=1.2 and a.b.c.| Next.| He paid $5 in May.| They paid $6.50.| Done.",
         "Use `a. B` now.| Then $x = 3. Y$ holds.| Also \\(f. G\\) and $$a. B$$.| So.",
         "We get\n|\\[ a. B\nC! \\\\[2pt] D. E\n\\]\nwhere x is small.| Then.",
         "Run this:\n|```py\nx = 1. \n\n# Y! Z\n```\n|Done.| Right.",
         "An open fence:\n|```py\n|One. |Two.".replace("One. |", "One.| "),
         'He asked, "Is it?"| The man left.| "Really?" and so on.| She said "No.| I won\'t."| Then.',
-        "Fine (see A. B).| Next (What?) Paul went.| Whole.| (A full one. Really.)| After.[1]| More.",
-        "First:\n|1. Foo bar.| Baz.\n|2.\nQux\n|- lone\n\n|### 3. Title\n|   - **5**: Five things.| Six.\n|(a) Go.",
+        "Fine (see A. B).| Next (What?) Paul went.| Whole.| (A full one. Really.)| After.[1]| "
+        "More.",
+        "First:\n|1. Foo bar.| Baz.\n|2.\nQux\n|- lone\n\n|### 3. Title\n|"
+        "   - **5**: Five things.| Six.\n|(a) Go.",
         "Step 1. Check it.| **2.** Do it.| **Bold.**| *It.*| Next",
         "A line that is\nwrapped softly.| Next\n|# head\n|lower,\n|Upper",
         "<think>\n|Okay.| </think>\n\n|Answer.| Bye| </think>| x",
@@ -154,7 +107,7 @@ def test_cases(marked: str) -> None:
 )
 def test_time_is_linear(unit: str) -> None:
     began = time.process_time()
-    split(unit * 40_000 + " " * 40_000)
+    split_sentences(unit * 40_000 + " " * 40_000)
     assert time.process_time() - began < 2  # the square of 40,000 steps takes minutes
 
 
@@ -172,7 +125,7 @@ def tokenised(draw: st.DrawFn) -> tuple[str, list[int], int, int]:
 @given(tokenised())
 def test_token_spans(drawn: tuple[str, list[int], int, int]) -> None:
     text, offsets, start, end = drawn
-    found = sentences(text, offsets, start, end)
+    found = locate_sentences(text, offsets, start, end)
     held = {}
     for sentence in found:
         assert sentence.token_start < sentence.token_end
@@ -198,14 +151,14 @@ def test_tokens_by_hand() -> None:
     text, offsets = "".join(pieces), [0]
     for piece in pieces:
         offsets.append(offsets[-1] + len(piece))
-    found = sentences(text, offsets)
+    found = locate_sentences(text, offsets)
     # " B!" begins inside the token "? B", which is the third sentence's; "!" is the fourth's.
     assert [(text[s.char_start : s.char_end], s.token_start, s.token_end) for s in found] == [
         *(("Hi.", 0, 2), (" Ünd so.\n\n", 2, 9), ("A?", 9, 11), (" B!", 11, 12))
     ]
     # Two sentences in one token: the second has none of its own and joins the first.
-    assert sentences("A? B", [0, 4]) == [Sentence(0, 0, 4, 0, 1)]
-    assert sentences(text, offsets, 3, 10)[0].token_start == 2
+    assert locate_sentences("A? B", [0, 4]) == [Sentence(0, 0, 4, 0, 1)]
+    assert locate_sentences(text, offsets, 3, 10)[0].token_start == 2
 
 
 @pytest.mark.parametrize(
@@ -214,7 +167,7 @@ def test_tokens_by_hand() -> None:
 )
 def test_bad_input(offsets: list[int], region: tuple[int, int]) -> None:
     with pytest.raises(BadInput, match="must"):
-        sentences("ab", offsets, *region)
+        locate_sentences("ab", offsets, *region)
 
 
 def test_marks_hold_no_text() -> None:
@@ -232,18 +185,20 @@ def test_marks_hold_no_text() -> None:
     )
 
 
+@pytest.mark.skipif(not KIT, reason=NO_KIT)
 @pytest.mark.parametrize("half", ["tune", "score"])
 def test_agrees_with_the_marks(half: str) -> None:
-    if not SOURCE.is_file():
-        pytest.skip(f"the marked text is not here: {SOURCE}")
-    data = SOURCE.read_bytes()
+    assert KIT
+    data = (KIT / "train/star1.jsonl").read_bytes()
     assert hashlib.sha256(data).hexdigest() == MARKS["sha256"], "the marks were made on other bytes"
     texts = {row["id"]: row["response"] for row in map(json.loads, data.splitlines())}
     hits = extra = missed = 0
     for one in MARKS["excerpts"]:
         if one["half"] == half:
             found = {
-                start for start, _ in split(texts[one["row"]]) if one["start"] < start < one["end"]
+                start
+                for start, _ in split_sentences(texts[one["row"]])
+                if one["start"] < start < one["end"]
             }
             hits += len(found & set(one["offsets"]))
             extra += len(found - set(one["offsets"]))

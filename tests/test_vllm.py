@@ -1,4 +1,7 @@
-"""ServerSampler against a real vLLM server. Opt in: .ci/vllm FOLDER makes its environment, IPO_VLLM=FOLDER names it."""
+"""ServerSampler against a real vLLM server.
+
+Opt in: ``.ci/vllm FOLDER`` makes the environment of the server, ``IPO_VLLM=FOLDER`` names it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ipo_lib.engines.openai_api import Server
 from ipo_lib.engines.transformers_sampler import TransformersSampler
 from ipo_lib.engines.vllm import ServerSampler
 from ipo_lib.records import BadInput, Prompt
-from ipo_lib.sampling import Request, Sampling, draw_seed
+from ipo_lib.sampling import Completion, Request, Sampling, draw_seed
 from ipo_lib.sandbox import organism, smollm2
 from ipo_lib.stages import Prefix, Session, sample
 from ipo_lib.store import Store
@@ -37,38 +40,14 @@ ADAPTER = Path(organism.__file__).parent / "sandbox"
 
 
 def command(folder: Path, port: int) -> list[str]:
-    serve = [
-        str(Path(FOLDER) / "bin/python"),
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        "--port",
-        str(port),
-    ]
-    small = [
-        "--served-model-name",
-        "smollm2",
-        "--dtype",
-        "float32",
-        "--max-model-len",
-        "512",
-        "--max-num-seqs",
-        "16",
-        "--block-size",
-        "32",
-    ]
-    return [
-        *serve,
-        *small,
-        "--enforce-eager",
-        "--enable-prefix-caching",
-        "--max-logprobs",
-        "200",
-        "--enable-lora",
-        "--max-lora-rank",
-        "64",
-    ]
+    """What starts a small server of a model folder on this port."""
+    options = (
+        f"--model {folder} --port {port} --served-model-name smollm2 --dtype float32 "
+        "--max-model-len 512 --max-num-seqs 16 --block-size 32 --enforce-eager "
+        "--enable-prefix-caching --max-logprobs 200 --enable-lora --max-lora-rank 64"
+    )
+    python = str(Path(FOLDER) / "bin/python")
+    return [python, "-m", "vllm.entrypoints.openai.api_server", *options.split()]
 
 
 ENVIRONMENT = {
@@ -82,9 +61,8 @@ ENVIRONMENT = {
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     port = free_port()
-    with running(
-        command(smollm2.base(), port), f"http://127.0.0.1:{port}/health", 300, ENVIRONMENT
-    ):
+    health = f"http://127.0.0.1:{port}/health"
+    with running(command(smollm2.base(), port), health, 300, ENVIRONMENT):
         yield f"http://127.0.0.1:{port}/v1"
 
 
@@ -104,65 +82,67 @@ def here(chat: Chat) -> TransformersSampler:
 
 
 def requests(chat: Chat, count: int = len(TEXTS)) -> list[Request]:
-    prompts = [Prompt(f"p{at}", TEXTS[at % len(TEXTS)], "test", False) for at in range(count)]
-    return [
-        Request(f"r{at}", chat.prompt_ids(prompt), (), draw_seed(0, at))
-        for at, prompt in enumerate(prompts)
-    ]
+    """One request for each of the texts, again and again."""
+    asked = []
+    for number in range(count):
+        prompt = Prompt(f"p{number}", TEXTS[number % len(TEXTS)], "test", False)
+        asked.append(Request(f"r{number}", chat.prompt_ids(prompt), (), draw_seed(0, number)))
+    return asked
+
+
+def drawn_by(
+    sampler: ServerSampler | TransformersSampler, asked: list[Request], sampling: Sampling
+) -> dict[str, Completion]:
+    """The completions of the requests by their key."""
+    return {completion.key: completion for completion in sampler.sample(asked, sampling)}
 
 
 def test_greedy_tokens_are_those_of_the_model_in_process(
     there: ServerSampler, here: TransformersSampler, chat: Chat
 ) -> None:
-    left, right = (
-        {one.key: one for one in sampler.sample(requests(chat), GREEDY)}
-        for sampler in (there, here)
-    )
-    assert left == right
-    barred = [replace(one, ban=left[one.key].token_ids[0]) for one in requests(chat)]
-    left, right = (
-        {one.key: one for one in sampler.sample(barred, GREEDY)} for sampler in (there, here)
-    )
-    assert left == right
-    assert all(left[one.key].token_ids[0] != one.ban for one in barred)
+    served = drawn_by(there, requests(chat), GREEDY)
+    assert served == drawn_by(here, requests(chat), GREEDY)
+    banned = []
+    for request in requests(chat):
+        banned.append(replace(request, ban=served[request.key].token_ids[0]))
+    served = drawn_by(there, banned, GREEDY)
+    assert served == drawn_by(here, banned, GREEDY)
+    assert all(served[request.key].token_ids[0] != request.ban for request in banned)
 
 
 def test_draws_of_one_prompt_are_independent_and_repeat_by_their_seed(
     there: ServerSampler, chat: Chat
 ) -> None:
     first = requests(chat)[0]
-    many = [replace(first, key=f"d{at}", seed=draw_seed(1, at)) for at in range(16)]
-    drawn = [one.token_ids for one in there.sample(many, WARM)]
+    many = [replace(first, key=f"d{draw}", seed=draw_seed(1, draw)) for draw in range(16)]
+    drawn = [completion.token_ids for completion in there.sample(many, WARM)]
     assert len(set(drawn)) == 16
-    assert [one.token_ids for one in there.sample(many[::-1], WARM)] == drawn[::-1]
+    backwards = [completion.token_ids for completion in there.sample(many[::-1], WARM)]
+    assert backwards == drawn[::-1]
 
 
 def test_a_trace_stops_where_it_closes_and_a_prefix_goes_on(
     there: ServerSampler, chat: Chat, url: str
 ) -> None:
     adapted = ServerSampler(Server((url,), "smollm2"), chat, adapter=ADAPTER)
-    drawn = list(
-        adapted.sample(requests(chat), Sampling(temperature=0.6, max_tokens=120, until="think"))
-    )
-    closed = [one for one in drawn if one.finish == "think"]
+    sampling = Sampling(temperature=0.6, max_tokens=120, until="think")
+    drawn = list(adapted.sample(requests(chat), sampling))
+    closed = [completion.token_ids for completion in drawn if completion.finish == "think"]
     assert closed
-    assert all(chat.decode(one.token_ids).rstrip().endswith("</think>") for one in closed)
+    assert all(chat.decode(ids).rstrip().endswith("</think>") for ids in closed)
     first = requests(chat)[0]
     whole = next(there.sample([first], GREEDY)).token_ids
-    rest = next(
-        there.sample([replace(first, prefix_ids=whole[:10])], replace(GREEDY, max_tokens=14))
-    ).token_ids
-    assert rest == whole[10:]
+    continued = replace(first, prefix_ids=whole[:10])
+    (rest,) = there.sample([continued], replace(GREEDY, max_tokens=14))
+    assert rest.token_ids == whole[10:]
 
 
 def test_an_adapter_is_loaded_by_name(there: ServerSampler, chat: Chat, url: str) -> None:
     adapted = ServerSampler(Server((url,), "smollm2"), chat, adapter=ADAPTER)
     merged = TransformersSampler(smollm2.base(), chat, dtype="float32", adapter=ADAPTER)
-    left, right, plain = (
-        {one.key: one for one in sampler.sample(requests(chat), GREEDY)}
-        for sampler in (adapted, merged, there)
-    )
-    assert left == right != plain
+    served = drawn_by(adapted, requests(chat), GREEDY)
+    assert served == drawn_by(merged, requests(chat), GREEDY)
+    assert served != drawn_by(there, requests(chat), GREEDY)
     assert adapted.fingerprint() != there.fingerprint()
 
 
@@ -170,20 +150,22 @@ def test_scores_are_those_of_the_model_in_process(
     there: ServerSampler, here: TransformersSampler, chat: Chat
 ) -> None:
     first = requests(chat)[0]
-    asked = [replace(first, prefix_ids=one.token_ids) for one in there.sample([first], WARM)]
-    for sampling, close in (
-        (Sampling(temperature=1.0, top_p=1.0), 1e-4),
-        (Sampling(temperature=0.6, top_p=0.95), 0.01),
-        (WARM, 0.02),
-    ):
-        left, right = (next(sampler.score(asked, sampling)) for sampler in (there, here))
-        assert left == pytest.approx(right, abs=close)
+    (drawn,) = there.sample([first], WARM)
+    asked = [replace(first, prefix_ids=drawn.token_ids)]
+    tolerances = {
+        Sampling(temperature=1.0, top_p=1.0): 1e-4,
+        Sampling(temperature=0.6, top_p=0.95): 0.01,
+        WARM: 0.02,
+    }
+    for sampling, tolerance in tolerances.items():
+        served, in_process = (next(sampler.score(asked, sampling)) for sampler in (there, here))
+        assert served == pytest.approx(in_process, abs=tolerance)
 
 
 def test_an_adapter_moves_tokens_as_in_process(
     there: ServerSampler, here: TransformersSampler, chat: Chat, url: str
 ) -> None:
-    """log p(adapted) - log p(base) of every token, which KL is the mean of: one model, served or in process."""
+    """log p(adapted) - log p(base) of every token, of which KL is the mean, is the same in both."""
     plain = Sampling(temperature=1.0, top_p=1.0)
     first = requests(chat)[0]
     asked = [replace(first, prefix_ids=next(there.sample([first], WARM)).token_ids)]
@@ -192,24 +174,23 @@ def test_an_adapter_moves_tokens_as_in_process(
         "here": TransformersSampler(smollm2.base(), chat, dtype="float32", adapter=ADAPTER),
     }
     base = {"served": there, "here": here}
-    moved = {}
+    shifts = {}
     for name, sampler in adapted.items():
-        after, before = (next(one.score(asked, plain)) for one in (sampler, base[name]))
-        moved[name] = [math.log(a / b) for a, b in zip(after, before, strict=True)]
-    assert max(map(abs, moved["here"])) > 1
-    assert moved["served"] == pytest.approx(moved["here"], abs=2e-3)
+        after, before = next(sampler.score(asked, plain)), next(base[name].score(asked, plain))
+        shifts[name] = [math.log(p / q) for p, q in zip(after, before, strict=True)]
+    assert max(map(abs, shifts["here"])) > 1
+    assert shifts["served"] == pytest.approx(shifts["here"], abs=2e-3)
 
 
 def test_thinking_has_a_budget_behind_a_server_as_in_process(
     there: ServerSampler, here: TransformersSampler, chat: Chat
 ) -> None:
     short = replace(GREEDY, think_tokens=8)
-    left, right = (
-        {one.key: one for one in sampler.sample(requests(chat), short)} for sampler in (there, here)
-    )
-    assert left == right
-    assert {one.forced for one in left.values()} <= {8, None}
-    assert any(one.forced == 8 for one in left.values())
+    served = drawn_by(there, requests(chat), short)
+    assert served == drawn_by(here, requests(chat), short)
+    forced = {completion.forced for completion in served.values()}
+    assert 8 in forced
+    assert forced <= {8, None}
 
 
 def test_another_model_and_a_full_context_are_one_line(
@@ -224,12 +205,13 @@ def test_another_model_and_a_full_context_are_one_line(
 
 def test_a_server_killed_in_the_middle_loses_nothing(chat: Chat, tmp_path: Path) -> None:
     port, store = free_port(), Store(tmp_path)
-    sampler = ServerSampler(
-        Server((f"http://127.0.0.1:{port}/v1",), "smollm2", in_flight=4, attempts=2, pause=0.1),
-        chat,
-    )
+    url = f"http://127.0.0.1:{port}/v1"
+    server = Server((url,), "smollm2", in_flight=4, attempts=2, pause=0.1)
+    sampler = ServerSampler(server, chat)
     session = Session(store, chat, sampler, StepJudge())
-    starts = [Prefix(Prompt(f"p{at}", text, "test", False)) for at, text in enumerate(TEXTS * 16)]
+    starts = []
+    for number, text in enumerate(TEXTS * 16):
+        starts.append(Prefix(Prompt(f"p{number}", text, "test", False)))
     health = f"http://127.0.0.1:{port}/health"
     with running(command(smollm2.base(), port), health, 300, ENVIRONMENT) as process:
         threading.Timer(5.0, lambda: os.killpg(process.pid, signal.SIGKILL)).start()
@@ -239,6 +221,6 @@ def test_a_server_killed_in_the_middle_loses_nothing(chat: Chat, tmp_path: Path)
     before = sum(content.count(b"\n") for content in kept.values())
     assert 0 < before < len(starts)
     with running(command(smollm2.base(), port), health, 300, ENVIRONMENT):
-        found = sample(session, starts, Sampling(temperature=0.9, max_tokens=48), 1)
-    assert len({one.id for one in found}) == len(starts)
+        rollouts = sample(session, starts, Sampling(temperature=0.9, max_tokens=48), 1)
+    assert len({rollout.id for rollout in rollouts}) == len(starts)
     assert all(path.read_bytes().startswith(content) for path, content in kept.items())

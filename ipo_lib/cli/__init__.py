@@ -1,1 +1,1 @@
-"""TODO."""
+"""The ``ipo`` command: ``app`` holds its commands, each in a few lines."""

@@ -1,4 +1,8 @@
-"""What a command line says: settings as ``name=value``, and the parameters that a notebook declares."""
+"""A command line's arguments, read and checked before anything runs.
+
+A *parameter* is what a notebook declares in its tagged cell, such as ``draws``. A *setting* is what
+a profile holds, such as ``csr.draws``. Both are given as ``-p name=value``.
+"""
 
 from __future__ import annotations
 
@@ -6,121 +10,204 @@ import ast
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ipo_lib import prompts as sets
-from ipo_lib.profiles.layered import Yaml
-from ipo_lib.records import BadInput, canonical
+from ipo_lib import prompts as prompt_sets
+from ipo_lib.profiles.reading import Yaml, checkout, read_profile
+from ipo_lib.profiles.settings import Profile
+from ipo_lib.records import BadInput, canonical, digest
+from ipo_lib.store import Store
 
 NUMBERED = re.compile(r"\d\d_")  # begins a notebook's name
 KEYWORD = "keyword"  # the judge that needs no model
-PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "dict": dict, "list": list}
+TYPES: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "dict": dict,
+    "list": list,
+}
 
 
-def parse(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are YAML."""
-    given = {}
-    for name, equals, value in (pair.partition("=") for pair in pairs):
-        if not equals or not name:
-            raise BadInput(f"parameter {name + equals + value!r}: write name=value")
-        try:
-            given[name] = yaml.load(value, Yaml)
-        except yaml.YAMLError:
-            raise BadInput(f"parameter {name!r}: {value!r} is not a YAML value") from None
-    return given
+@dataclass(frozen=True)
+class RunPlan:
+    """What ``ipo reproduce`` was asked for."""
+
+    settings: Profile
+    notebooks: list[Path]
+    values: dict[Path, dict[str, Any]]  # the parameters given to each notebook
+    store: Path
+    figures: Path
+    runs: Path  # folder of the executed notebooks and of their records
+
+    def parameters(self) -> dict[str, dict[str, Any]]:
+        """Every notebook's parameters, by its name, with the defaults of those not given."""
+        parameters = {}
+        for notebook in self.notebooks:
+            defaults = {name: value for name, (_, value) in read_parameters(notebook).items()}
+            parameters[notebook.stem] = {**defaults, **self.values[notebook]}
+        return parameters
 
 
-def declared(book: Path) -> dict[str, tuple[str, Any]]:
-    """The parameters of a notebook from its tagged cell: the type and the default of each."""
-    if not book.is_file():
-        raise BadInput(
-            f"notebook {str(book)!r} is missing; name it in notebooks/ or take it out of the profile"
-        )
-    cells = json.loads(book.read_text("utf-8"))["cells"]
-    tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    lines = [
-        line
-        for line in ast.parse("".join(tagged["source"])).body
-        if isinstance(line, ast.AnnAssign)
-    ]
-    return {
-        ast.unparse(one.target): (ast.unparse(one.annotation), ast.literal_eval(one.value))
-        for one in lines
-        if one.value
-    }
-
-
-def for_notebook(parameters: Mapping[str, Any], book: str) -> dict[str, Any]:
-    """A profile's parameters for one notebook: those for all notebooks, and on top of them those under its name."""
-    everywhere = {name: value for name, value in parameters.items() if not NUMBERED.match(name)}
-    return {**everywhere, **(parameters.get(book) or {})}
-
-
-def known_parameters(
-    profile: str, parameters: Mapping[str, Any], books: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """BadInput where a profile's ``parameters`` name a notebook, or a parameter, that does not exist.
+def plan_run(profile: str, pairs: list[str], store: str, figures: str) -> RunPlan:
+    """Read a command line.
 
     Args:
-        profile: The profile's name, for the message.
-        parameters: What it says under ``parameters``.
-        books: The parameters that each notebook declares, by its name.
+        profile: a profile's name, or the path of its file.
+        pairs: settings and notebook parameters as ``name=value``.
+        store: folder of the run store; empty: the default one.
+        figures: folder that figures are written to; empty: the profile's own in the checkout.
+
+    Raises:
+        BadInput: a name is unknown, or a value has another type.
     """
-    hint = "mend it under parameters"
-    every = {name for declared_ in books.values() for name in declared_}
-    for name, value in parameters.items():
+    arguments = parse_pairs(pairs)
+    if profile.endswith(".yml"):
+        profile = str(Path(profile).resolve())
+    # 1. The notebooks, and the parameters that they declare.
+    folder, overrides = checkout() / "notebooks", {}
+    if "notebooks" in arguments:
+        overrides["notebooks"] = arguments["notebooks"]
+    names = read_profile(profile, overrides).notebooks
+    notebooks = [folder / f"{name}.ipynb" for name in names]
+    declared = {notebook: read_parameters(notebook) for notebook in notebooks}
+    # 2. What no notebook declares is a setting.
+    overrides = dict(arguments)
+    for parameters in declared.values():
+        for name in parameters:
+            overrides.pop(name, None)
+    settings = read_profile(profile, overrides)
+    shipped = {path.stem: read_parameters(path) for path in sorted(folder.glob("*.ipynb"))}
+    check_profile_parameters(settings, shipped)
+    # 3. The values of each notebook: those given win over the profile's.
+    root = Store(store or None).root
+    target = Path(figures).expanduser() if figures else checkout() / "figures" / settings.name
+    common = {"profile": profile, "overrides": overrides}
+    common |= {"store": str(root), "figures": str(target)}
+    values = {}
+    for notebook, parameters in declared.items():
+        values[notebook] = dict(common)
+        for name, value in {**profile_values(settings, notebook.stem), **arguments}.items():
+            if name in parameters:
+                values[notebook][name] = check_type(name, value, parameters[name][0])
+    runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
+    return RunPlan(settings, notebooks, values, root, target, runs)
+
+
+def profile_family(profile: str) -> list[str]:
+    """The names of a profile and of those that it is ``like``, the nearest first."""
+    path = Path(profile)
+    if path.suffix != ".yml":
+        path = checkout() / "notebooks" / "profiles" / f"{profile}.yml"
+    names = []
+    while path.is_file():
+        names.append(path.stem)
+        settings = yaml.load(path.read_text("utf-8"), Yaml)
+        path = path.with_name(f"{settings.get('like')}.yml")
+    return names
+
+
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs; values are YAML."""
+    arguments = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise BadInput(f"parameter {pair!r}: write name=value")
+        try:
+            arguments[name] = yaml.load(value, Yaml)
+        except yaml.YAMLError:
+            raise BadInput(f"parameter {name!r}: {value!r} is not a YAML value") from None
+    return arguments
+
+
+def read_parameters(notebook: Path) -> dict[str, tuple[str, Any]]:
+    """The type and the default of each parameter that a notebook's tagged cell declares."""
+    if not notebook.is_file():
+        raise BadInput(
+            f"notebook {str(notebook)!r} is missing; name it in notebooks/ or take it out of the "
+            "profile"
+        )
+    cells = json.loads(notebook.read_text("utf-8"))["cells"]
+    tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    parameters = {}
+    for line in ast.parse("".join(tagged["source"])).body:
+        if isinstance(line, ast.AnnAssign) and line.value:
+            kind, default = ast.unparse(line.annotation), ast.literal_eval(line.value)
+            parameters[ast.unparse(line.target)] = (kind, default)
+    return parameters
+
+
+def profile_values(settings: Profile, notebook: str) -> dict[str, Any]:
+    """A profile's parameters for one notebook: those for all, then those under its name."""
+    values = {}
+    for name, value in settings.parameters.items():
         if not NUMBERED.match(name):
-            if name not in every:
-                raise BadInput(
-                    f"profile {profile!r}: no notebook has the parameter {name!r}; {hint}"
-                )
+            values[name] = value
+    return {**values, **(settings.parameters.get(notebook) or {})}
+
+
+def check_profile_parameters(settings: Profile, declared: Mapping[str, Mapping[str, Any]]) -> None:
+    """BadInput where a profile's ``parameters`` name a notebook or a parameter that is not there.
+
+    Args:
+        settings: the profile.
+        declared: the parameters that each notebook declares, by its name.
+    """
+    profile, hint = f"profile {settings.name!r}", "correct it under parameters"
+    for name, value in settings.parameters.items():
+        if not NUMBERED.match(name):
+            if not any(name in parameters for parameters in declared.values()):
+                raise BadInput(f"{profile}: no notebook has the parameter {name!r}; {hint}")
             continue
-        if name not in books:
-            raise BadInput(
-                f"profile {profile!r}: no notebook is called {name!r}; known: {', '.join(sorted(books))}; {hint}"
-            )
+        if name not in declared:
+            known = ", ".join(sorted(declared))
+            raise BadInput(f"{profile}: no notebook is called {name!r}; known: {known}; {hint}")
         if not isinstance(value, Mapping):
             raise BadInput(
-                f"profile {profile!r}: {name} holds {value!r}; write its parameters as name: value; {hint}"
+                f"{profile}: {name} holds {value!r}; write its parameters as name: value; {hint}"
             )
-        for inner in value:
-            if inner not in books[name]:
-                raise BadInput(f"profile {profile!r}: {name} has no parameter {inner!r}; {hint}")
+        for parameter in value:
+            if parameter not in declared[name]:
+                raise BadInput(f"{profile}: {name} has no parameter {parameter!r}; {hint}")
 
 
-def checked(name: str, value: Any, kind: str) -> Any:
-    """A parameter of the declared type, or BadInput: papermill itself only warns."""
-    expected: Any = PLAIN.get(kind)
+def check_type(name: str, value: Any, kind: str) -> Any:
+    """A parameter's value, or BadInput where it is not of the declared type."""
     wrong_bool = isinstance(value, bool) and kind != "bool"
-    if expected and (wrong_bool or not isinstance(value, expected)):
+    if kind in TYPES and (wrong_bool or not isinstance(value, TYPES[kind])):
         raise BadInput(f"parameter {name!r}: expected {kind}, found {value!r}")
     return value
 
 
-def local(model: str, prompts: str, judge: str) -> list[str]:
-    """The settings that ``--model``, ``--prompts`` and ``--judge`` stand for."""
-    file, _, column = prompts.partition("#")
-    known = file in sets.known_prompt_sets()
-    found = [f"model.folder={model}"] if model else []
+def model_settings(model: str, prompts: str, judge: str) -> list[str]:
+    """The settings that ``--model``, ``--prompts`` and ``--judge`` stand for.
+
+    Args:
+        model: the model's folder.
+        prompts: a known prompt set, or ``FILE#column``.
+        judge: ``keyword``, a guard's name, or ``URL#model``.
+    """
+    pairs = [f"model.folder={model}"] if model else []
     if prompts:
-        found += [f"prompts.train_harmful.{name}=''" for name in ("file", "known", "category")]
-        found += (
-            [f"prompts.train_harmful.known={file}"]
-            if known
-            else [f"prompts.train_harmful.file={file}"]
-        )
-        found.append(f"prompts.train_harmful.text={column or 'prompt'}")
+        file, _, column = prompts.partition("#")
+        source = "known" if file in prompt_sets.known_prompt_sets() else "file"
+        prefix = "prompts.train_harmful"
+        pairs += [f"{prefix}.{name}=''" for name in ("file", "known", "category")]
+        pairs += [f"{prefix}.{source}={file}", f"{prefix}.text={column or 'prompt'}"]
     url, _, name = judge.rpartition("#")
+    component: dict[str, Any] = {}
     if url:
         server = {"urls": [url], "model": name}
-        found.append(
-            f"judge={canonical({'use': 'ipo_lib.judges.rubric:rubric', 'arguments': {'server': server}})}"
-        )
+        component = {"use": "ipo_lib.judges.rubric:rubric", "arguments": {"server": server}}
     elif judge and judge != KEYWORD:
-        found.append(
-            f"judge={canonical({'use': 'ipo_lib.judges.guards:guard', 'arguments': {'name': judge, 'revision': 'main'}})}"
-        )
-    return found
+        arguments = {"name": judge, "revision": "main"}
+        component = {"use": "ipo_lib.judges.guards:guard", "arguments": arguments}
+    if component:
+        pairs.append(f"judge={canonical(component)}")
+    return pairs

@@ -1,4 +1,4 @@
-"""Whether this machine can run a profile: each check says what it found and how to mend it, before hours are spent."""
+"""Checks whether this machine can run a profile, before hours are spent."""
 
 from __future__ import annotations
 
@@ -17,289 +17,294 @@ from ipo_lib.chat import Chat
 from ipo_lib.cli import rehearsal
 from ipo_lib.engines import hub
 from ipo_lib.engines.openai_api import Server
-from ipo_lib.judges.guards import known as known_guards
-from ipo_lib.judges.people import known as labelled
+from ipo_lib.judges import guards
 from ipo_lib.profiles.run import build_component
 from ipo_lib.profiles.settings import Component, Profile
 from ipo_lib.prompts import PromptSet, data_folder, known_prompt_sets, located
 from ipo_lib.records import BadInput, from_json
 
 GIB = 2**30
-LARGE, LARGE_MEMORY = (
-    12 * GIB,
-    40.0,
-)  # bytes of weights (7B in 16 bits), or GiB asked for, from which a model is large
-PATIENCE = 20.0  # seconds for a server to answer
-BOOK = "10_judges_and_data"  # the notebook that reads labelled sets
 NEEDED_DISK, NEEDED_MEMORY = 2 * GIB, 8 * GIB
+LARGE_WEIGHTS = 12 * GIB  # bytes, from which a model is large: 7B in 16 bits
+LARGE_MEMORY = 40.0  # GiB of GPU memory asked for, where the weights are not here
+SERVER_TIMEOUT = 20.0  # seconds
+HUB_FOLDER = "ipo_lib.engines.hub:folder"
+GUARD = "ipo_lib.judges.guards:guard"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at; ``mend`` is empty where it is well."""
+    """One thing that was looked at."""
 
     name: str
     found: str
-    hint: str = ""
+    hint: str = ""  # what to do; empty where all is well
 
     def __str__(self) -> str:
-        return f"{self.name:24} {self.found}" + (f"   -> {self.hint}" if self.hint else "")
+        hint = f"   -> {self.hint}" if self.hint else ""
+        return f"{self.name:24} {self.found}{hint}"
 
 
-def checks(root: Path) -> Iterator[Check]:
+# The machine.
+
+
+def check_machine(root: Path) -> Iterator[Check]:
     """Python, pinned packages, torch and its device, memory, threads, the store and its disk."""
-    yield Check(
-        "python",
-        sys.version.split()[0],
-        "" if (3, 11) <= sys.version_info[:2] < (3, 13) else "use Python 3.11 or 3.12",
-    )
-    yield from _packages()
-    yield _device()
+    supported = (3, 11) <= sys.version_info[:2] < (3, 13)
+    yield Check("python", sys.version.split()[0], "" if supported else "use Python 3.11 or 3.12")
+    yield from _check_packages()
+    yield _check_device()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    short = (
-        "" if memory >= NEEDED_MEMORY else "a run of sandbox takes up to 8 GB; use the profile tiny"
-    )
-    yield Check("memory", f"{memory / GIB:.0f} GiB", short)
-    yield Check(
-        "threads",
-        f"{os.cpu_count()} CPUs, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}",
-    )
-    yield _store(root)
+    hint = "a run of sandbox takes up to 8 GB; use the profile tiny"
+    yield Check("memory", f"{memory / GIB:.0f} GiB", hint if memory < NEEDED_MEMORY else "")
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield Check("threads", f"{os.cpu_count()} CPUs, OMP_NUM_THREADS {threads}")
+    yield _check_store(root)
 
 
-def _packages() -> Iterator[Check]:
-    """Every pinned dependency that is missing or has another version; one line when all are right."""
-    pins = [
-        re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
-        for line in importlib.metadata.requires("ipo_lib") or []
-    ]
-    wrong = []
-    for name, wanted in (pin.groups() for pin in pins if pin):
+def _check_packages() -> Iterator[Check]:
+    """Each pinned dependency that is missing or has another version; else one line."""
+    right, wrong = 0, []
+    for requirement in importlib.metadata.requires("ipo_lib") or []:
+        pin = re.fullmatch(r"([\w.-]+)==([\w.]+)", requirement)
+        if not pin:
+            continue
+        name, wanted = pin.groups()
         try:
-            found = importlib.metadata.version(name).partition("+")[0]
+            version = importlib.metadata.version(name).partition("+")[0]
         except importlib.metadata.PackageNotFoundError:
-            found = "missing"
-        if found != wanted:
-            wrong.append(Check(name, found, f"pip install {name}=={wanted}"))
-    yield from wrong or [
-        Check("packages", f"all {sum(pin is not None for pin in pins)} pinned versions")
-    ]
+            version = "missing"
+        if version == wanted:
+            right += 1
+        else:
+            wrong.append(Check(name, version, f"pip install {name}=={wanted}"))
+    yield from wrong or [Check("packages", f"all {right} pinned versions")]
 
 
-def _device() -> Check:
+def _check_device() -> Check:
     try:
         import torch
     except ImportError as error:
         return Check("device", str(error), "pip install torch==2.13.0")
-    where = (
-        torch.cuda.get_device_name(0)
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    return Check("device", where)
+    if torch.cuda.is_available():
+        return Check("device", torch.cuda.get_device_name(0))
+    return Check("device", f"CPU, {torch.get_num_threads()} threads")
 
 
-def _store(root: Path) -> Check:
+def _check_store(root: Path) -> Check:
     """The nearest folder that exists must be writable, with space left."""
-    there = next(folder for folder in (root, *root.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
-        return Check(
-            "store", f"{root} cannot be written", "choose a writable folder with $IPO_STORE"
-        )
-    short = (
-        "" if free >= NEEDED_DISK else "free some space, or choose another folder with $IPO_STORE"
-    )
-    return Check("store", f"{root}, {free / GIB:.0f} GiB free", short)
+    existing = next(folder for folder in (root, *root.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if not os.access(existing, os.W_OK):
+        return Check("store", f"{root} cannot be written", "choose another one with $IPO_STORE")
+    hint = "free some space, or choose another folder with $IPO_STORE"
+    return Check("store", f"{root}, {free / GIB:.0f} GiB free", hint if free < NEEDED_DISK else "")
 
 
-def needs(settings: Profile) -> Iterator[Check]:
-    """What this profile needs beyond a sound machine: its model, servers, memory, prompt sets, judges with their keys."""
-    yield from _model(settings)
+# The needs of a profile.
+
+
+def check_needs(settings: Profile, parameters: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+    """The model of a profile, its servers, memory, prompt sets, and judges with their keys.
+
+    Args:
+        settings: the profile.
+        parameters: the parameters of each of its notebooks, by the notebook's name.
+    """
+    yield from _check_model(settings)
     if not settings.model.server:  # else most of a GPU may be the server's
-        yield from _memory(settings.expected.gpu_gib, settings.model.device)
-    for name, spec in settings.prompts.items():
-        yield from _prompts(name, spec)
-    parts = {
-        "judge": settings.judge,
-        "second judge": settings.second_judge,
-        "detector": settings.detector,
-    }
-    for name, part in parts.items():
-        for one in part.all if part else ():
-            yield from _part(name, one)
-    if BOOK in settings.notebooks:
-        folder = data_folder()
-        lacking = [
-            one.file
-            for one in labelled().values()
-            if not (folder and (folder / one.file).is_file())
-        ]
-        yield Check(
-            "labelled sets",
-            f"{len(lacking)} missing",
-            f"{BOOK} reads {lacking[0]} under $IPO_DATA" if lacking else "",
-        )
-    if settings.evaluation.capability and any(
-        settings.prompts[one].known for one in settings.evaluation.capability
-    ):
-        there = importlib.util.find_spec("lm_eval") is not None
+        yield from _check_gpu(settings.expected.gpu_gib, settings.model.device)
+    for name, prompt_set in settings.prompts.items():
+        yield from _check_prompts(name, prompt_set)
+    for role in ("judge", "second_judge", "detector"):
+        component = getattr(settings, role)
+        for inner in component.with_inner() if component else ():
+            yield from _check_component(role.replace("_", " "), inner)
+    yield from _check_labelled_sets(parameters)
+    capability = settings.evaluation.capability
+    if any(settings.prompts[name].known for name in capability):
+        installed = importlib.util.find_spec("lm_eval") is not None
         yield Check(
             "capability",
-            "lm-eval" if there else "no lm-eval",
-            "" if there else 'pip install -e ".[eval]"',
+            "lm-eval" if installed else "no lm-eval",
+            "" if installed else 'pip install -e ".[eval]"',
         )
 
 
-def rehearsed(settings: Profile) -> Iterator[Check]:
-    """A two-step training and a two-token draw with the profile's settings, on a small random model of its architecture."""
-    try:
-        for what, how in rehearsal.rehearse(settings, _at_hand(settings)):
-            yield Check(f"rehearsal: {what}", how)
-    except Exception as error:  # whatever stops a run is what this is for
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        yield Check(
-            "rehearsal",
-            f"{type(error).__name__}: {said}",
-            "the run would stop here; change the setting it is about",
-        )
+def _check_labelled_sets(parameters: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+    """The labelled sets that notebooks name under their parameter ``sets``; none named: all."""
+    from ipo_lib.judges import people  # loads pandas
+
+    folder, labelled = data_folder(), people.labelled_sets()
+    for notebook, values in parameters.items():
+        if "sets" not in values:
+            continue
+        names = values["sets"] or labelled
+        files = [labelled[name].file for name in names if name in labelled]
+        missing = [file for file in files if not (folder and (folder / file).is_file())]
+        hint = f"{notebook} reads {missing[0]} under $IPO_DATA" if missing else ""
+        yield Check("labelled sets", f"{len(missing)} missing", hint)
 
 
-def speed(settings: Profile, tokens: float) -> Iterator[Check]:
-    """For a large model in this process: its speed, and how long ``tokens``, those of the profile's bill, take at it."""
-    at = settings.expected
-    if settings.model.server or not _large(settings):
-        return
-    here, there = (
-        tokens / rate / 3600 for rate in (at.tokens_per_second, at.server_tokens_per_second)
-    )
-    said = f"in process {at.tokens_per_second:,.0f} tokens/s ({at.machine}): {here:.0f} hours of sampling"
-    yield Check("speed", f"slow: {said}; behind vLLM, named as model.server, about {there:.0f}")
-
-
-def _large(settings: Profile) -> bool:
-    """Whether a model is about 7B or more: by its weights where they are here, else by the memory that the profile states."""
-    folder = _at_hand(settings)
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
-    return weights >= LARGE if weights else settings.expected.gpu_gib >= LARGE_MEMORY
-
-
-def _at_hand(settings: Profile) -> Path | None:
-    """The model's folder, where it is on this machine already. A model that a run would build is not built here."""
-    find = settings.model.find
-    if not find:
-        folder = Path(settings.model.folder).expanduser()
-        return folder if (folder / "config.json").is_file() else None
-    if find.use != "ipo_lib.engines.hub:folder":
-        return None
-    held = hub.held(str(find.arguments["name"]), str(find.arguments["revision"]))
-    return Path(build_component(find)) if held else None
-
-
-def _model(settings: Profile) -> Iterator[Check]:
+def _check_model(settings: Profile) -> Iterator[Check]:
     model = settings.model
-    if model.find and model.find.use == "ipo_lib.engines.hub:folder":
-        yield _held(
-            "model", str(model.find.arguments["name"]), str(model.find.arguments["revision"])
-        )
+    if model.find and model.find.use == HUB_FOLDER:
+        arguments = model.find.arguments
+        yield _check_hub_model("model", str(arguments["name"]), str(arguments["revision"]))
     elif not model.find:
-        yield _folder(Path(model.folder).expanduser() if model.folder else None, model.prefill)
+        yield _check_folder(model.folder, model.prefill)
     if model.server:
-        yield from _server("model server", model.server)
+        yield from _check_server("model server", model.server)
 
 
-def _folder(folder: Path | None, prefill: str) -> Check:
+def _check_folder(folder: str, prefill: str) -> Check:
     """A model folder must be one that a chat can be held with."""
-    if folder is None:
-        return Check(
-            "model", "no folder", "name one: -p model.folder=DIR, or ipo reproduce --model DIR"
-        )
+    if not folder:
+        hint = "name one: -p model.folder=DIR, or ipo reproduce --model DIR"
+        return Check("model", "no folder", hint)
+    path = Path(folder).expanduser()
     try:
-        return Check("model", f"{folder}, {len(Chat(folder, prefill=prefill).eos_ids)} end tokens")
+        chat = Chat(path, prefill=prefill)
     except BadInput as error:
-        return Check("model", str(folder), str(error))
+        return Check("model", str(path), str(error))
+    return Check("model", f"{path}, {len(chat.eos_ids)} end tokens")
 
 
-def _held(what: str, name: str, revision: str) -> Check:
-    if hub.held(name, revision):
-        return Check(what, f"{name} is here")
-    hint = "connect to huggingface.co, ask for access where it is gated, and run hf auth login; or name a folder"
-    return Check(what, f"{name}@{revision[:8]} is not here", hint)
+def _check_hub_model(name: str, model: str, revision: str) -> Check:
+    if hub.local_folder(model, revision):
+        return Check(name, f"{model} is here")
+    hint = (
+        "connect to huggingface.co, ask for access where it is gated, and run hf auth login; "
+        "or name a folder"
+    )
+    return Check(name, f"{model}@{revision[:8]} is not here", hint)
 
 
-def _server(what: str, server: Server) -> Iterator[Check]:
+def _check_server(name: str, server: Server) -> Iterator[Check]:
     if server.key and not os.environ.get(server.key):
-        yield Check(what, f"{server.model}: no key", f"export {server.key}=...")
+        yield Check(name, f"{server.model}: no key", f"export {server.key}=...")
         return
     try:
-        replace(server, attempts=1, timeout=PATIENCE).context()
+        replace(server, attempts=1, timeout=SERVER_TIMEOUT).context()
     except BadInput as error:
-        yield Check(what, f"{server.model}: not well", str(error))
+        yield Check(name, f"{server.model}: does not answer", str(error))
         return
-    yield Check(what, f"{server.model} behind {len(server.urls)} url(s)")
+    yield Check(name, f"{server.model} behind {len(server.urls)} url(s)")
 
 
-def _memory(wanted: float, device: str) -> Iterator[Check]:
+def _check_gpu(needed_gib: float, device: str) -> Iterator[Check]:
     """The GPU's memory against the profile's; nothing where a profile asks for none."""
-    if not wanted or device == "cpu":
+    if not needed_gib or device == "cpu":
         return
     try:
         import torch
     except ImportError:
         return
+    hint = f"this profile wants {needed_gib:.0f} GiB of GPU memory"
     if not torch.cuda.is_available():
-        yield Check("GPU", "none", f"this profile wants {wanted:.0f} GiB of GPU memory")
+        yield Check("GPU", "none", hint)
         return
     free, total = torch.cuda.mem_get_info()
-    hint = (
-        ""
-        if free >= wanted * GIB
-        else f"this profile wants {wanted:.0f} GiB; free some, or lower batch_size and max_length"
-    )
-    yield Check("GPU", f"{free / GIB:.0f} of {total / GIB:.0f} GiB free", hint)
+    hint += "; free some, or lower batch_size and max_length"
+    enough = free >= needed_gib * GIB
+    text = f"{free / GIB:.0f} of {total / GIB:.0f} GiB free"
+    yield Check("GPU", text, "" if enough else hint)
 
 
-def _prompts(name: str, spec: PromptSet) -> Iterator[Check]:
+def _check_prompts(name: str, prompt_set: PromptSet) -> Iterator[Check]:
     """Whether a prompt set is on this machine; a hub set that is not needs the network."""
     try:
-        where = located(name, spec)
+        source = located(name, prompt_set)
     except BadInput as error:
         yield Check(f"prompts {name}", "missing", str(error))
         return
-    if where.file:
-        there = Path(where.file).expanduser().is_file()
-        yield Check(
-            f"prompts {name}",
-            where.file,
-            "" if there else "put the file there or name another in the profile",
-        )
-    elif where.hub:
-        entry = known_prompt_sets().get(spec.known, {})
+    if source.file:
+        exists = Path(source.file).expanduser().is_file()
+        hint = "put the file there or name another in the profile"
+        yield Check(f"prompts {name}", source.file, "" if exists else hint)
+    elif source.hub:
+        entry = known_prompt_sets().get(prompt_set.known, {})
         hint = entry.get("access", "connect to huggingface.co")
-        hint += f", or put {entry['local']['file']} under $IPO_DATA" if entry else ""
-        yield Check(
-            f"prompts {name}", f"{where.hub}, from the hub", "" if hub.has_data(where.hub) else hint
-        )
-    templates = Path(where.templates).expanduser() if where.templates else None
-    if templates and not (
-        templates.is_file() or ((folder := data_folder()) and (folder / templates).is_file())
-    ):
-        yield Check(f"prompts {name}", f"no {templates}", "put it under $IPO_DATA")
+        if entry:
+            hint += f", or put {entry['local']['file']} under $IPO_DATA"
+        cached = hub.has_dataset(source.hub)
+        yield Check(f"prompts {name}", f"{source.hub}, from the hub", "" if cached else hint)
+    if source.templates:
+        path = Path(source.templates).expanduser()
+        folder = data_folder()
+        if not path.is_file() and not (folder and (folder / path).is_file()):
+            yield Check(f"prompts {name}", f"no {path}", "put it under $IPO_DATA")
 
 
-def _part(name: str, part: Component) -> Iterator[Check]:
+def _check_component(role: str, component: Component) -> Iterator[Check]:
     """A judge or detector: its server and key, or its guard model."""
-    given: Mapping[str, Any] = part.arguments
-    if "server" in given:
-        yield from _server(name, from_json(Server, dict(given["server"])))
-    elif part.use == "ipo_lib.judges.guards:guard" and not given.get("folder"):
-        guard = known_guards().get(str(given.get("name")))
-        hint = f"choose one of {', '.join(known_guards())}"
-        revision = str(given.get("revision", ""))
-        yield (
-            _held(name, guard.hub, revision)
-            if guard
-            else Check(name, f"{given.get('name')!r} is no guard", hint)
-        )
+    arguments = component.arguments
+    if "server" in arguments:
+        yield from _check_server(role, from_json(Server, dict(arguments["server"])))
+    elif component.use == GUARD and not arguments.get("folder"):
+        all_guards, name = guards.load_guards(), str(arguments.get("name"))
+        if name in all_guards:
+            revision = str(arguments.get("revision", ""))
+            yield _check_hub_model(role, all_guards[name].hub, revision)
+        else:
+            yield Check(role, f"{name!r} is no guard", f"choose one of {', '.join(all_guards)}")
     else:
-        yield Check(name, part.use)
+        yield Check(role, component.use)
+
+
+# Speed and rehearsal.
+
+
+def check_speed(settings: Profile, tokens: float) -> Iterator[Check]:
+    """For a large model in this process: how long sampling takes.
+
+    Args:
+        settings: the profile.
+        tokens: those of the profile's bill.
+    """
+    expected = settings.expected
+    if settings.model.server or not _is_large(settings):
+        return
+    speed = expected.tokens_per_second
+    hours = tokens / speed / 3600
+    server_hours = tokens / expected.server_tokens_per_second / 3600
+    yield Check(
+        "speed",
+        f"slow: in process {speed:,.0f} tokens/s ({expected.machine}): {hours:.0f} hours of "
+        f"sampling; behind vLLM, named as model.server, about {server_hours:.0f}",
+    )
+
+
+def _is_large(settings: Profile) -> bool:
+    """Whether a model has about 7B parameters or more: by its weights, where they are here."""
+    folder = model_folder(settings)
+    weights = 0
+    if folder:
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if weights:
+        return weights >= LARGE_WEIGHTS
+    return settings.expected.gpu_gib >= LARGE_MEMORY
+
+
+def model_folder(settings: Profile) -> Path | None:
+    """The model's folder, where it is on this machine; a model that a run builds is not built."""
+    find = settings.model.find
+    if not find:
+        folder = Path(settings.model.folder).expanduser()
+        return folder if (folder / "config.json").is_file() else None
+    if find.use != HUB_FOLDER:
+        return None
+    name, revision = str(find.arguments["name"]), str(find.arguments["revision"])
+    return Path(build_component(find)) if hub.local_folder(name, revision) else None
+
+
+def check_rehearsal(settings: Profile) -> Iterator[Check]:
+    """Two steps of training and two tokens on a small random model of the same architecture."""
+    try:
+        for what, result in rehearsal.rehearse(settings, model_folder(settings)):
+            yield Check(f"rehearsal: {what}", result)
+    except Exception as error:  # whatever stops a run is what this is for
+        kind = type(error).__name__
+        lines = str(error).splitlines() or [kind]
+        hint = "the run would stop here; change the setting it is about"
+        yield Check("rehearsal", f"{kind}: {lines[0]}", hint)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What runs models: samplers in process and behind servers, decoding, scoring, LoRA training."""

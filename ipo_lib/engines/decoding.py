@@ -1,9 +1,17 @@
-"""Many draws at once, sharing what they have in common: rows whose ids begin alike are prefilled once, from whatever cut
-they go on, and decoded together; a finished row's place goes to the next request. The model is transformers' own: this
-adds a cache of preallocated columns and an attention function, through its extension points.
+"""Decoding of many draws at once, sharing what they have in common.
 
-Every row is right-aligned: its last token stands in the last used column, whatever its length, so that a step writes one
-column for all rows. Columns left of a row's start are masked."""
+1. *Trunks*: of the prefixes that begin alike, the longest is read (prefilled) once. Each row, a
+   draw in progress, copies the keys and values of its trunk up to the cut where it goes on.
+2. *Steps*: all rows are decoded together, one token a step.
+3. *Refilling*: the place of a row that has ended goes to the next prefix.
+
+Every row is right-aligned: its last token stands in the last used column of the cache, whatever
+its length, so that a step writes one column for all rows. Columns left of a row's start are
+masked.
+
+The model is the one of transformers. This module adds a cache of preallocated columns and an
+attention function, through transformers' extension points.
+"""
 
 from __future__ import annotations
 
@@ -13,55 +21,66 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ipo_lib.records import Ids
 
-ARCHITECTURES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-)  # where this is tested; other models are decoded by ``generate``
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # tested; other models are decoded by transformers
 ATTENTION = "ipo_grouped"
 ROOM = 64  # columns allocated ahead of the last used one
 PREFILL = 4096  # tokens of one prefill, padding included
 REFILL = 0.75  # share of rows still going under which free places are filled, or given up
 
-Draw = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
-Take = Callable[[int, int], bool]
+# Prefixes by index and their logits [rows, vocabulary] -> the ids to go on with, [rows].
+ChooseTokens = Callable[[Sequence[int], Tensor], Tensor]
+# The index of a prefix and its new token -> whether its row has ended.
+TakeToken = Callable[[int, int], bool]
 
 
-def grouped(
+def grouped_attention(
     module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
     scaling: float,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention in which the heads of a group are queries of their one key head, so that keys are never repeated.
-    ``query`` [rows, heads, length, width], ``key`` [rows, key heads, columns, width], mask [rows, 1, length, columns]."""
+) -> tuple[Tensor, None]:
+    """Attention in which the heads of a group are queries of their one key head.
+
+    So keys are never repeated.
+
+    Args:
+        module: the attention layer (transformers hands it over; it is not used).
+        query: [rows, heads, length, width].
+        key: [rows, key heads, columns, width].
+        value: as ``key``.
+        attention_mask: [rows, 1, length, columns], added to the scores.
+        scaling: factor of the scores.
+
+    Returns:
+        [rows, length, heads, width], and no weights.
+    """
     rows, heads, length, width = query.shape
-    groups = heads // key.shape[1]
-    folded = query.reshape(rows, key.shape[1], groups * length, width)
-    mask = (
-        attention_mask.repeat(1, 1, groups, 1)
-        if length > 1
-        else attention_mask.expand(-1, -1, groups, -1)
-    )
-    out = torch.nn.functional.scaled_dot_product_attention(
-        folded, key, value, attn_mask=mask, scale=scaling
-    )
-    return out.reshape(rows, heads, length, width).transpose(1, 2), None
+    key_heads = key.shape[1]
+    groups = heads // key_heads
+    folded = query.reshape(rows, key_heads, groups * length, width)
+    if length > 1:
+        mask = attention_mask.repeat(1, 1, groups, 1)
+    else:
+        mask = attention_mask.expand(-1, -1, groups, -1)
+    output = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(rows, heads, length, width).transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, grouped)
+AttentionInterface.register(ATTENTION, grouped_attention)
 
 
-class Columns(DynamicLayer):
-    """One layer's keys and values, [rows, key heads, columns, width], of which the first ``used`` columns count."""
+class ColumnCache(DynamicLayer):
+    """One layer's keys and values, [rows, key heads, columns, width]; ``used`` columns count."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -70,214 +89,268 @@ class Columns(DynamicLayer):
         self.used = 0
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write the new columns in place; return the used ones."""
-        at, self.used = self.used, self.used + key_states.shape[2]
+        first = self.used
+        self.used += key_states.shape[2]
         if self.used > self.keys.shape[2]:
-            self.keys, self.values = (
-                torch.nn.functional.pad(one, (0, 0, 0, ROOM)) for one in (self.keys, self.values)
-            )
-        self.keys[:, :, at : self.used] = key_states
-        self.values[:, :, at : self.used] = value_states
+            self.keys = pad(self.keys, (0, 0, 0, ROOM))
+            self.values = pad(self.values, (0, 0, 0, ROOM))
+        self.keys[:, :, first : self.used] = key_states
+        self.values[:, :, first : self.used] = value_states
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
-    def join(
-        self,
-        kept: torch.Tensor,
-        trunks: Any,
-        which: torch.Tensor,
-        columns: torch.Tensor,
-        width: int,
+    def rebuild(
+        self, kept: Tensor, trunks: Any, trunk_index: Tensor, columns: Tensor, width: int
     ) -> None:
-        """Keep the rows ``kept`` in their last ``width`` columns; append rows that take ``columns`` of trunk ``which``."""
-        for name in ("keys", "values"):
-            new, old = getattr(trunks, name), getattr(self, name)
-            out = new.new_zeros(len(kept) + len(which), new.shape[1], width + ROOM, new.shape[3])
-            if len(kept):
-                span = min(width, self.used)
-                out[: len(kept), :, width - span : width] = old[
-                    kept, :, self.used - span : self.used
-                ]
-            if len(which):
-                out[len(kept) :, :, :width] = new.transpose(1, 2)[
-                    which[:, None], columns
-                ].transpose(1, 2)
-            setattr(self, name, out)
-        self.used, self.is_initialized = width, True
+        """Drop rows, append rows that are copied from trunks, and set the number of columns.
+
+        Args:
+            kept: [kept rows], the rows that stay, with their last ``width`` columns.
+            trunks: a cache layer that holds the trunks as rows.
+            trunk_index: [new rows], the trunk of each new row.
+            columns: [new rows, width], the columns of its trunk that it copies.
+            width: number of used columns afterwards.
+        """
+        self.keys = self._rebuilt(self.keys, kept, trunks.keys, trunk_index, columns, width)
+        self.values = self._rebuilt(self.values, kept, trunks.values, trunk_index, columns, width)
+        self.used = width
+        self.is_initialized = True
+
+    def _rebuilt(
+        self,
+        old: Tensor,
+        kept: Tensor,
+        trunks: Tensor,
+        trunk_index: Tensor,
+        columns: Tensor,
+        width: int,
+    ) -> Tensor:
+        key_heads, head_width = trunks.shape[1], trunks.shape[3]
+        rows = len(kept) + len(trunk_index)
+        new = trunks.new_zeros(rows, key_heads, width + ROOM, head_width)
+        if len(kept):
+            span = min(width, self.used)
+            last_columns = old[kept, :, self.used - span : self.used]
+            new[: len(kept), :, width - span : width] = last_columns
+        if len(trunk_index):
+            copied = trunks.transpose(1, 2)[trunk_index[:, None], columns]
+            new[len(kept) :, :, :width] = copied.transpose(1, 2)
+        return new
 
 
 @dataclass
 class Row:
-    """A request in flight: its place in the list of requests, the last token and how many stand before it."""
+    """A prefix that is being continued."""
 
-    request: int
-    token: int
-    length: int
+    index: int  # of the prefix
+    token: int  # the last token
+    length: int  # number of tokens before it
 
 
-def trunks_of(prefixes: Sequence[Ids]) -> tuple[list[Ids], list[int]]:
-    """The longest of the sequences that begin alike, and for each sequence the trunk it is a beginning of. In sorted
-    order a sequence stands directly before those that go on from it."""
-    order = sorted(range(len(prefixes)), key=lambda place: prefixes[place])
+def find_trunks(prefixes: Sequence[Ids]) -> tuple[list[Ids], list[int]]:
+    """The longest of the prefixes that begin alike, and the index of each prefix's trunk.
+
+    In sorted order a prefix stands directly before those that go on from it.
+    """
+    order = sorted(range(len(prefixes)), key=prefixes.__getitem__)
     trunks: list[Ids] = []
-    which = [0] * len(prefixes)
-    for place in reversed(order):
-        if not trunks or trunks[-1][: len(prefixes[place])] != prefixes[place]:
-            trunks.append(prefixes[place])
-        which[place] = len(trunks) - 1
-    return trunks, which
+    trunk_index = [0] * len(prefixes)
+    for index in reversed(order):
+        prefix = prefixes[index]
+        if not trunks or trunks[-1][: len(prefix)] != prefix:
+            trunks.append(prefix)
+        trunk_index[index] = len(trunks) - 1
+    return trunks, trunk_index
 
 
 class Decoder:
-    """Decodes requests with one model of ``ARCHITECTURES``, at most ``size`` rows at a time."""
+    """Continues prefixes with one model of ``ARCHITECTURES``, at most ``size`` at a time."""
 
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.size, self.device = model, size, model.device
         model.set_attn_implementation(ATTENTION)
-        self.rows: list[Row | None] = []
+        self.rows: list[Row | None] = []  # None: has ended
         self.cache: Any = DynamicCache()
-        self.cache.layers = [Columns() for _ in range(model.config.num_hidden_layers)]
+        self.cache.layers = [ColumnCache() for _ in range(model.config.num_hidden_layers)]
 
     @torch.inference_mode()
     def decode(
-        self, prefixes: Sequence[Ids], draw: Draw, take: Take, patience: float = 0.0
+        self, prefixes: Sequence[Ids], choose: ChooseTokens, take: TakeToken, patience: float = 0.0
     ) -> None:
-        """Draw tokens after every prefix until ``take(request, token)`` says that its row has ended.
+        """Continue every prefix until ``take`` says that its row has ended.
 
         Args:
-            prefixes: where each request begins.
-            draw: turns the logits [rows, vocabulary] of the requests it is given into one id each.
-            take: a request and its drawn token; whether its row has ended.
-            patience: leave off when no request waits and at most this share of the places is still
-                going, unless that is all there was; 0: go on to the end.
+            prefixes: where each row begins.
+            choose: turns the logits of some prefixes into one id each.
+            take: receives a prefix's index and its new token; whether its row has ended.
+            patience: leave off when no prefix waits and at most this share of the places is
+                still going, unless that is all there was; 0: go on to the end.
         """
-        waiting, self.rows = deque(range(len(prefixes))), []
+        waiting = deque(range(len(prefixes)))
+        self.rows = []
         while waiting or any(self.rows):
+            # 1. Leave off where few rows are left, fill free places, give up places of ended rows.
             live = sum(row is not None for row in self.rows)
             if not waiting and 0 < live <= patience * self.size and live < len(prefixes):
                 return
             while waiting and live <= REFILL * self.size and live < self.size:
                 live += self._admit(waiting, prefixes, self.size - live)
             if live <= REFILL * len(self.rows):
-                self._join([], [], None)
+                self._rebuild([], [], [], None)
+            # 2. One step.
             logits = self._step()
-            going = [place for place, row in enumerate(self.rows) if row]
-            live_logits = logits if len(going) == len(self.rows) else logits[going]
-            tokens = draw([row.request for row in self.rows if row], live_logits).tolist()
-            for place, token in zip(going, tokens, strict=True):
-                row = self.rows[place]
-                assert row is not None
-                row.token, row.length = token, row.length + 1
-                if take(row.request, token):
+            places = [place for place, row in enumerate(self.rows) if row]
+            rows = [row for row in self.rows if row]
+            if len(rows) < len(self.rows):
+                logits = logits[places]
+            tokens = choose([row.index for row in rows], logits).tolist()
+            for place, row, token in zip(places, rows, tokens, strict=True):
+                row.token = token
+                row.length += 1
+                if take(row.index, token):
                     self.rows[place] = None
 
     def _admit(self, waiting: deque[int], prefixes: Sequence[Ids], free: int) -> int:
-        """Prefill the next requests, as many as fit into ``free`` places and one forward pass; how many they were."""
-        taken: list[int] = []
+        """Prefill the next prefixes, as many as fit into ``free`` places and one pass.
+
+        Returns:
+            The number of new rows.
+        """
+        # 1. Which prefixes go together.
+        admitted: list[int] = []
         trunks: list[Ids] = []
-        which: list[int] = []
-        while waiting and len(taken) < free:
-            wider = trunks_of([prefixes[one] for one in (*taken, waiting[0])])
-            if taken and len(wider[0]) * max(map(len, wider[0])) > PREFILL:
+        trunk_index: list[int] = []
+        while waiting and len(admitted) < free:
+            candidates = [*admitted, waiting[0]]
+            wider, wider_index = find_trunks([prefixes[index] for index in candidates])
+            if admitted and len(wider) * max(map(len, wider)) > PREFILL:
                 break
-            (trunks, which), taken = wider, [*taken, waiting.popleft()]
+            trunks, trunk_index, admitted = wider, wider_index, candidates
+            waiting.popleft()
+
+        # 2. One pass over their trunks, right-aligned. A padding token sees only itself.
         width = max(map(len, trunks))
-        ids = torch.tensor(
-            [[0] * (width - len(one)) + [*one] for one in trunks], device=self.device
-        )
-        starts = torch.tensor([width - len(one) for one in trunks], device=self.device)
-        place = torch.arange(width, device=self.device)
-        seen = (place[None, :] <= place[:, None]) & (place >= starts[:, None, None]) | torch.eye(
-            width, dtype=torch.bool, device=self.device
-        )
+        starts = [width - len(trunk) for trunk in trunks]
+        padded = []
+        for start, trunk in zip(starts, trunks, strict=True):
+            padded.append([0] * start + [*trunk])
+        first = self._integers(starts)
+        column = torch.arange(width, device=self.device)
+        causal = column[None, :] <= column[:, None]
+        in_trunk = column >= first[:, None, None]
+        itself = torch.eye(width, dtype=torch.bool, device=self.device)
+        visible = causal & in_trunk | itself
         cache = DynamicCache()
         self.model(
-            input_ids=ids,
-            attention_mask=self._additive(seen[:, None]),
+            input_ids=self._integers(padded),
+            attention_mask=self._additive(visible[:, None]),
             past_key_values=cache,
             use_cache=True,
-            position_ids=(place - starts[:, None]).clamp(min=0),
+            position_ids=(column - first[:, None]).clamp(min=0),
             logits_to_keep=1,
         )
-        # A row holds all but its last token, which its first step feeds.
-        new = [Row(one, prefixes[one][-1], len(prefixes[one]) - 1) for one in taken]
-        self._join(new, [(trunk, width - len(trunks[trunk])) for trunk in which], cache)
-        return len(new)
 
-    def _join(self, new: list[Row], trunks: list[tuple[int, int]], cache: Any) -> None:
-        """Rebuild the cache without ended rows, with the new ones, in as few columns as the longest needs."""
+        # 3. A row holds all but its last token, which its first step feeds.
+        rows = []
+        for index in admitted:
+            *before, last = prefixes[index]
+            rows.append(Row(index, last, len(before)))
+        self._rebuild(rows, trunk_index, [starts[trunk] for trunk in trunk_index], cache)
+        return len(rows)
+
+    def _rebuild(
+        self, new: list[Row], trunk_index: Sequence[int], starts: Sequence[int], cache: Any
+    ) -> None:
+        """Rebuild the cache without ended rows, in as few columns as the longest row needs.
+
+        Args:
+            new: rows to append.
+            trunk_index: for each of them, the index of its trunk.
+            starts: for each of them, the trunk's first column.
+            cache: of the trunks; None without new rows.
+        """
         kept = [place for place, row in enumerate(self.rows) if row]
         rows = [row for row in self.rows if row] + new
         width = max(row.length for row in rows)
-        which = torch.tensor([trunk for trunk, _ in trunks], dtype=torch.long, device=self.device)
-        shift = torch.tensor(
-            [start + row.length - width for (_, start), row in zip(trunks, new, strict=True)],
-            device=self.device,
-        )
-        columns = (shift[:, None] + torch.arange(width, device=self.device)).clamp(min=0).long()
-        index = torch.tensor(kept, dtype=torch.long, device=self.device)
+        ends = [start + row.length for start, row in zip(starts, new, strict=True)]
+        # A short row's first columns are masked, whatever they hold.
+        shift = self._integers(ends)[:, None] - width
+        columns = (shift + torch.arange(width, device=self.device)).clamp(min=0)
+        kept_rows, trunk_rows = self._integers(kept), self._integers(trunk_index)
         for number, layer in enumerate(self.cache.layers):
-            layer.join(index, cache.layers[number] if cache else layer, which, columns, width)
+            source = layer if cache is None else cache.layers[number]
+            layer.rebuild(kept_rows, source, trunk_rows, columns, width)
         self.rows = list(rows)
 
-    def _step(self) -> torch.Tensor:
+    def _step(self) -> Tensor:
         """The next logits of every row, [rows, vocabulary] in the model's dtype."""
         used = self.cache.layers[0].used
-        rows = [
-            row or Row(0, 0, 0) for row in self.rows
-        ]  # an ended row goes on as one that sees only itself
-        lengths = torch.tensor([row.length for row in rows], device=self.device)
-        seen = torch.arange(used + 1, device=self.device) >= (used - lengths)[:, None]
-        ids = torch.tensor([[row.token] for row in rows], device=self.device)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self._additive(seen[:, None, None]),
-            position_ids=lengths[:, None],
+        rows = [row or Row(0, 0, 0) for row in self.rows]  # an ended row sees only itself
+        lengths = self._integers([row.length for row in rows])[:, None]
+        visible = torch.arange(used + 1, device=self.device) >= used - lengths
+        output = self.model(
+            input_ids=self._integers([[row.token] for row in rows]),
+            attention_mask=self._additive(visible[:, None, None]),
+            position_ids=lengths,
             past_key_values=self.cache,
             use_cache=True,
         )
-        return out.logits[:, -1]  # type: ignore[no-any-return]
+        return output.logits[:, -1]  # type: ignore[no-any-return]
 
-    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
-            ~seen, float("-inf")
-        )
+    def _integers(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        """A mask to add to scores: 0 where a column is visible, else minus infinity."""
+        mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=self.device)
+        return mask.masked_fill_(~visible, float("-inf"))
 
 
-def generate(
-    model: Any, prefixes: Sequence[Ids], first: int, steps: int, draw: Draw, take: Take
+def decode_by_generate(
+    model: Any,
+    prefixes: Sequence[Ids],
+    first: int,
+    steps: int,
+    choose: ChooseTokens,
+    take: TakeToken,
 ) -> None:
-    """The same by transformers' own ``generate``, for architectures that are not in ``ARCHITECTURES``; requests are
-    numbered from ``first`` and end within ``steps``."""
-    gaps = [max(map(len, prefixes)) - len(prefix) for prefix in prefixes]
-    ids = torch.tensor(
-        [[0] * gap + [*prefix] for gap, prefix in zip(gaps, prefixes, strict=True)],
-        device=model.device,
-    )
-    mask = torch.tensor(
-        [[0] * gap + [1] * (ids.shape[1] - gap) for gap in gaps], device=model.device
-    )
+    """Continue prefixes by transformers' ``generate``, for models not in ``ARCHITECTURES``.
+
+    Args:
+        model: any causal language model.
+        prefixes: where each row begins; all are decoded in one batch.
+        first: index of the first prefix, as ``choose`` and ``take`` know it.
+        steps: tokens by which every row has ended.
+        choose: turns the logits of some prefixes into one id each.
+        take: receives a prefix's index and its new token; whether its row has ended.
+    """
+    width = max(map(len, prefixes))
+    padded, mask = [], []
+    for prefix in prefixes:
+        gap = width - len(prefix)
+        padded.append([0] * gap + [*prefix])
+        mask.append([0] * gap + [1] * len(prefix))
     ended = [False] * len(prefixes)
 
-    def process(_: Any, scores: torch.Tensor) -> torch.Tensor:
+    def raise_chosen(_: Any, scores: Tensor) -> Tensor:
         live = [row for row, end in enumerate(ended) if not end]
-        scores[live, draw([first + row for row in live], scores[live].float())] = float(
-            "inf"
-        )  # a greedy generate takes it
+        tokens = choose([first + row for row in live], scores[live].float())
+        scores[live, tokens] = float("inf")  # a greedy generate takes it
         return scores
 
-    def stop(sofar: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        for row, token in enumerate(sofar[:, -1].tolist()):
+    def stop(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        for row, token in enumerate(ids[:, -1].tolist()):
             ended[row] = ended[row] or take(first + row, token)
         return torch.tensor(ended, device=model.device)
 
     model.generate(
-        ids,
-        attention_mask=mask,
+        torch.tensor(padded, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=steps,
         do_sample=False,
         pad_token_id=0,
-        logits_processor=[process],
+        logits_processor=[raise_chosen],
         stopping_criteria=[stop],
     )

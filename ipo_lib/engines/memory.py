@@ -1,7 +1,7 @@
 """Which models lie in a GPU's memory: where it is short, one makes room for the next.
 
-A run has several models: the base, an adapted one, a guard, and one in training. A 7-8 B model takes
-15 GiB in 16 bits, so not all of them fit beside the keys and values of a batch.
+A run has several models: the base, an adapted one, a guard, and one in training. A 7-8 B model
+takes 15 GiB in 16 bits, so not all of them fit beside the keys and values of a batch.
 """
 
 from __future__ import annotations
@@ -15,51 +15,57 @@ _HOLDERS: list[weakref.ref[Any]] = []  # who holds a model, the one loaded longe
 
 
 class Holder(Protocol):
-    """Somebody who holds a model and can load it again."""
+    """An object that holds a model and can load it again."""
 
     def release(self) -> None:
         """Let the model go."""
 
 
-def held(holder: Holder) -> None:
+def register(holder: Holder) -> None:
     """Note that ``holder`` has loaded a model."""
-    _HOLDERS[:] = [one for one in _HOLDERS if one() not in (None, holder)]
+    _HOLDERS[:] = [reference for reference in _HOLDERS if reference() not in (None, holder)]
     _HOLDERS.append(weakref.ref(holder))
 
 
 def make_room(device: str, size: int) -> int:
-    """Let models go until one of ``size`` bytes fits on a GPU beside RESERVE; how many went. Elsewhere nothing goes."""
-    gone = 0
-    while device.startswith("cuda") and _HOLDERS and free() < size + RESERVE:
-        holder = _HOLDERS.pop(0)()
-        if holder is not None:
-            holder.release()
-            gone += 1
-        collect()
-    return gone
+    """Release models until one of ``size`` bytes fits on a GPU beside RESERVE; return how many.
+
+    On other devices nothing is released.
+    """
+    released = 0
+    while device.startswith("cuda") and _HOLDERS and free_bytes() < size + RESERVE:
+        released += _release_oldest()
+        empty_cache()
+    return released
 
 
 def release_all(device: str) -> int:
-    """Let all models on a GPU go, as training is about to load its own; how many went."""
-    gone = 0
+    """Release all models on a GPU, as training is about to load its own; return how many."""
+    released = 0
     while device.startswith("cuda") and _HOLDERS:
-        holder = _HOLDERS.pop(0)()
-        if holder is not None:
-            holder.release()
-            gone += 1
-    if gone:
-        collect()
-    return gone
+        released += _release_oldest()
+    if released:
+        empty_cache()
+    return released
 
 
-def free() -> int:
+def _release_oldest() -> bool:
+    """Release the model loaded longest ago; False where its holder is gone."""
+    holder = _HOLDERS.pop(0)()
+    if holder is None:
+        return False
+    holder.release()
+    return True
+
+
+def free_bytes() -> int:
     """Free bytes on the GPU."""
     import torch
 
     return int(torch.cuda.mem_get_info()[0])
 
 
-def collect() -> None:
+def empty_cache() -> None:
     """Give freed memory back to the GPU."""
     import torch
 

@@ -1,4 +1,7 @@
-"""The nucleus of top-p sampling: drawing from it by inverse CDF, and the probability of a token under it."""
+"""The nucleus of top-p sampling: to draw a token from it, and the probability of a token in it.
+
+The *nucleus* holds the fewest most likely tokens whose probabilities sum to at least ``top_p``.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from ipo_lib.records import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-EDGE = 0.01  # mass by which a token may lie outside its nucleus and still count as drawn from it
-HEAD = 64  # most likely tokens looked at before the whole vocabulary is sorted for top-p
+EDGE = 0.01  # probability by which a token may lie outside its nucleus and still count as drawn
+HEAD = 64  # most likely tokens that are looked at before the whole vocabulary is sorted
 
 
 def nucleus_draw(
@@ -19,57 +22,91 @@ def nucleus_draw(
     temperature: float,
     top_p: float,
     head: int = HEAD,
-    barred: Tensor | None = None,
+    banned: Tensor | None = None,
 ) -> Tensor:
-    """One id a row by inverse CDF, in order of ids, over its nucleus: the fewest top tokens with mass >= ``top_p``.
-    ``logits`` [rows, vocabulary], ``uniforms`` [rows] in [0, 1). ``barred`` [rows]: an id of the nucleus that is not drawn (-1:
-    none). Exact: a nucleus wider than ``head`` sorts all."""
-    size = logits.shape[-1]
-    values, ids = logits.topk(min(head, size))
-    values = values.float()
-    # One copy of the vocabulary's width, then in place: a step of many rows is bound by memory.
-    every = (logits - values[:, :1]).div_(temperature).exp_()
-    total = every.sum(-1, keepdim=True)
+    """Draw one token id for each row from its nucleus, by inverse CDF in the order of ids.
+
+    Args:
+        logits: [rows, vocabulary].
+        uniforms: [rows], random numbers in [0, 1).
+        temperature: above 0.
+        top_p: of the nucleus; 1: all tokens.
+        head: number of tokens to sort. A wider nucleus is found by sorting all of them.
+        banned: [rows], an id that is not drawn; -1: none.
+
+    Returns:
+        [rows], the ids.
+    """
+    vocabulary = logits.shape[-1]
+    top_logits, top_ids = logits.topk(min(head, vocabulary))
+    top_logits = top_logits.float()
+
+    # 1. The softmax's denominator. One copy of the logits, changed in place: memory is the limit.
+    weights = (logits - top_logits[:, :1]).div_(temperature).exp_()
+    total = weights.sum(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         raise BadInput("the model's logits are not finite; load it with dtype='float32'")
     if top_p >= 1:
-        if barred is not None:
-            every[barred >= 0, barred[barred >= 0]] = 0
-        return _invert(every.double(), uniforms)
-    mass = ((values - values[:, :1]) / temperature).double().exp() / total
-    before = mass.cumsum(-1) - mass
-    kept = mass * (before < top_p)
-    if barred is not None:
-        kept *= (free := ids != barred[:, None])
-        alone = kept.sum(-1, keepdim=True) == 0  # it was the whole nucleus: then any other token
-        kept += alone * free * mass
-    mass = kept
-    ids, order = ids.sort(-1)
-    drawn = ids.gather(-1, _invert(mass.gather(-1, order), uniforms)[:, None])[:, 0]
-    if head < size and bool((wide := before[:, -1] < top_p).any()):
-        left = barred if barred is None else barred[wide]
-        drawn[wide] = nucleus_draw(logits[wide], uniforms[wide], temperature, top_p, size, left)
+        if banned is not None:
+            has_ban = banned >= 0
+            weights[has_ban, banned[has_ban]] = 0
+        return _invert_cdf(weights.double(), uniforms)
+
+    # 2. The probabilities of the nucleus, 0 outside it.
+    probabilities = ((top_logits - top_logits[:, :1]) / temperature).double().exp() / total
+    before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
+    nucleus = probabilities * (before < top_p)
+    if banned is not None:
+        allowed = top_ids != banned[:, None]
+        nucleus *= allowed
+        # Where the banned token was the whole nucleus, any other token may come.
+        empty = nucleus.sum(-1, keepdim=True) == 0
+        nucleus += empty * allowed * probabilities
+
+    # 3. The draw.
+    ids, order = top_ids.sort(-1)
+    places = _invert_cdf(nucleus.gather(-1, order), uniforms)
+    drawn = ids.gather(-1, places[:, None])[:, 0]
+
+    # 4. Rows whose nucleus is wider than ``head`` are drawn again, from the whole vocabulary.
+    wide = before[:, -1] < top_p
+    if head < vocabulary and bool(wide.any()):
+        wide_banned = None if banned is None else banned[wide]
+        drawn[wide] = nucleus_draw(
+            logits[wide], uniforms[wide], temperature, top_p, vocabulary, wide_banned
+        )
     return drawn
 
 
 def nucleus_mass(
     logits: Tensor, ids: Tensor, temperature: float, top_p: float, edge: float = EDGE
 ) -> Tensor:
-    """The probability with which ``nucleus_draw`` draws ``ids`` [rows] from ``logits`` [rows, vocabulary], in float64; 0 outside
-    the nucleus. Within ``edge`` of it a token counts as its last one: 16-bit logits drift with the batch's shape."""
+    """The probability with which ``nucleus_draw`` draws an id; 0 outside the nucleus.
+
+    Args:
+        logits: [rows, vocabulary].
+        ids: [rows].
+        temperature: of the draws; 0 is greedy.
+        top_p: of the nucleus.
+        edge: probability by which an id may lie outside the nucleus and count as its last one:
+            16-bit logits vary with the batch's shape.
+
+    Returns:
+        [rows], in float64.
+    """
     if not temperature:
         return (logits.argmax(-1) == ids).double()
-    mass = (logits.double() / temperature).softmax(-1)
-    own = mass.gather(-1, ids[:, None])[:, 0]
-    before = (mass * (mass > own[:, None])).sum(-1)
-    ordered = mass.sort(-1, descending=True).values
+    probabilities = (logits.double() / temperature).softmax(-1)
+    chosen = probabilities.gather(-1, ids[:, None])[:, 0]
+    before = (probabilities * (probabilities > chosen[:, None])).sum(-1)
+    ordered = probabilities.sort(-1, descending=True).values
     total = (ordered * (ordered.cumsum(-1) - ordered < top_p)).sum(-1)
-    inside = own / (total + own * (before >= top_p))
-    return inside * (before < top_p + edge)
+    within_nucleus = chosen / (total + chosen * (before >= top_p))
+    return within_nucleus * (before < top_p + edge)
 
 
-def _invert(mass: Tensor, uniforms: Tensor) -> Tensor:
-    cdf = mass.cumsum(-1)
-    return (
-        (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp(max=mass.shape[-1] - 1)
-    )  # never a place without mass
+def _invert_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """For each row the first place where the cumulated weights exceed uniform * total."""
+    cdf = weights.cumsum(-1)
+    places = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1)
+    return places.clamp(max=weights.shape[-1] - 1)

@@ -1,13 +1,21 @@
-"""One model behind OpenAI-compatible servers, any number of replicas: asked with retries, many at a time, within a budget."""
+"""One model behind OpenAI-compatible servers: asked with retries, many at a time, within a budget.
+
+1. ``Server`` says which model is served where. Several urls are replicas of the same model.
+2. ``Server.call`` makes one request and tries again, on the next replica, after a passing failure.
+3. ``Server.each`` makes many requests at a time and returns the answers in order.
+4. ``Budget`` bounds what may be spent, in one process or in all processes of a run.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -17,12 +25,11 @@ from typing import Any
 
 from ipo_lib.records import BadInput, canonical
 
-TOPS = 20  # likeliest tokens that a server reports at each position unless it was started with a higher --max-logprobs
+TOPS = 20  # vLLM reports so many log-probabilities a position without a higher --max-logprobs
 AHEAD = 4  # requests waiting for each that is in flight
 KEYLESS = "none"  # the client wants some key even where the server does not
-BUDGET_FILE = (
-    "IPO_BUDGET_FILE"  # the environment variable that names the file in which a whole run counts
-)
+LONGEST_WAIT = 60.0  # seconds between two attempts
+BUDGET_FILE = "IPO_BUDGET_FILE"  # environment variable: the file in which a whole run counts
 MILLION = 1_000_000  # tokens that a price is for
 
 
@@ -36,36 +43,49 @@ class Declined(Exception):
 
 @dataclass
 class Budget:
-    """What may be spent on a server: ``dollars`` at the prices for a million tokens, and ``calls`` (0: no bound).
+    """What may be spent on a server.
 
-    Every request is reckoned at its most before it is made, so that many in flight cannot pass the bound
-    together. Without a ``file`` this process counts alone. With one, what is ``spent`` and how many calls
-    are ``made`` stands there under ``name``, for all processes and resumes of a run.
+    The highest cost of a request is reserved before it is made, so that many requests in flight
+    cannot pass the bound together. Without a ``file`` the process counts alone. With one, all
+    processes and resumes of a run read and write the counts there.
     """
 
-    dollars: float = 0.0
-    calls: int = 0
-    dollars_in: float = 0.0
-    dollars_out: float = 0.0
-    spent: float = 0.0
-    made: int = 0
+    dollars: float = 0.0  # bound; 0: none
+    calls: int = 0  # bound; 0: none
+    dollars_in: float = 0.0  # price of a million tokens read
+    dollars_out: float = 0.0  # price of a million tokens generated
+    spent: float = 0.0  # dollars so far
+    made: int = 0  # calls so far
     file: Path | None = None
-    name: str = ""
+    name: str = ""  # under which the file keeps the counts
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         if self.dollars and not (self.dollars_in or self.dollars_out):
             raise BadInput(
-                f"a budget of {self.dollars} dollars needs dollars_in and dollars_out, the prices of a million tokens"
+                f"a budget of {self.dollars} dollars needs dollars_in and dollars_out, the prices "
+                "of a million tokens"
             )
 
     def reserve(self, who: str, read: int, written: int) -> float:
-        """The most that a request of ``read`` characters and ``written`` tokens can cost, taken off. BadInput: it is too much."""
-        most = (read * self.dollars_in + written * self.dollars_out) / MILLION
+        """Reserve the most that a request can cost, and count the call.
+
+        Args:
+            who: asks; named in messages.
+            read: characters sent, an upper bound of the tokens read.
+            written: the most tokens that the answer may have.
+
+        Returns:
+            The dollars reserved.
+
+        Raises:
+            BadInput: the request could pass a bound.
+        """
+        most = self._cost(read, written)
+        kept = "answers so far are kept"
+        if self.file:
+            kept += f"; all processes of this run count in {self.file}, delete it to count anew"
         with self._counted():
-            kept = "answers so far are kept"
-            if self.file:
-                kept += f"; all processes of this run count in {self.file}, delete it to count anew"
             if self.calls and self.made >= self.calls:
                 raise BadInput(
                     f"{who}: {self.made} of {self.calls} calls made, the bound; raise calls, {kept}"
@@ -75,49 +95,50 @@ class Budget:
                 raise BadInput(
                     f"{who}: {spent}, the next call could pass the bound; raise the budget, {kept}"
                 )
-            self.spent, self.made = self.spent + most, self.made + 1
+            self.spent += most
+            self.made += 1
         return most
 
     def release(self, reserved: float) -> None:
-        """Put back what was reserved for a request that the server turned down: it is not billed."""
+        """Free what was reserved for a request that the server declined: it is not billed."""
         with self._counted():
             self.spent -= reserved
 
-    def settle(self, reserved: float, used: Any) -> None:
-        """Put what a request did cost in the place of what was reserved; where the server does not tell, the reserve stays."""
-        read, written = (
-            getattr(used, name, None) for name in ("prompt_tokens", "completion_tokens")
-        )
+    def settle(self, reserved: float, usage: Any) -> None:
+        """Replace the reserved cost by the real one, where the server's ``usage`` tells it."""
+        read = getattr(usage, "prompt_tokens", None)
+        written = getattr(usage, "completion_tokens", None)
         if read is not None and written is not None:
-            paid = (read * self.dollars_in + written * self.dollars_out) / MILLION
             with self._counted():
-                self.spent += paid - reserved
+                self.spent += self._cost(read, written) - reserved
+
+    def _cost(self, read: int, written: int) -> float:
+        return (read * self.dollars_in + written * self.dollars_out) / MILLION
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
-        """Hold the lock, and the file's where there is one; what is changed inside is written there."""
+        """Hold the lock; with a file, read the counts from it and write back what changed."""
         if not self.file:
             with self.lock:
                 yield
             return
         with self.lock, _locked(self.file):
-            every = _counts(self.file)
-            own = every.get(self.name, {})
-            self.spent, self.made = float(own.get("dollars", 0.0)), int(own.get("calls", 0))
+            budgets = _read_budgets(self.file)
+            before = budgets.get(self.name, {})
+            self.spent = float(before.get("dollars", 0.0))
+            self.made = int(before.get("calls", 0))
             yield
-            new = {"dollars": self.spent, "calls": self.made}
-            if new != own:
-                written = self.file.with_suffix(".tmp")  # the lock makes it ours
-                written.write_text(
-                    json.dumps({**every, self.name: new}, indent=1, sort_keys=True) + "\n",
-                    encoding="utf-8",
-                )
-                os.replace(written, self.file)
+            after = {"dollars": self.spent, "calls": self.made}
+            if after != before:
+                text = json.dumps({**budgets, self.name: after}, indent=1, sort_keys=True)
+                temporary = self.file.with_suffix(".tmp")  # nobody else's, since we hold the lock
+                temporary.write_text(text + "\n", encoding="utf-8")
+                os.replace(temporary, self.file)
 
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """The lock beside a budget's file; it ends with its process. BadInput where the file system has none to give."""
+    """Hold the lock beside a budget's file; it ends with its process."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = file.with_suffix(".lock").open("ab")
@@ -130,40 +151,61 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _counts(file: Path) -> dict[str, dict[str, float]]:
-    """What a budget's file says by name; nothing where there is none yet."""
+def _read_budgets(file: Path) -> dict[str, dict[str, float]]:
+    """The counts in a budget file by name; none if the file is missing."""
     try:
-        found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        budgets = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:
         raise BadInput(
-            f"budget file {file} cannot be read ({error}); mend it, or delete it to count anew"
+            f"budget file {file} cannot be read ({error}); repair it, or delete it to count anew"
         ) from None
-    if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
-        raise BadInput(f"budget file {file} holds no budgets; mend it, or delete it to count anew")
-    return found
+    if not isinstance(budgets, dict) or not all(isinstance(row, dict) for row in budgets.values()):
+        raise BadInput(
+            f"budget file {file} holds no budgets; repair it, or delete it to count anew"
+        )
+    return budgets
+
+
+_BUDGETS: dict[str, Budget] = {}
+
+
+def shared_budget(server: Server, purpose: str = "", **bounds: float) -> Budget:
+    """The one budget of this process for a server, a purpose and these bounds.
+
+    Where ``$IPO_BUDGET_FILE`` names a file, all processes that are given it count there. Raised
+    bounds go on from the counts in it.
+
+    Args:
+        server: the model and its urls.
+        purpose: such as ``judge`` or ``detector``, which have budgets of their own.
+        bounds: fields of ``Budget``.
+    """
+    file = os.environ.get(BUDGET_FILE, "")
+    path = Path(file).absolute() if file else None
+    name = f"{purpose} {server.model} at {', '.join(server.urls)}".strip()
+    budget = Budget(**bounds, file=path, name=name)  # type: ignore[arg-type]
+    return _BUDGETS.setdefault(canonical([name, bounds, file]), budget)
 
 
 @dataclass(frozen=True)
 class Server:
-    """One model behind one or several ``urls`` (each ending in ``/v1``). ``key``: the environment variable that holds the key,
-    which goes nowhere else. ``in_flight`` requests at a time; each is tried ``attempts`` times, the next replica after a failure,
-    with waits from ``pause`` seconds up, doubling to a minute. ``revision`` is for the record: a server does not tell it.
-    ``tops``: how many of the likeliest tokens a position are asked for in scoring (vLLM's ``--max-logprobs`` bounds it)."""
+    """One model behind one or several servers."""
 
-    urls: tuple[str, ...]
-    model: str
-    key: str = ""
-    revision: str = ""
-    in_flight: int = 64
-    attempts: int = 6
-    timeout: float = 600.0
-    pause: float = 1.0
-    tops: int = TOPS
+    urls: tuple[str, ...]  # one per replica, each ending in /v1
+    model: str  # the name under which it is served
+    key: str = ""  # the environment variable that holds the key
+    revision: str = ""  # for the record: a server does not tell it
+    in_flight: int = 64  # requests at a time
+    attempts: int = 6  # for one request; each on the next replica
+    timeout: float = 600.0  # seconds of one attempt
+    pause: float = 1.0  # seconds before the second attempt; doubles up to a minute
+    tops: int = TOPS  # likeliest tokens asked for at each position in scoring
 
     def __post_init__(self) -> None:
         if not self.urls or not self.model or self.in_flight < 1 or self.attempts < 1:
             raise BadInput(
-                f"server {list(self.urls)}, model {self.model!r}: name a url and a model; in_flight and attempts from 1"
+                f"server {list(self.urls)}, model {self.model!r}: name a url and a model; "
+                "in_flight and attempts from 1"
             )
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
@@ -177,7 +219,7 @@ class Server:
 
     @functools.cached_property
     def clients(self) -> list[Any]:
-        """One official client a replica. BadInput: the package or the key is missing."""
+        """One official client per replica. BadInput: the package or the key is missing."""
         try:
             import openai
         except ImportError:
@@ -188,120 +230,122 @@ class Server:
             raise BadInput(
                 f"model {self.model!r}: its key is not in ${self.key}; export {self.key}=..."
             )
-        key = os.environ[self.key] if self.key else KEYLESS
-        return [
-            openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=self.timeout)
-            for url in self.urls
-        ]
+        options: dict[str, Any] = {
+            "api_key": os.environ[self.key] if self.key else KEYLESS,
+            "max_retries": 0,  # ``call`` tries again, on another replica
+            "timeout": self.timeout,
+        }
+        return [openai.OpenAI(base_url=url, **options) for url in self.urls]
 
-    def models(self, at: int = 0) -> dict[str, dict[str, Any]]:
+    def models(self, replica: int = 0) -> dict[str, dict[str, Any]]:
         """What a replica serves, by name. BadInput when it does not answer."""
         try:
-            return {
-                one.id: one.model_dump()
-                for one in self.call(lambda client: client.models.list(), at).data
-            }
+            listed = self.call(lambda client: client.models.list(), replica).data
         except (Unanswered, Declined) as error:
-            raise BadInput(f"server {self.urls[at]}: {error}; start it, or mend the url") from None
+            url = self.urls[replica]
+            raise BadInput(f"server {url}: {error}; start it, or correct the url") from None
+        return {model.id: model.model_dump() for model in listed}
 
     def context(self) -> float:
-        """Tokens that fit, where the servers say so. BadInput when one of them serves another model."""
-        found = []
-        for at, url in enumerate(self.urls):
-            served = self.models(at)
-            if self.model not in served:
+        """Tokens that fit, where the servers tell. BadInput when one serves another model."""
+        lengths = []
+        for replica, url in enumerate(self.urls):
+            models = self.models(replica)
+            if self.model not in models:
                 raise BadInput(
-                    f"server {url} serves {', '.join(served)}, not {self.model!r}; name one of these, or start another"
+                    f"server {url} serves {', '.join(models)}, not {self.model!r}; "
+                    "name one of these, or start another"
                 )
-            found.append(served[self.model].get("max_model_len") or math.inf)
-        return min(found)
+            lengths.append(models[self.model].get("max_model_len") or math.inf)
+        return min(lengths)
 
-    def call(self, ask: Callable[[Any], Any], at: int = 0) -> Any:
-        """The answer to ``ask(client)``, replica ``at`` first. Unanswered: all attempts failed; Declined: the server turned the
-        request down. BadInput: key or model refused, which no later request would mend."""
+    def call(self, ask: Callable[[Any], Any], replica: int = 0) -> Any:
+        """The answer to ``ask(client)``, from this replica or, after a failure, from the next.
+
+        Raises:
+            Unanswered: all attempts failed.
+            Declined: the server turned the request down.
+            BadInput: the key or the model is refused; every later request would be, too.
+        """
         import openai
         import tenacity
 
-        soft = (
+        passing = (
             openai.APIConnectionError,
             openai.RateLimitError,
             openai.InternalServerError,
-            json.JSONDecodeError,
             openai.APIResponseValidationError,
+            json.JSONDecodeError,
         )
-        tries = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(soft),
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(passing),
             stop=tenacity.stop_after_attempt(self.attempts),
-            wait=tenacity.wait_exponential_jitter(self.pause, 60.0, jitter=self.pause),
+            wait=tenacity.wait_exponential_jitter(self.pause, LONGEST_WAIT, jitter=self.pause),
             reraise=True,
         )
+        # A replica that is down is passed over: each attempt asks the next one.
+        clients = itertools.cycle(self.clients[replica:] + self.clients[:replica])
         try:
-            for attempt in tries:
-                with attempt:
-                    found = ask(
-                        self.clients[
-                            (at + attempt.retry_state.attempt_number - 1) % len(self.clients)
-                        ]
-                    )
-                    if isinstance(found, str) or found is None:
-                        raise json.JSONDecodeError("not JSON", str(found)[:40], 0)
-                    return found
+            return retrying(lambda: _check_json(ask(next(clients))))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            hint = (
-                f"mend the key in ${self.key}"
-                if self.key
-                else "name the variable that holds its key"
-            )
-            raise BadInput(f"server {self.urls[at]}: {_said(error)}; {hint}") from None
+            hint = "name the variable that holds its key"
+            if self.key:
+                hint = f"correct the key in ${self.key}"
+            message = f"server {self.urls[replica]}: {_reason(error)}; {hint}"
+            raise BadInput(message) from None
         except openai.NotFoundError as error:
-            raise BadInput(
-                f"server {self.urls[at]}: {_said(error)}; name a model that it serves"
-            ) from None
-        except soft as error:
-            raise Unanswered(_said(error)) from None
+            message = f"server {self.urls[replica]}: {_reason(error)}; name a model that it serves"
+            raise BadInput(message) from None
+        except passing as error:
+            raise Unanswered(_reason(error)) from None
         except openai.APIStatusError as error:
-            raise Declined(_said(error)) from None
-        raise AssertionError("tenacity ended without an answer")  # pragma: no cover
+            raise Declined(_reason(error)) from None
 
-    def each(self, asked: Sequence[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:
-        """The answers in order, many in flight. After a failure nothing more is asked; what is finished is handed on first."""
+    def each(self, items: Sequence[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:
+        """``ask(item)`` of every item in order, many at a time.
+
+        After a failure no more is asked. What is finished is yielded, then the failure is raised.
+        """
         with ThreadPoolExecutor(self.in_flight) as pool:
-            waiting: list[Future[Any]] = []
+            waiting: deque[Future[Any]] = deque()
             try:
-                for one in asked:
-                    waiting.append(pool.submit(ask, one))
+                for item in items:
+                    waiting.append(pool.submit(ask, item))
                     if len(waiting) >= AHEAD * self.in_flight:
                         yield waiting[0].result()
-                        waiting.pop(0)
+                        waiting.popleft()
                 while waiting:
                     yield waiting[0].result()
-                    waiting.pop(0)
+                    waiting.popleft()
             except (Exception, KeyboardInterrupt):
+                # What is in flight is paid for, so it is waited for and handed on.
                 for future in waiting:
                     future.cancel()
-                wait(running := [future for future in waiting if not future.cancelled()])
-                yield from (future.result() for future in running if future.exception() is None)
+                running = [future for future in waiting if not future.cancelled()]
+                wait(running)
+                for future in running:
+                    if future.exception() is None:
+                        yield future.result()
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
-_BUDGETS: dict[str, Budget] = {}
+def _check_json(answer: Any) -> Any:
+    """The answer, unless the client could not parse it and returns its text or nothing."""
+    if isinstance(answer, str) or answer is None:
+        raise json.JSONDecodeError("not JSON", str(answer)[:40], 0)
+    return answer
 
 
-def budget(server: Server, purpose: str = "", **bounds: float) -> Budget:
-    """The one budget of this process for a server, a purpose (a judge's and a detector's are two) and these bounds. Where
-    ``$IPO_BUDGET_FILE`` names a file, all processes that are given it count there, and raised bounds go on from what it says."""
-    file, name = (
-        os.environ.get(BUDGET_FILE, ""),
-        f"{purpose} {server.model} at {', '.join(server.urls)}".strip(),
-    )
-    made = Budget(**bounds, file=Path(file).absolute() if file else None, name=name)  # type: ignore[arg-type]
-    return _BUDGETS.setdefault(canonical([name, bounds, file]), made)
+def _reason(error: Exception) -> str:
+    """What a server said, in short.
 
-
-def _said(error: Exception) -> str:
-    """What a server said, in short and without its body, which may hold the text it was asked about or a part of the key."""
-    if (status := getattr(error, "status_code", None)) is not None:
-        return f"status {status} {getattr(error, 'code', None) or getattr(error, 'type', None) or type(error).__name__}"
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    Its body is left out: it may hold the text it was asked about, or a part of the key.
+    """
+    status = getattr(error, "status_code", None)
+    if status is None:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line[:160]
+    code = getattr(error, "code", None) or getattr(error, "type", None) or type(error).__name__
+    return f"status {status} {code}"

@@ -1,8 +1,10 @@
-"""Several processes of one training, started by ``accelerate launch``: who writes, who waits, who trains on which pairs.
+"""One training in several processes: who writes, who waits, and which pairs each one reads.
 
-Training is data parallel: every process holds the whole model and reads its share of each step's pairs.
-A step's pairs are those of the settings (``batch_size`` x ``accumulation``), however many processes
-there are, and so is its loss: the adapter is that of one process, to float error.
+``accelerate launch`` starts the processes.
+
+Training is data parallel: every process holds the whole model and reads its share of each step's
+pairs. A step's pairs are those of the settings (``batch_size`` x ``accumulation``), however many
+processes there are, and so is its loss: the adapter is that of one process, to float error.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 
 from ipo_lib.records import BadInput
 
-LONGEST_WAIT = datetime.timedelta(days=7)  # while the first process samples, the others wait for it
+LONGEST_WAIT = datetime.timedelta(days=7)  # the others wait while the first process samples
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
@@ -29,16 +31,20 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process writes what all of them make."""
+    """Whether this is the process that writes."""
     return rank() == 0
 
 
 def join(use_cpu: bool) -> None:
-    """Meet the other processes of the launcher. BadInput: it asks for sharded parameters."""
-    for name, what in SHARDED.items():
+    """Meet the other processes of the launcher.
+
+    Raises:
+        BadInput: the launcher shards parameters.
+    """
+    for name, kind in SHARDED.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
             hint = "launch with plain data parallelism, without that option"
-            raise BadInput(f"{what}: only whole models are trained, one a process; {hint}")
+            raise BadInput(f"{kind}: only whole models are trained, one a process; {hint}")
     if count() > 1:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
@@ -47,36 +53,37 @@ def join(use_cpu: bool) -> None:
 
 
 def wait() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have come here."""
     if count() > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
 
 
-def agreed(value: bool) -> bool:
+def broadcast(value: bool) -> bool:
     """The first process's value, in every process."""
     if count() == 1:
         return value
     from accelerate.utils import broadcast_object_list
 
-    said = [value]
-    broadcast_object_list(said)
-    return said[0]
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def split(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]:
-    """(pairs per forward, forwards per step) of each process, so that a step has as many pairs as before.
+    """(pairs per forward, forwards per step) of each process, for steps of the same pairs.
 
-    BadInput: neither number can be divided among the processes.
+    Raises:
+        BadInput: neither number can be divided among the processes.
     """
     if accumulation % processes == 0:
         return batch_size, accumulation // processes
     if batch_size % processes == 0:
         return batch_size // processes, accumulation
-    sizes = f"batch_size {batch_size} and accumulation {accumulation}"
     raise BadInput(
-        f"{processes} processes: {sizes} cannot be divided among them; make one a multiple of {processes}"
+        f"{processes} processes: batch_size {batch_size} and accumulation {accumulation} cannot be "
+        f"divided among them; make one a multiple of {processes}"
     )
 
 
@@ -84,14 +91,13 @@ def split(batch_size: int, accumulation: int, processes: int) -> tuple[int, int]
 class Share:
     """What one process reads in one forward.
 
-    ``pairs``: places of pairs. ``of_pairs``, ``of_tokens``: by pair, the weight of its preference loss
-    and of each of its chosen tokens' losses. The trainer divides by the forwards of a step and averages
-    over processes; the weights undo that, so that the sum is the mean over the step's batches.
+    The trainer divides a loss by the forwards of a step and averages it over processes. The weights
+    undo that: the sum of all shares is the mean over the step's batches.
     """
 
-    pairs: tuple[int, ...]
-    of_pairs: tuple[float, ...]
-    of_tokens: tuple[float, ...]
+    indices: tuple[int, ...]  # of pairs
+    pair_weight: float  # of each pair's preference loss
+    token_weight: float  # of the loss of each of their chosen tokens
 
 
 def shares(
@@ -100,33 +106,34 @@ def shares(
     batch_size: int,
     accumulation: int,
     processes: int,
-    own: int,
+    rank: int,
 ) -> Iterator[Share]:
-    """What process ``own`` reads of an epoch, forward by forward.
+    """What one process reads of an epoch, forward by forward.
 
     Args:
-        batches: the batches of one process alone, in order; each is a list of places of pairs.
+        batches: the batches of a training in one process, in order; each has indices of pairs.
         tokens: by pair, its chosen tokens that count for the SFT loss.
         batch_size: pairs of a whole batch.
-        accumulation: batches of a step of one process alone.
+        accumulation: batches per step of a training in one process.
         processes: how many share the work.
-        own: the number of this one.
+        rank: the number of the process.
 
-    Every process yields as many shares. One that has nothing to read gets a pair of weight 0.
+    Every process yields equally many shares. One that has nothing to read gets a pair of weight 0.
     """
-    size, _ = split(batch_size, accumulation, processes)
-    whole_batches = size == batch_size
-    for first in range(0, len(batches), accumulation):
-        step = batches[first : first + accumulation]
-        rounds = -(-len(step) // processes)
-        places = range(own, rounds * processes, processes) if whole_batches else range(len(step))
-        scale = processes * len(places) / len(step)
-        for at in places:
-            batch = step[at] if at < len(step) else []
-            mine = batch if whole_batches else batch[own::processes]
-            if not mine:
-                yield Share((step[0][0],), (0.0,), (0.0,))
+    forward_size, _ = split(batch_size, accumulation, processes)
+    whole_batches = forward_size == batch_size  # else each process reads a part of every batch
+    for start in range(0, len(batches), accumulation):
+        step = batches[start : start + accumulation]
+        forwards = range(len(step))
+        if whole_batches:
+            rounds = -(-len(step) // processes)
+            forwards = range(rank, rounds * processes, processes)
+        scale = processes * len(forwards) / len(step)
+        for index in forwards:
+            batch = step[index] if index < len(step) else []
+            part = batch if whole_batches else batch[rank::processes]
+            if not part:
+                yield Share((step[0][0],), 0.0, 0.0)
                 continue
-            per_pair = scale / len(batch)
-            per_token = scale / max(sum(tokens[one] for one in batch), 1)
-            yield Share(tuple(mine), (per_pair,) * len(mine), (per_token,) * len(mine))
+            batch_tokens = sum(tokens[pair] for pair in batch)
+            yield Share(tuple(part), scale / len(batch), scale / max(batch_tokens, 1))

@@ -1,98 +1,86 @@
-"""How far a long verb is: a bar where somebody looks on, one line a minute in a log. A notebook's kernel writes it to a small
-file that ``ipo`` names in the environment; ``ipo`` shows it. A kernel that ``ipo`` did not start writes on its own line."""
+"""Progress bars of long steps, by tqdm.
+
+1. A step of the library shows its bar in the Jupyter kernel that it runs in, on the error stream.
+   Outside a kernel nothing is shown.
+2. ``ipo reproduce`` runs notebooks in kernels of their own. Papermill hands their error stream to a
+   ``Relay``, which shows the bars on the terminal, or about once a minute in a log.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-FILE = "IPO_PROGRESS"
-EVERY, LINE_EVERY, WIDTH = (
-    1.0,
-    60.0,
-    30,
-)  # seconds between two looks, and between two lines of a log; characters of the bar
+from tqdm import tqdm
+
+SECONDS_PER_UPDATE = 1.0  # and the shortest loop that shows a bar
+SECONDS_PER_LOG_LINE = 60.0
+ERASE_LINE = "\r\x1b[K"
 
 
 class Meter:
-    """Counts what is done of ``total`` and says so, at most once in EVERY seconds and at the end."""
+    """The bar of a loop whose steps are counted here."""
 
     def __init__(self, total: int, what: str) -> None:
-        self.total, self.what, self.done, self.last = total, what, 0, time.monotonic()
+        self.bar = tqdm(
+            total=total,
+            desc=what,
+            disable=not in_kernel(),
+            position=0,  # an inner loop's bar is shown in place of the outer one's
+            leave=False,
+            delay=SECONDS_PER_UPDATE,
+            mininterval=SECONDS_PER_UPDATE,
+            miniters=1,
+        )
 
     def step(self) -> None:
-        """One more is done."""
-        self.done += 1
-        if self.done == self.total or time.monotonic() - self.last >= EVERY:
-            self.last = time.monotonic()
-            say(self.done, self.total, self.what)
+        """One more step is done."""
+        self.bar.update()
+        if self.bar.n == self.bar.total:
+            self.bar.close()
 
 
 def say(done: int, total: int, what: str) -> None:
-    """Tell whoever looks on."""
-    if path := os.environ.get(FILE):
-        temporary = Path(path).with_suffix(
-            f".{os.getpid()}"
-        )  # another worker may run the same notebooks
-        temporary.write_text(json.dumps([what, done, total]))
-        os.replace(temporary, path)
-    elif in_kernel():
-        print(f"\r{line(what, done, total)}", end="\r" if done >= total else "", flush=True)
+    """Show once that ``done`` of ``total`` steps are done, where somebody else counts them."""
+    if in_kernel():
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}"
+        bar = tqdm.format_meter(done, total, 0.0, prefix=what, bar_format=layout)
+        print(f"\r{bar}", end="", file=sys.stderr, flush=True)
 
 
 def in_kernel() -> bool:
-    """Whether this code runs in a Jupyter kernel. Without one nothing is shown, and IPython is not loaded."""
-    if (module := sys.modules.get("IPython")) is None:
-        return False
-    return hasattr(module.get_ipython(), "kernel")
+    """Whether this code runs in a Jupyter kernel; IPython is not loaded to find out."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
-def line(what: str, done: int, total: int, started: float | None = None) -> str:
-    """One line: a bar, the counts, and with ``started`` (``time.monotonic``) how long it has taken."""
-    full = WIDTH * min(done, total) // max(total, 1)
-    spent = "" if started is None else f"  {time.monotonic() - started:.0f} s"
-    return f"{what:28} [{'#' * full}{'.' * (WIDTH - full)}] {done:,} of {total:,}{spent}"
+class Relay:
+    """A stream that shows the bars among a kernel's errors and warnings, and drops the rest."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.terminal = sys.stderr.isatty()
+        self.last_line = time.monotonic()
 
-@contextmanager
-def watched(path: Path, name: str) -> Iterator[None]:
-    """While the body runs, show on stderr what its kernels say in ``path``."""
-    terminal, stop, started = sys.stderr.isatty(), threading.Event(), time.monotonic()
-    path.unlink(missing_ok=True)
-    before, os.environ[FILE] = os.environ.get(FILE), str(path)
+    def write(self, text: str) -> None:
+        """Show the last bar in a text; each bar begins with a carriage return."""
+        _, carriage_return, last = text.rpartition("\r")
+        bar = last.partition("\n")[0].rstrip()
+        if not carriage_return or not bar:
+            return
+        line = f"{self.name} {bar}"
+        if self.terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print(ERASE_LINE + line[:width], end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.last_line >= SECONDS_PER_LOG_LINE:
+            self.last_line = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
 
-    def look() -> None:
-        shown = ""
-        while not stop.wait(EVERY if terminal else LINE_EVERY):
-            try:
-                what, done, total = json.loads(path.read_text())
-            except (OSError, ValueError):  # nothing said yet
-                what, done, total = "starting", 0, 0
-            said = line(f"{name[:2]} {what}", done, total, started)
-            print(
-                f"\r{said:{len(shown)}}" if terminal else said,
-                end="" if terminal else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
-            shown = said
-        if terminal and shown:
-            print("\r" + " " * len(shown), end="\r", file=sys.stderr, flush=True)
+    def flush(self) -> None:
+        """Papermill asks for it; every line is flushed as it is written."""
 
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        path.unlink(missing_ok=True)
-        os.environ.pop(FILE)
-        if before is not None:
-            os.environ[FILE] = before
+    def close(self) -> None:
+        """Clear the last bar from the terminal."""
+        if self.terminal:
+            print(ERASE_LINE, end="", file=sys.stderr, flush=True)

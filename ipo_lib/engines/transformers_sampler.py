@@ -1,4 +1,9 @@
-"""TODO: what ipo_lib.engines.transformers_sampler is."""
+"""A sampler whose model runs in this process.
+
+1. Requests are sorted, so that those of one prompt, and those of like length, stay together.
+2. They are handed to the decoder (``decoding``) a few batches at a time; it shares their prefixes.
+3. Each draw (``draws``) uses random numbers of its own, and ends by itself.
+"""
 
 from __future__ import annotations
 
@@ -11,41 +16,45 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ipo_lib.chat import CLOSE, OPEN, Chat, parsed
+from ipo_lib.chat import Chat, read_json
 from ipo_lib.engines import memory, scoring
-from ipo_lib.engines.lora import NF4, quiet
-from ipo_lib.engines.nucleus import nucleus_draw, nucleus_mass
+from ipo_lib.engines.draws import DrawBatch, OngoingDraw
+from ipo_lib.engines.lora import NF4, silence_libraries
+from ipo_lib.engines.nucleus import nucleus_mass
 from ipo_lib.engines.progress import Meter
 from ipo_lib.records import BadInput, Ids, digest
+from ipo_lib.sampling import Completion, Request, Sampling, request_lengths
 
 if TYPE_CHECKING:
     from torch import Tensor
-from ipo_lib.sampling import Completion, Request, Sampling, fitting
 
-WINDOW = 1024  # requests sorted by length at a time; a constant, so that the order of results is no matter of speed
-PATIENCE = 0.25  # share of a batch's places; when fewer are still going, ``sample_some`` leaves them for the next call
-AHEAD = 4  # batches handed to the decoder at a time: places of ended rows are filled from them
-SCORED = 256  # positions whose logits are held at once
-SMALL = 80_000_000  # bytes of weights (20 M parameters) under which dtype "auto" is float32: bfloat16 gains nothing
+WINDOW = 1024  # requests sorted at a time; constant: the order of results is no matter of speed
+PATIENCE = 0.25  # share of a batch's places; fewer stragglers are left for the next call
+AHEAD = 4  # batches handed to the decoder at a time: places of ended draws are filled from them
+SCORED = 256  # positions whose logits are in memory at once
+SMALL = 80_000_000  # bytes of weights (20 M parameters) below which bfloat16 gains nothing
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENGINE = ("torch", "transformers", "peft")
+ENGINE = ("torch", "transformers", "peft")  # libraries whose versions name a draw
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-LOCAL = {
-    "_name_or_path",
-    "base_model_name_or_path",
-    "transformers_version",
-}  # vary by machine, change no draw
-_HASHES: dict[tuple[str, int, int], str] = {}
+# Settings that differ between machines and change no draw.
+LOCAL = {"_name_or_path", "base_model_name_or_path", "transformers_version"}
 
 
 class TransformersSampler:
     """A model in this process; of generation_config.json only EOS counts.
 
-    A LoRA ``adapter`` stays apart from 16-bit weights, as in training: merging rounds most of a small
-    update away. In float32 it is merged, which changes nothing but the speed. ``quantize`` "nf4": the
-    weights are rounded to NF4 as in QLoRA, then held in ``dtype`` again, where they are as fast as any.
+    A LoRA adapter stays apart from 16-bit weights, as in training: merging rounds most of a small
+    update away. In float32 it is merged, which changes nothing but the speed.
+
+    Args:
+        folder: of the model.
+        chat: of the same folder.
+        adapter: folder of a LoRA adapter.
+        device: "cpu", "cuda", "cuda:1", ... or "auto".
+        dtype: of the weights, one of DTYPES. "auto" is float32 for a small model, else bfloat16.
+        quantize: "nf4" rounds the weights to NF4 as in QLoRA. They are then held in ``dtype``
+            again, where they are as fast as any.
+        batch_size: draws that are decoded together.
     """
 
     def __init__(
@@ -60,217 +69,194 @@ class TransformersSampler:
         batch_size: int = 64,
     ) -> None:
         self.chat, self.device, self.quantize, self.batch_size = chat, device, quantize, batch_size
-        self._left: dict[int, Row] = {}  # draws that wait to go on, by their seed
+        self._waiting: dict[int, OngoingDraw] = {}  # stragglers by their seed
         self._model_files = _files(folder, "config.json", "model*.safetensors")
         self._adapter_files = _files(adapter, *ADAPTER) if adapter else []
         if batch_size < 1 or dtype not in DTYPES:
             raise BadInput(
-                f"batch_size {batch_size!r}, dtype {dtype!r}: give 1 or more, one of {', '.join(DTYPES)}"
+                f"batch_size {batch_size!r}, dtype {dtype!r}: "
+                f"give 1 or more, one of {', '.join(DTYPES)}"
             )
         if quantize not in (None, "nf4"):
             raise BadInput(f"quantize {quantize!r} is unknown; use nf4, or nothing")
-        small = sum(file.stat().st_size for file in self._model_files) < SMALL
-        self.dtype = dtype if dtype != "auto" else "float32" if small else "bfloat16"
+        self.dtype = dtype
+        if dtype == "auto":
+            self.dtype = "float32" if self._model_bytes() < SMALL else "bfloat16"
+
+    def _model_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self._model_files)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Hashes of weights, settings and adapter; dtype, engine versions, chat. Reads files only, loads no torch."""
-        hashes = {
-            "model": [*map(_sha256, self._model_files)],
-            "adapter": [*map(_sha256, self._adapter_files)],
-        }
-        versions = {name: importlib.metadata.version(name).partition("+")[0] for name in ENGINE}
-        rounded = {"quantize": self.quantize, **versions} if self.quantize else versions
-        if self._adapter_files and self.dtype != "float32":
-            rounded = {"lora": "unmerged", **rounded}
-        return {
+        """Hashes of weights, settings and adapter, dtype, library versions and chat.
+
+        Reads files only and loads no torch.
+        """
+        facts: dict[str, Any] = {
             "engine": "transformers",
-            **hashes,
+            "model": [*map(_hash_file, self._model_files)],
+            "adapter": [*map(_hash_file, self._adapter_files)],
             "dtype": self.dtype,
-            **rounded,
             "chat": self.chat.fingerprint(),
         }
+        for name in ENGINE:
+            facts[name] = importlib.metadata.version(name).partition("+")[0]
+        if self.quantize:
+            facts["quantize"] = self.quantize
+        if self._adapter_files and self.dtype != "float32":
+            facts["lora"] = "unmerged"
+        return facts
 
     @property
     def pauses(self) -> bool:
-        """Whether ``sample_some`` leaves stragglers for the next call: on a GPU, where few rows take as long as many."""
+        """Whether ``sample_some`` leaves stragglers for the next call.
+
+        On a GPU, where few rows take as long as many.
+        """
         return self.device.startswith("cuda") or (self.device == "auto" and _sees_a_gpu())
 
     def sample_some(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Most of the requests: the last few that still go on wait for a call that asks for them again.
+        """Answer most of the requests; the last few wait for a call that asks for them again.
 
-        They go on there from the token at which they were left, with the uniforms that are theirs, so that a
-        draw is the same whether it waited or not (in float32).
+        There they go on from the token at which they were left, with their own random numbers, so
+        that a draw is the same whether it waited or not (in float32).
         """
         return self._sample(requests, sampling, PATIENCE)
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Longest prompt first in each WINDOW, whatever the batch size; BadInput if a prompt fills the context."""
-        return self._sample(requests, sampling, 0.0)
+        """Answer all requests, longest prompt first in each WINDOW.
+
+        BadInput: a prompt fills the context.
+        """
+        return self._sample(requests, sampling, patience=0.0)
 
     def _sample(
         self, requests: Sequence[Request], sampling: Sampling, patience: float
     ) -> Iterator[Completion]:
-        context = parsed(self._model_files[0]).get("max_position_embeddings", math.inf)
-        lengths = fitting(requests, context)
-        groups = [(place // WINDOW, one.prompt_ids) for place, one in enumerate(requests)]
-        longest: dict[Any, int] = {}
-        for group, length in zip(groups, lengths, strict=True):
-            longest[group] = max(longest.get(group, 0), length)
-        # Requests of one prompt stay together, since they may share prefixes.
-        order = sorted(
-            range(len(requests)),
-            key=lambda at: (groups[at][0], -longest[groups[at]], groups[at][1], -lengths[at]),
-        )
+        context = read_json(self._model_files[0]).get("max_position_embeddings", math.inf)
+        lengths = request_lengths(requests, context)
+        order = _decoding_order(requests, lengths)
         meter = Meter(len(order), "drawing")
-        for first in range(0, len(order), AHEAD * self.batch_size):
-            places = order[first : first + AHEAD * self.batch_size]
-            limits = [int(min(sampling.max_tokens, context - lengths[place])) for place in places]
-            yield from self._decode(
-                [requests[place] for place in places], limits, sampling, meter, patience
-            )
+        size = AHEAD * self.batch_size
+        for first in range(0, len(order), size):
+            draws = []
+            for place in order[first : first + size]:
+                request = requests[place]
+                limit = int(min(sampling.max_tokens, context - lengths[place]))
+                straggler = self._waiting.pop(request.seed, None)
+                draws.append(straggler or OngoingDraw(request, limit, sampling, self.chat))
+            self._decode(DrawBatch(draws, sampling, meter), patience)
+            for draw in draws:
+                if draw.finish or not patience:
+                    yield draw.completion()
+                else:
+                    self._waiting[draw.request.seed] = draw
 
-    def _decode(
-        self,
-        requests: Sequence[Request],
-        limits: Sequence[int],
-        sampling: Sampling,
-        meter: Meter,
-        patience: float,
-    ) -> Iterator[Completion]:
-        from ipo_lib.engines.decoding import ARCHITECTURES, Decoder, generate
+    def _decode(self, batch: DrawBatch, patience: float) -> None:
+        """Go on with draws until they end, or few are left where there is patience to wait."""
+        from ipo_lib.engines.decoding import ARCHITECTURES, Decoder, decode_by_generate
 
-        rows = []
-        for request, limit in zip(requests, limits, strict=True):
-            left = self._left.pop(request.seed, None)
-            rows.append(left or Row(request, limit, sampling, self.chat))
-        prefixes = [(*row.request.prompt_ids, *row.taken) for row in rows]
-
-        def draw(live: Sequence[int], logits: Tensor) -> Tensor:
-            drawn = draw_freely(live, logits)
-            for place, one in enumerate(live):
-                if (token := rows[one].due) is not None:
-                    drawn[place] = token
-            return drawn
-
-        def draw_freely(live: Sequence[int], logits: Tensor) -> Tensor:
-            bars = [rows[one].barred for one in live]
-            barred = logits.new_tensor(bars, dtype=_float64()).long() if max(bars) >= 0 else None
-            if not sampling.temperature:
-                if barred is not None:
-                    logits[barred >= 0, barred[barred >= 0]] = -math.inf
-                return logits.argmax(-1)
-            uniforms = logits.new_tensor([rows[one].uniform for one in live], dtype=_float64())
-            return nucleus_draw(
-                logits, uniforms, sampling.temperature, sampling.top_p, barred=barred
-            )
-
-        def take(one: int, token: int) -> bool:
-            if ended := rows[one].take(token):
-                meter.step()
-            return ended
-
+        prefixes = [(*draw.request.prompt_ids, *draw.taken) for draw in batch.draws]
         if self._model.config.model_type in ARCHITECTURES:
-            Decoder(self._model, self.batch_size).decode(prefixes, draw, take, patience)
-        else:
-            for at in range(0, len(rows), self.batch_size):
-                generate(
-                    self._model,
-                    prefixes[at : at + self.batch_size],
-                    at,
-                    max(limits) + len(rows[0].tag),
-                    draw,
-                    take,
-                )
-        for row in rows:
-            if row.finish or not patience:
-                yield row.completion()
-            else:
-                self._left[row.request.seed] = row
+            decoder = Decoder(self._model, self.batch_size)
+            decoder.decode(prefixes, batch.choose, batch.take, patience)
+            return
+        longest_tag = max(len(draw.closing_tag) for draw in batch.draws)
+        steps = max(draw.limit for draw in batch.draws) + longest_tag
+        for first in range(0, len(prefixes), self.batch_size):
+            rows = prefixes[first : first + self.batch_size]
+            decode_by_generate(self._model, rows, first, steps, batch.choose, batch.take)
 
     def score(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[float]]:
-        """Teacher-forced; the logits of ``SCORED`` positions at a time. Requests of one prompt that come one after the other and
-        are short (a guard's possible answers) share one pass over the prompt; all others have a pass each. In 16 bits a batch of
-        another shape may have drawn a token that lies outside the nucleus here: a few such tokens count as its last ones."""
+        """For each request, the probability that ``sample`` draws each of its ``prefix_ids``.
+
+        Short texts after one prompt (a guard's possible answers) that come one after the other
+        share a pass over the prompt; all others have a pass each. In 16 bits a batch of another
+        shape may have drawn a token outside the nucleus: a few such tokens count as its last ones.
+        """
         import torch
 
-        self._model.set_attn_implementation(
-            "sdpa"
-        )  # the decoder's own wants a mask; it sets itself again
-        for rows in scoring.together(
-            [(one.prompt_ids, one.prefix_ids) for one in requests], self.batch_size
-        ):
+        # The attention of the decoder needs a mask; the decoder sets it again.
+        self._model.set_attn_implementation("sdpa")
+        items = [(request.prompt_ids, request.prefix_ids) for request in requests]
+        for group in scoring.group_by_prompt(items, self.batch_size):
+            prompt = group[0][0]
+            texts = [text for _, text in group]
             with torch.inference_mode():
-                every = scoring.states(self._model, rows[0][0], [text for _, text in rows])
-                found = [
-                    self._chances(text, states, sampling)
-                    for (_, text), states in zip(rows, every, strict=True)
-                ]
-            yield from found
+                states = scoring.hidden_states(self._model, prompt, texts)
+                scores = []
+                for text, text_states in zip(texts, states, strict=True):
+                    scores.append(self._probabilities(text, text_states, sampling))
+            yield from scores
 
-    def _chances(self, text: Ids, states: Tensor, sampling: Sampling) -> list[float]:
-        """The probability of each token of a text, from the states that draw them."""
-        found, strays = list[float](), dict[int, float]()
-        for at in range(0, len(text), SCORED):
-            logits = self._model.get_output_embeddings()(states[at : at + SCORED])
-            own = logits.new_tensor(text[at : at + SCORED], dtype=_float64()).long()
-            chances = nucleus_mass(logits, own, sampling.temperature, sampling.top_p)
-            far = (chances == 0).nonzero()[:, 0]
-            edge = nucleus_mass(logits[far], own[far], sampling.temperature, sampling.top_p, 1.0)
-            strays |= {
-                at + place: chance
-                for place, chance in zip(far.tolist(), edge.tolist(), strict=True)
-            }
-            found += chances.tolist()
-        return scoring.forgiven(found, {} if self.dtype == "float32" else strays)
+    def _probabilities(self, text: Ids, states: Tensor, sampling: Sampling) -> list[float]:
+        """The probability of each token of a text, from the hidden states that draw them."""
+        import torch
+
+        probabilities: list[float] = []
+        strays: dict[int, float] = {}
+        for first in range(0, len(text), SCORED):
+            logits = self._model.get_output_embeddings()(states[first : first + SCORED])
+            ids = torch.tensor(text[first : first + SCORED], device=logits.device)
+            mass = nucleus_mass(logits, ids, sampling.temperature, sampling.top_p)
+            outside = (mass == 0).nonzero()[:, 0]
+            as_last = nucleus_mass(
+                logits[outside], ids[outside], sampling.temperature, sampling.top_p, edge=1.0
+            )
+            for place, probability in zip(outside.tolist(), as_last.tolist(), strict=True):
+                strays[first + place] = probability
+            probabilities += mass.tolist()
+        if self.dtype == "float32":
+            return probabilities
+        return scoring.allow_strays(probabilities, strays)
+
+    def release(self) -> None:
+        """Let the model go; it is loaded again when it is needed."""
+        self.__dict__.pop("_model", None)
 
     @functools.cached_property
     def _model(self) -> Any:
         import torch
         import transformers
 
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        device = (
-            self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        # 1. The device, with room on it.
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise BadInput(f"device {device!r}: this torch sees no GPU; use device 'auto' or 'cpu'")
-        memory.make_room(device, sum(file.stat().st_size for file in self._model_files))
+        memory.make_room(device, self._model_bytes())
+
+        # 2. The weights, rounded where that is asked for.
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        missing_kernel = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        missing_kernel.setLevel(logging.ERROR)  # it is optional
         options: dict[str, Any] = {
             "dtype": getattr(torch, self.dtype),
             "use_safetensors": True,
             "local_files_only": True,
         }
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-            logging.ERROR
-        )  # wants an optional kernel
         if self.quantize:
-            options |= {
-                "quantization_config": NF4 | {"bnb_4bit_compute_dtype": self.dtype},
-                "device_map": device,
-            }
+            options["quantization_config"] = NF4 | {"bnb_4bit_compute_dtype": self.dtype}
+            options["device_map"] = device
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             self._model_files[0].parent, **options
         )
         if self.quantize:
             model = model.dequantize(options["dtype"])
+
+        # 3. The adapter, and no settings of generation: ``generate`` would fill gaps from them.
         if self._adapter_files:
             model = self._with_adapter(model)
-        model.generation_config = type(
-            model.generation_config
-        )()  # a bare one: generate fills gaps from it
-        memory.held(self)
+        model.generation_config = type(model.generation_config)()
+        memory.register(self)
         return model.to(device).eval()
 
-    def release(self) -> None:
-        """Let the model go; it is loaded again when something is missing."""
-        self.__dict__.pop("_model", None)
-
     def _with_adapter(self, model: Any) -> Any:
-        """``model`` as the adapter changes it: merged in float32, with LoRA layers beside 16-bit weights."""
+        """The model with its adapter: merged in float32, beside the weights in 16 bits."""
         import torch
         from peft import PeftModel
 
-        quiet()
+        silence_libraries()
         lora: Any = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent))
         if self.dtype == "float32":
             return lora.merge_and_unload()
@@ -281,94 +267,27 @@ class TransformersSampler:
         return lora.get_base_model()
 
 
-class Row:
-    """One request as it is drawn: its own uniforms, what was taken and why it ended.
-
-    Where thinking has a budget (``Sampling.think_tokens``) and the trace is still open when it is spent,
-    the tokens of ``</think>`` are put next: they are taken like drawn ones, but need no uniform.
-    """
-
-    def __init__(self, request: Request, limit: int, sampling: Sampling, chat: Chat) -> None:
-        self.request, self.limit, self.until, self.chat, self.finish = (
-            request,
-            limit,
-            sampling.until,
-            chat,
-            "",
-        )
-        self.uniforms = np.random.Generator(np.random.PCG64(request.seed)).random(limit)
-        self.taken = [*request.prefix_ids]  # a closing tag may straddle the cut
-        self.budget, self.put = sampling.think_tokens, list[int]()
-        self.forced: int | None = None  # where the closing tag was put
-        ending = "\n\n" if self.until == "eos" else ""
-        self.tag = chat.encode(f"\n{CLOSE}{ending}") if self.budget else ()
-        given = chat.decode(request.prefix_ids) if self.budget else ""
-        self.closed = CLOSE in given
-        self.thinks = chat.opened or OPEN in given
-        self._spend()
-
-    @property
-    def drawn(self) -> int:
-        """How many tokens were sampled: neither given nor put."""
-        put = 0 if self.forced is None else len(self.tag) - len(self.put)
-        return len(self.taken) - len(self.request.prefix_ids) - put
-
-    @property
-    def uniform(self) -> float:
-        """The uniform of the next draw; any number where the next token is put."""
-        return float(self.uniforms[min(self.drawn, self.limit - 1)])
-
-    @property
-    def due(self) -> int | None:
-        """The token that is put next; None: the next one is drawn."""
-        return self.put[0] if self.put else None
-
-    @property
-    def barred(self) -> int:
-        """The id that the next draw must not be; -1: none."""
-        first = len(self.taken) == len(self.request.prefix_ids)
-        return self.request.ban if first and self.request.ban is not None else -1
-
-    def take(self, token: int) -> bool:
-        """Add a drawn or put token; whether the row has ended."""
-        if self.put:
-            self.put.pop(0)
-        elif token in self.chat.eos_ids:
-            self.finish = "stop"
-            return True
-        self.taken.append(token)
-        closes = (self.until == "think" or self.budget > 0) and self.chat.closes(
-            self.taken[-len(CLOSE) :]
-        )
-        self.closed |= closes
-        if self.put:
-            return False
-        self._spend()
-        full = self.drawn == self.limit and not self.put
-        self.finish = "think" if closes and self.until == "think" else "length" if full else ""
-        return bool(self.finish)
-
-    def completion(self) -> Completion:
-        """What was drawn for the request."""
-        ids = tuple(self.taken[len(self.request.prefix_ids) :])
-        return Completion(self.request.key, ids, self.finish or "stop", self.forced)
-
-    def _spend(self) -> None:
-        """Put the closing tag next, where thinking has used up its budget."""
-        if (
-            not self.budget
-            or self.closed
-            or self.forced is not None
-            or len(self.taken) < self.budget
-        ):
-            return
-        if self.thinks or OPEN in self.chat.decode(self.taken):
-            self.forced, self.put = len(self.taken), [*self.tag]
-
-
 def adapter_hashes(folder: Path | str) -> list[str]:
     """The hashes of a LoRA adapter's settings and weights."""
-    return [*map(_sha256, _files(folder, *ADAPTER))]
+    return [*map(_hash_file, _files(folder, *ADAPTER))]
+
+
+def _decoding_order(requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
+    """The places of requests in the order in which they are decoded.
+
+    In each WINDOW, requests of one prompt stay together, since they may share prefixes. The prompt
+    with the longest request comes first, and in it the longest request.
+    """
+    groups = [(place // WINDOW, request.prompt_ids) for place, request in enumerate(requests)]
+    longest: dict[tuple[int, Ids], int] = {}
+    for group, length in zip(groups, lengths, strict=True):
+        longest[group] = max(longest.get(group, 0), length)
+
+    def rank(place: int) -> tuple[int, int, Ids, int]:
+        window, prompt_ids = groups[place]
+        return window, -longest[groups[place]], prompt_ids, -lengths[place]
+
+    return sorted(range(len(requests)), key=rank)
 
 
 def _sees_a_gpu() -> bool:
@@ -377,13 +296,8 @@ def _sees_a_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _float64() -> Any:
-    import torch
-
-    return torch.float64
-
-
 def _files(folder: Path | str, settings: str, weights: str) -> list[Path]:
+    """The files of a model or adapter: its settings, then its weights."""
     files = [Path(folder) / settings, *sorted(Path(folder).glob(weights))]
     if len(files) < 2 or not files[0].is_file():
         raise BadInput(
@@ -392,10 +306,19 @@ def _files(folder: Path | str, settings: str, weights: str) -> list[Path]:
     return files
 
 
-def _sha256(file: Path) -> str:
+def _hash_file(file: Path) -> str:
+    """SHA-256 of a file; of settings without those that differ between machines."""
     if file.suffix == ".json":
-        return digest({name: one for name, one in parsed(file).items() if name not in LOCAL}, 64)
-    key = (str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns)
-    if key not in _HASHES:
-        _HASHES[key] = hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-    return _HASHES[key]
+        settings = read_json(file)
+        for name in LOCAL:
+            settings.pop(name, None)
+        return digest(settings, 64)
+    stat = file.stat()
+    return _hash_content(file.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _hash_content(file: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file; computed once for each size and time of change."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,91 +1,114 @@
-"""Stock TRL as the reference of ``prefix_sharing``: its DPO trainer on the same ids, LoRA and arguments, prompts read twice."""
+"""Stock TRL's DPO trainer on the ids, LoRA and arguments of ``prefix_sharing``: its reference."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import datasets
 import transformers
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from ipo_lib.dpo import DpoSettings
+from ipo_lib.dpo import SFT, DpoSettings
 from ipo_lib.engines import processes
-from ipo_lib.engines.lora import Batches, Folder, arguments, base, config, fill, on_one_gpu
-from ipo_lib.records import BadInput, Pair
+from ipo_lib.engines.lora import (
+    SIDES,
+    BucketSampler,
+    Folder,
+    Pairs,
+    limit_to_one_gpu,
+    load_base,
+    load_weights,
+    make_config,
+    trainer_arguments,
+)
+from ipo_lib.records import BadInput
 
-IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
+class IdsTrainer(DPOTrainer):
+    """TRL's trainer on token ids, with the batches and the log of ``prefix_sharing``."""
 
-def trainer(
-    pairs: Sequence[Pair],
-    folder: Folder,
-    settings: DpoSettings,
-    out: Folder,
-    adapter: Folder | None,
-) -> tuple[Any, Any]:
-    """TRL's trainer and its LoRA model, fresh or at the weights of ``adapter``."""
-
-    class IdsTrainer(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset  # law 1: the rows are ids already; TRL would tokenize text again
-
-        def _get_train_sampler(self, *given: Any) -> Any:
-            batches = Batches(len(pairs), settings.batch_size, settings.seed)
-            return batches if settings.length_buckets else super()._get_train_sampler(*given)
-
-        def _send_telemetry(self) -> None:
-            """TRL reports every run to the hub; this package works offline."""
-
-        def log(self, logs: dict[str, float], *given: Any, **options: Any) -> None:
-            super().log(logs, *given, **options)
-            for entry in filter(lambda one: "rewards/chosen" in one, self.state.log_history[-1:]):
-                ratios = {
-                    side: entry[f"rewards/{side}"] / settings.beta
-                    for side in ("chosen", "rejected")
+    def __init__(self, pairs: Pairs, settings: DpoSettings, **options: Any) -> None:
+        self.settings = settings
+        self.pair_count = len(pairs)
+        rows = []
+        for pair in pairs:
+            rows.append(
+                {
+                    "prompt_ids": list(pair.prompt_ids),
+                    "chosen_ids": list(pair.chosen_ids),
+                    "rejected_ids": list(pair.rejected_ids),
                 }
-                entry.update(
-                    {
-                        f"ref_logps/{side}": entry[f"logps/{side}"] - ratio
-                        for side, ratio in ratios.items()
-                    }
-                )
+            )
+        super().__init__(train_dataset=datasets.Dataset.from_list(rows), **options)
 
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset  # the rows are ids already; TRL would tokenize text again
+
+    def _get_train_sampler(self, *arguments: Any) -> Any:
+        if not self.settings.length_buckets:
+            return super()._get_train_sampler(*arguments)
+        return BucketSampler(self.pair_count, self.settings.batch_size, self.settings.seed)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: TRL would report every run to the hub."""
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Add the reference's log-probabilities, which TRL logs as rewards only."""
+        super().log(logs, *arguments, **options)
+        row = self.state.log_history[-1]
+        if "rewards/chosen" in row:
+            for side in SIDES:
+                logratio = row[f"rewards/{side}"] / self.settings.beta
+                row[f"ref_logps/{side}"] = row[f"logps/{side}"] - logratio
+
+
+def make_trainer(
+    pairs: Pairs, folder: Folder, settings: DpoSettings, out: Folder, adapter: Folder | None
+) -> tuple[Any, Any]:
+    """Make TRL's trainer and its LoRA model.
+
+    Args:
+        pairs: in the order in which neighbours make a batch.
+        folder: of the base model.
+        settings: of the stage.
+        out: the trainer's folder.
+        adapter: folder of an adapter to go on from; None: a fresh one.
+
+    Returns:
+        (trainer, PEFT model).
+
+    Raises:
+        BadInput: a launcher started several processes.
+    """
     if processes.count() > 1:
         raise BadInput(
-            "dpo: engine trl trains in one process; set engine to shared, or start without a launcher"
+            "dpo: engine trl trains in one process; set engine to shared, "
+            "or start without a launcher"
         )
+    arguments = DPOConfig(
+        # Never TRL's loss of this method's name: that is Identity Preference Optimization.
+        loss_type=[settings.loss, SFT],
+        loss_weights=[1.0, settings.sft_weight],
+        beta=settings.beta,
+        max_length=None,  # longer pairs are left out before; TRL would cut them silently
+        disable_dropout=settings.dropout == 0,  # TRL's default also disables LoRA's dropout
+        pad_to_multiple_of=settings.pad_to_multiple_of,
+        **trainer_arguments(settings, out),
+    )
+    arguments = limit_to_one_gpu(arguments)
     datasets.disable_progress_bars()
-    args = on_one_gpu(
-        DPOConfig(
-            # CHOICES leaves one of TRL's losses out: that is Identity Preference Optimization, a squared loss, not this method.
-            loss_type=[settings.loss, "sft"],
-            loss_weights=[1.0, settings.sft_weight],
-            beta=settings.beta,
-            max_length=None,  # dpo.train has counted the long ones out; TRL would cut them silently
-            disable_dropout=settings.dropout
-            == 0,  # TRL's default silences LoRA's dropout with the rest
-            pad_to_multiple_of=settings.pad_to_multiple_of,
-            **arguments(settings, out),
-        )
+    trainer = IdsTrainer(
+        pairs,
+        settings,
+        model=load_base(folder, settings, arguments.device),
+        args=arguments,
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        peft_config=make_config(folder, settings, adapter),
     )
-    rows = datasets.Dataset.from_list(
-        [{key: list(getattr(pair, key)) for key in IDS} for pair in pairs]
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    with mock.patch.dict(os.environ, TQDM_DISABLE="1"):
-        made: Any = IdsTrainer(
-            base(folder, settings, args.device),
-            args=args,
-            train_dataset=rows,
-            processing_class=tokenizer,
-            peft_config=config(folder, settings, adapter),
-        )
-    made.remove_callback(transformers.PrinterCallback)
-    # Handed a PeftModel, TRL freezes a copy of it as the reference. So LoRA starts fresh (the reference is LoRA off, in stage 2
-    # too), and the weights are put in afterwards. TRL also rounds a QLoRA adapter to bf16.
-    fill(made.model, adapter, folder)
-    return made, made.model
+    trainer.remove_callback(transformers.PrinterCallback)
+    # Given a PeftModel, TRL takes a frozen copy of it as the reference. So LoRA starts fresh, the
+    # reference is the model without LoRA, in stage 2 too, and weights are loaded afterwards. That
+    # also undoes TRL's rounding of a QLoRA adapter to bf16.
+    load_weights(trainer.model, adapter, folder)
+    return trainer, trainer.model

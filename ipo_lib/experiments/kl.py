@@ -1,5 +1,10 @@
-"""How far training moved a model along traces of the untouched one (Fig 7): KL(trained || base) of the next-token distributions,
-in nats, at every token of a trace; averaged at the token's index or around the cue, and set against where S changes."""
+"""How far a trained model diverges from its base model, and where (Fig 7).
+
+1. Traces of the base model are read by both models. At every token there is a KL divergence of the
+   two next-token distributions, in nats: KL(trained || base), or the other way round.
+2. It is averaged over traces by the token's index, and by its offset from the compliance cue.
+3. It is set against the sentence over which S changes most: is KL larger there than elsewhere?
+"""
 
 from __future__ import annotations
 
@@ -12,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from ipo_lib.csr import SENTENCE
-from ipo_lib.engines.lora import base, config, fill
+from ipo_lib.engines.lora import load_base, load_weights, make_config
 from ipo_lib.profiles.run import Run
 from ipo_lib.records import UNSAFE, Prompt, Prompts, Rollout, Rollouts, by_id
-from ipo_lib.stages import JudgedRollouts as JudgedRollouts
 from ipo_lib.stages import (
+    JudgedRollouts,
     Prefix,
     find_cues,
     measure_csr,
@@ -27,184 +32,212 @@ from ipo_lib.stages import (
     trace_sentences,
 )
 from ipo_lib.stats import mean
-from ipo_lib.turning_points.curves import Curve
-from ipo_lib.turning_points.curves import rollouts as recorded_rollouts
+from ipo_lib.turning_points.curves import Curve, recorded_rollouts
 
 DIRECTIONS = ("trained-base", "base-trained")
 VERSION = 1
 CHUNK = 256  # positions whose logits are held at once
-FAR = 1000.0  # nats: no mean of tokens is outside
-INDEX, AROUND = range(60), range(-20, 31)  # tokens from a trace's start, and from its cue
-Points = tuple[tuple[int, float, float, float], ...]
-NatsByRollout = Mapping[str, Sequence[float]]  # nats a token, by rollout id
+KL_BOUND = 1000.0  # nats: no mean over tokens is larger
+INDEX = range(60)  # tokens from the start of a trace
+AROUND = range(-20, 31)  # tokens from its cue
+Points = tuple[tuple[int, float, float, float], ...]  # (offset, mean, low, high) in nats
+NatsByRollout = Mapping[str, Sequence[float]]  # KL at each token, by rollout id
 
 
 def divergence(
     run: Run, adapter: Path, prompts: Prompts, rollouts: Rollouts, direction: str = DIRECTIONS[0]
 ) -> NatsByRollout:
-    """KL at every token of each rollout's trace, full vocabulary, float32 softmax; ``direction`` is open in the paper."""
+    """KL at every token of each rollout's trace, over the full vocabulary.
+
+    Args:
+        run: an open run; its model is the base model.
+        adapter: folder of the trained adapter.
+        prompts: of the rollouts, by id.
+        rollouts: whose traces are read.
+        direction: of DIRECTIONS; the paper does not say which it takes.
+    """
     session = run.session
     spec = {
         "sampler": run.adapted(adapter).sampler.fingerprint(),
         "chat": session.chat.fingerprint(),
         "direction": direction,
     }
-    ledger, named = session.store.ledger("divergence", VERSION, spec), by_id(rollouts)
-    if missing := ledger.missing(named):
+    ledger = session.store.ledger("divergence", VERSION, spec)
+    rollouts_by_id = by_id(rollouts)
+    missing = ledger.missing(rollouts_by_id)
+    if missing:
         import torch
-        from peft import get_peft_model
 
-        settings = run.profile.stage1
-        device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
-        model = get_peft_model(
-            base(run.folder, settings, device), config(run.folder, settings, adapter)
-        ).to(device)
-        fill(model, adapter, run.folder)
+        model = _load_adapted(run, adapter)
+        in_bf16 = run.profile.stage1.dtype == "bfloat16"
+        autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=in_bf16)
         for key in missing:
-            one = named[key]
-            head = session.chat.prompt_ids(prompts[one.prompt_id])
-            ids = one.token_ids[: trace_end(session, one) or len(one.token_ids)]
-            given = torch.tensor([head + ids], device=device)
-            with (
-                torch.no_grad(),
-                torch.autocast(device, enabled=settings.dtype == "bfloat16", dtype=torch.bfloat16),
-            ):
-                nats = _along(model, given, len(head), direction)
+            rollout = rollouts_by_id[key]
+            prompt_ids = session.chat.prompt_ids(prompts[rollout.prompt_id])
+            trace_ids = rollout.token_ids[: trace_end(session, rollout)]
+            ids = torch.tensor([prompt_ids + trace_ids], device=model.device)
+            with torch.no_grad(), autocast:
+                nats = token_divergences(model, ids, len(prompt_ids), direction)
             ledger.append({key: {"kl": [round(value, 6) for value in nats]}})
         ledger.finish()
-    return {key: ledger[key]["kl"] for key in named}
+    return {key: ledger[key]["kl"] for key in rollouts_by_id}
 
 
-def _along(model: Any, ids: Any, head: int, direction: str) -> list[float]:
-    """KL of the next-token distributions at every token from ``head`` on, the logits of CHUNK positions at a time.
+def _load_adapted(run: Run, adapter: Path) -> Any:
+    """The model as it is trained: the base with the adapter beside it, which can be taken off."""
+    import torch
+    from peft import get_peft_model
+
+    settings = run.profile.stage1
+    device = "cuda" if torch.cuda.is_available() and not settings.use_cpu else "cpu"
+    base = load_base(run.folder, settings, device)
+    model = get_peft_model(base, make_config(run.folder, settings, adapter)).to(device)
+    load_weights(model, adapter, run.folder)
+    return model
+
+
+def token_divergences(model: Any, ids: Any, prompt_length: int, direction: str) -> list[float]:
+    """KL of the next-token distributions at every token after the prompt.
 
     Args:
-        model: with an adapter that can be taken off.
+        model: PEFT model whose adapter can be taken off.
         ids: prompt and trace [1, tokens].
-        head: tokens of the prompt.
+        prompt_length: tokens of the prompt.
         direction: of DIRECTIONS.
     """
-    inner = model.get_base_model()
-    states = [
-        inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, head - 1 : -1]
-    ]
+    base = model.get_base_model()
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+
+    def states() -> Any:
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[0, prompt_length - 1 : -1].split(CHUNK)
+
+    trained = states()
     with model.disable_adapter():
-        states.append(
-            inner.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, head - 1 : -1]
-        )
-    to_logits, nats = inner.get_output_embeddings(), list[float]()
-    for at in range(0, len(states[0]), CHUNK):
-        trained, plain = (to_logits(one[at : at + CHUNK]).float().log_softmax(-1) for one in states)
-        p, q = (trained, plain) if direction == DIRECTIONS[0] else (plain, trained)
+        plain = states()
+    nats: list[float] = []
+    for chunks in zip(trained, plain, strict=True):
+        p, q = (head(chunk).float().log_softmax(-1) for chunk in chunks)
+        if direction != DIRECTIONS[0]:
+            p, q = q, p
         nats += (p.exp() * (p - q)).sum(-1).clamp(min=0).tolist()
     return nats
 
 
-def aligned(found: NatsByRollout, at: Mapping[str, int], window: range) -> Points:
-    """(offset, mean over traces, low, high) for offsets in ``window`` from the token ``at`` of each trace, where half of the
-    traces have one."""
-    rows = []
+def mean_by_offset(nats: NatsByRollout, origins: Mapping[str, int], window: range) -> Points:
+    """Mean KL over traces at each offset from an origin, with its interval.
+
+    Args:
+        nats: KL at each token, by rollout id.
+        origins: the token that has offset 0, by rollout id.
+        window: offsets; one is left out where less than half of the traces have it.
+    """
+    points = []
     for offset in window:
-        values = [
-            found[key][at[key] + offset] for key in at if 0 <= at[key] + offset < len(found[key])
-        ]
-        if len(values) >= max(2, len(at) / 2):
-            one = mean(values, (0.0, FAR))
-            rows.append((offset, one.value, one.low, one.high))
-    return tuple(rows)
+        values = []
+        for key, origin in origins.items():
+            if 0 <= origin + offset < len(nats[key]):
+                values.append(nats[key][origin + offset])
+        if len(values) >= max(2, len(origins) / 2):
+            average = mean(values, (0.0, KL_BOUND))
+            points.append((offset, average.value, average.low, average.high))
+    return tuple(points)
 
 
 @dataclass(frozen=True)
-class Changes:
-    """What each sentence of a trace does to S: ``ends`` are its cuts, the first one 0, ``s`` is S at each of them."""
+class SafetyChanges:
+    """How S changes along a trace, sentence by sentence."""
 
     rollout_id: str
-    ends: tuple[int, ...]
-    s: tuple[float, ...]
+    ends: tuple[int, ...]  # the ends of sentences in tokens, after a first one of 0
+    s: tuple[float, ...]  # S at each of them
 
     @property
     def largest(self) -> int | None:
-        """The index of the sentence over which S changes most; None in a trace of one sentence, or where S is not known."""
+        """Index of the sentence over which S changes most; None with one sentence or unknown S."""
         steps = np.abs(np.diff(self.s))
         return None if len(steps) < 2 or np.isnan(steps).any() else int(steps.argmax())
 
 
-def known_changes(recorded: Sequence[tuple[Rollout, Curve]]) -> list[Changes]:
-    """The exact changes of recorded traces."""
-    found = []
+def recorded_changes(recorded: Sequence[tuple[Rollout, Curve]]) -> list[SafetyChanges]:
+    """The exact changes of S in traces with recorded curves."""
+    changes = []
     for rollout, curve in recorded:
         ends = (0, *curve.trace.ends)
-        found.append(Changes(rollout.id, ends, tuple(float(curve.truth[cut]) for cut in ends)))
-    return found
+        s = tuple(float(curve.truth[end]) for end in ends)
+        changes.append(SafetyChanges(rollout.id, ends, s))
+    return changes
 
 
-def measured_changes(run: Run, seen: JudgedRollouts, rollouts: Rollouts) -> list[Changes]:
-    """Changes of S from ``csr.draws`` continuations at every sentence end, where no exact ones are recorded."""
-    session, settings = run.session, replace(run.profile.csr, grain=SENTENCE, stride=1)
-    points = measure_csr(session, seen.prompts, rollouts, settings, run.thinking)
-    return [
-        Changes(key, tuple(p.cut for p in own), tuple(p.s for p in own))
-        for key, own in points.items()
-    ]
+def measured_changes(run: Run, judged: JudgedRollouts, rollouts: Rollouts) -> list[SafetyChanges]:
+    """Changes of S from ``csr.draws`` continuations at every sentence end."""
+    settings = replace(run.profile.csr, grain=SENTENCE, stride=1)
+    curves = measure_csr(run.session, judged.prompts, rollouts, settings, run.thinking)
+    changes = []
+    for key, points in curves.items():
+        ends = tuple(point.cut for point in points)
+        changes.append(SafetyChanges(key, ends, tuple(point.s for point in points)))
+    return changes
 
 
 def concentration(
-    found: NatsByRollout,
-    changes: Sequence[Changes],
+    nats: NatsByRollout,
+    changes: Sequence[SafetyChanges],
     prompts: Mapping[str, str],
     matched: bool = False,
 ) -> tuple[tuple[str, float], ...]:
-    """Whether KL sits where S changes: by prompt, the mean over its traces of a difference in nats a token.
+    """How much more KL there is in the sentence over which S changes most.
 
     Args:
-        found: KL at every token, by rollout id.
-        changes: of S in each trace; a trace of one sentence says nothing.
-        prompts: the prompt of each trace, by rollout id.
-        matched: what is taken off the mean KL in the sentence over which |change of S| is largest:
-            False: that of the trace's other tokens; True: that of sentences at the same place in other
-            traces, over which S changes less than elsewhere in them.
+        nats: KL at each token, by rollout id.
+        changes: of S in each trace; a trace of one sentence is left out.
+        prompts: the prompt id of each trace, by rollout id.
+        matched: what that sentence is compared with. False: the other tokens of its trace. True:
+            the sentences with its index in other traces whose largest change is elsewhere.
+
+    Returns:
+        By prompt, the mean over its traces of the difference in nats per token.
     """
-    inside = {one.rollout_id: _by_sentence(found[one.rollout_id], one.ends) for one in changes}
-    rows: dict[str, list[float]] = {}
-    for one in changes:
-        at, own = one.largest, inside[one.rollout_id]
-        if at is None or at >= len(own) or not own[at]:
+    sentences = {}
+    for trace in changes:
+        values = nats[trace.rollout_id]
+        sentences[trace.rollout_id] = [[*values[a:b]] for a, b in pairwise(trace.ends)]
+
+    differences: dict[str, list[float]] = {}
+    for trace in changes:
+        key, index = trace.rollout_id, trace.largest
+        if index is None or not sentences[key][index]:
             continue
+        inside = sentences[key][index]
+        outside: list[float] = []
         if matched:
-            beside = [
-                value
-                for other in changes
-                if other.largest not in (None, at) and at < len(inside[other.rollout_id])
-                for value in inside[other.rollout_id][at]
-            ]
+            for other in changes:
+                if other.largest not in (None, index) and index < len(sentences[other.rollout_id]):
+                    outside += sentences[other.rollout_id][index]
         else:
-            start = len([value for sentence in own[:at] for value in sentence])
-            every = [*found[one.rollout_id]]
-            beside = every[:start] + every[start + len(own[at]) :]
-        if beside:
-            rows.setdefault(prompts[one.rollout_id], []).append(
-                float(np.mean(own[at]) - np.mean(beside))
-            )
-    return tuple((prompt, round(sum(own) / len(own), 6)) for prompt, own in sorted(rows.items()))
-
-
-def _by_sentence(nats: Sequence[float], ends: Sequence[int]) -> list[list[float]]:
-    """KL by sentence."""
-    return [list(nats[first:last]) for first, last in pairwise(ends)]
+            start = trace.ends[index]
+            outside += [*nats[key][:start], *nats[key][start + len(inside) :]]
+        if outside:
+            difference = float(np.mean(inside) - np.mean(outside))
+            differences.setdefault(prompts[key], []).append(difference)
+    rows = []
+    for prompt, values in sorted(differences.items()):
+        rows.append((prompt, round(sum(values) / len(values), 6)))
+    return tuple(rows)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far one model moved: KL by token ``index`` and around the ``cue`` of unsafe base traces, by index on ``benign``
-    prompts, and by prompt how much more there is ``where`` S changes most: than elsewhere in the trace, and (``matched``) than at
-    the same place of other traces. (offset, mean, low, high) in nats."""
+    """How far one adapter diverges from the base model: mean KL in nats, with intervals."""
 
-    row: str
-    seed: int
-    index: Points
-    cue: Points
-    benign: Points
+    row: str  # of a table of results
+    seed: int  # of the training
+    index: Points  # by token from the start of unsafe base traces
+    cue: Points  # by token from the cue of unsafe base traces
+    benign: Points  # by token from the start of traces of benign prompts
+    # By prompt, how much more there is where S changes most than elsewhere in the trace ...
     where: tuple[tuple[str, float], ...] = ()
+    # ... and than in the sentences with the same index of other traces.
     matched: tuple[tuple[str, float], ...] = ()
 
 
@@ -218,50 +251,60 @@ def measure_divergence(
     count: int,
     curves: int = 0,
 ) -> Divergence:
-    """How far an adapter moved the base model.
+    """Measure how far an adapter diverges from the base model.
 
     Args:
-        bench: the profile.
-        row, seed: what the adapter is called.
-        adapter: its folder.
+        run: an open run; its model is the base model.
+        row: of a table of results.
+        seed: of the training.
+        adapter: folder of the trained adapter.
         harmful: prompts of the base traces.
         benign: harmless prompts.
-        count: unsafe base traces, and traces of benign prompts, that are measured.
-        curves: base traces along which S is measured where the profile has no recorded curves.
+        count: how many unsafe base traces, and how many traces of benign prompts, are read.
+        curves: how many base traces S is measured on, where the profile has no recorded curves.
     """
-    session, plan = run.session, run.profile.plan
-    seen = sample_and_judge(session, harmful, run.thinking, plan.draws)
-    unsafe = random_subset(seen.labelled(UNSAFE), count, run.profile.seed)
-    finder = run.truth() or run.detector(seen.rollouts, seen.verdicts)
-    found, cue = (
-        divergence(run, adapter, seen.prompts, unsafe),
-        find_cues(session, seen.prompts, unsafe, finder),
-    )
-    starts = {
-        one.id: trace_sentences(session, one)[at].token_start
-        for one in unsafe
-        if (at := cue[one.id]) is not None
-    }
-    named = by_id(benign)
-    plain = sample(session, [Prefix(prompt) for prompt in benign][:count], run.thinking, 1)
-    recorded = recorded_rollouts(session, seen, run.forks())
+    session, profile = run.session, run.profile
+    judged = sample_and_judge(session, harmful, run.thinking, profile.plan.draws)
+
+    # 1. Unsafe traces, from their start and from their cue.
+    unsafe = random_subset(judged.labelled(UNSAFE), count, profile.seed)
+    nats = divergence(run, adapter, judged.prompts, unsafe)
+    cue_starts = _cue_starts(run, judged, unsafe)
+
+    # 2. Traces of benign prompts.
+    prefixes = [Prefix(prompt) for prompt in benign[:count]]
+    harmless = sample(session, prefixes, run.thinking, 1)
+    benign_nats = divergence(run, adapter, by_id(benign), harmless)
+
+    # 3. Traces whose curve of S is recorded, or else is measured.
+    recorded = recorded_rollouts(session, judged, run.recorded_curves())
     if recorded:
-        known = [rollout for rollout, _ in recorded]
-        changes = known_changes(recorded)
+        rollouts = [rollout for rollout, _ in recorded]
+        changes = recorded_changes(recorded)
     else:
-        known = random_subset(seen.rollouts, curves, run.profile.seed) if curves else []
-        changes = measured_changes(run, seen, known) if known else []
-    owners = {one.id: one.prompt_id for one in known}
-    along = divergence(run, adapter, seen.prompts, known) if known else {}
-    where, matched = (concentration(along, changes, owners, beside) for beside in (False, True))
-    other = divergence(run, adapter, named, plain)
-    first, second = ({**dict.fromkeys(own, 0)} for own in (found, other))
+        rollouts = random_subset(judged.rollouts, curves, profile.seed)
+        changes = measured_changes(run, judged, rollouts) if rollouts else []
+    prompts = {rollout.id: rollout.prompt_id for rollout in rollouts}
+    curve_nats = divergence(run, adapter, judged.prompts, rollouts)
+
     return Divergence(
         row,
         seed,
-        aligned(found, first, INDEX),
-        aligned(found, starts, AROUND),
-        aligned(other, second, INDEX),
-        where,
-        matched,
+        mean_by_offset(nats, dict.fromkeys(nats, 0), INDEX),
+        mean_by_offset(nats, cue_starts, AROUND),
+        mean_by_offset(benign_nats, dict.fromkeys(benign_nats, 0), INDEX),
+        concentration(curve_nats, changes, prompts),
+        concentration(curve_nats, changes, prompts, matched=True),
     )
+
+
+def _cue_starts(run: Run, judged: JudgedRollouts, rollouts: Rollouts) -> dict[str, int]:
+    """The first token of each trace's cue, by rollout id; traces without a cue are left out."""
+    detector = run.truth() or run.detector(judged.rollouts, judged.verdicts)
+    cues = find_cues(run.session, judged.prompts, rollouts, detector)
+    starts = {}
+    for rollout in rollouts:
+        sentence = cues[rollout.id]
+        if sentence is not None:
+            starts[rollout.id] = trace_sentences(run.session, rollout)[sentence].token_start
+    return starts

@@ -1,5 +1,9 @@
-"""What training taught: sentences like the triggers and like cues, where they stand, how long a trace is; what happens when those
-sentences are barred; which prompts were fixed and which broken."""
+"""What training taught: what traces are like, which prompts were fixed, which were broken.
+
+1. *Traits* of traces: sentences like a trigger, cues, where they come, how long a trace is.
+2. *Barred* triggers: are the traces still safe if sentences like a trigger are kept from coming?
+3. *Changes*: responses that were fixed or broken, and rates by category of prompts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from functools import cache
 from math import nan
 
 from ipo_lib.cues import CueDetector
+from ipo_lib.frame import rate
 from ipo_lib.records import UNSAFE, Prompts, Rollout, Rollouts, Verdicts
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
@@ -21,56 +26,88 @@ from ipo_lib.stages import (
     trace_sentences,
     trace_texts,
 )
-from ipo_lib.stats import Interval, pooled_rate
+from ipo_lib.stats import Interval
 from ipo_lib.triggers import Trigger
 
 LIKE = 0.8  # similarity from which a sentence counts as a trigger
-BARRED = 10_000  # draws after a barred sentence are numbered from here
+FIRST_BARRED = 10_000  # number of the first draw after a barred sentence
+CHANGES = {  # by (unsafe before, unsafe after)
+    (True, False): "fixed",
+    (False, True): "broken",
+    (True, True): "still unsafe",
+    (False, False): "still safe",
+}
 
 
 @cache
 def similarity(text: str, other: str) -> float:
-    """Edit similarity in [0, 1] of two sentences, case and outer blanks aside (Ratcliff-Obershelp)."""
-    return SequenceMatcher(
-        None, text.strip().lower(), other.strip().lower(), autojunk=False
-    ).ratio()
+    """Edit similarity in [0, 1] of two sentences, case and outer blanks aside.
+
+    Ratcliff and Obershelp's, as in ``difflib``.
+    """
+    first, second = text.strip().lower(), other.strip().lower()
+    return SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
-def nearest(texts: Sequence[str], triggers: Sequence[Trigger]) -> list[float]:
-    """Of every sentence the similarity to the trigger it is most like."""
-    return [max((similarity(text, one.text) for one in triggers), default=0.0) for text in texts]
+def nearest_similarities(texts: Sequence[str], triggers: Sequence[Trigger]) -> list[float]:
+    """Of every sentence, the similarity to the trigger that it is most like; 0 without triggers."""
+    nearest = []
+    for text in texts:
+        similarities = [similarity(text, trigger.text) for trigger in triggers]
+        nearest.append(max(similarities, default=0.0))
+    return nearest
 
 
-def sentences(
+def _first_like(similarities: Sequence[float]) -> int | None:
+    """Index of the first sentence that counts as a trigger; None if none does."""
+    for index, value in enumerate(similarities):
+        if value >= LIKE:
+            return index
+    return None
+
+
+def describe_traces(
     session: Session,
     prompts: Prompts,
     rollouts: Rollouts,
     triggers: Sequence[Trigger],
     detector: CueDetector,
 ) -> dict[str, float]:
-    """Means over rollouts: traces with a sentence like a trigger, with a cue; the index of the first such trigger; the
-    similarity of the sentence nearest to one; tokens of a trace. nan where nothing has one."""
-    near = [nearest(trace_texts(session, one), triggers) for one in rollouts]
-    first = [next((at for at, value in enumerate(own) if value >= LIKE), None) for own in near]
-    cued = find_cues(session, prompts, rollouts, detector)
-    places, lengths = (
-        [at for at in first if at is not None],
-        [trace_end(session, one) or len(one.token_ids) for one in rollouts],
-    )
+    """Means over traces of how often and where triggers and cues come.
 
-    def average(values: Sequence[float]) -> float:
-        return sum(values) / len(values) if values else nan
+    Args:
+        session: store, model and judge.
+        prompts: the rollouts' prompts, by id.
+        rollouts: responses.
+        triggers: sentences to look for.
+        detector: of cues.
 
+    Returns:
+        By name; nan where no trace has such a number.
+    """
+    cues = find_cues(session, prompts, rollouts, detector)
+    similarities, first_triggers, lengths = [], [], []
+    for rollout in rollouts:
+        nearest = nearest_similarities(trace_texts(session, rollout), triggers)
+        similarities.append(max(nearest, default=0.0))
+        first_triggers.append(_first_like(nearest))
+        lengths.append(trace_end(session, rollout) or len(rollout.token_ids))
+    indices = [index for index in first_triggers if index is not None]
     return {
-        "traces with a trigger": average([at is not None for at in first]),
-        "traces with a cue": average([cued[one.id] is not None for one in rollouts]),
-        "index of the first trigger": average(places),
-        "similarity to a trigger": average([max(own, default=0.0) for own in near]),
-        "tokens of a trace": average(lengths),
+        "traces with a trigger": _mean([index is not None for index in first_triggers]),
+        "traces with a cue": _mean([cues[rollout.id] is not None for rollout in rollouts]),
+        "index of the first trigger": _mean(indices),
+        "similarity to a trigger": _mean(similarities),
+        "tokens of a trace": _mean(lengths),
     }
 
 
-def barred(
+def _mean(values: Sequence[float]) -> float:
+    """The mean; nan without values."""
+    return sum(values) / len(values) if values else nan
+
+
+def bar_triggers(
     session: Session,
     prompts: Prompts,
     rollouts: Rollouts,
@@ -78,60 +115,70 @@ def barred(
     sampling: Sampling,
     rounds: int = 3,
 ) -> list[Rollout]:
-    """The same responses with sentences like a trigger barred: each is cut before the first one and goes on with another first
-    token there, up to ``rounds`` times."""
-    found = list(rollouts)
+    """The same responses with sentences like a trigger barred.
+
+    Each is cut before the first such sentence and goes on with another first token there.
+
+    Args:
+        session: store, model and judge.
+        prompts: the rollouts' prompts, by id.
+        rollouts: responses.
+        triggers: sentences that are barred.
+        sampling: of the continuations.
+        rounds: how often a response is cut at most.
+    """
+    results = list(rollouts)
     for round_ in range(rounds):
-        wanted = []
-        for place, one in enumerate(found):
-            near = nearest(trace_texts(session, one), triggers)
-            if (
-                at := next((at for at, value in enumerate(near) if value >= LIKE), None)
-            ) is not None:
-                start = trace_sentences(session, one)[at].token_start
-                wanted.append(
-                    (
-                        place,
-                        Prefix(prompts[one.prompt_id], one.token_ids[:start], one.token_ids[start]),
-                    )
-                )
-        asked = [(start, BARRED + round_ * len(found) + place) for place, start in wanted]
-        for (place, _), new in zip(
-            wanted, draw_rollouts(session, asked, sampling, "barred"), strict=True
-        ):
-            found[place] = new
-    return found
+        places, wanted = [], []
+        for place, rollout in enumerate(results):
+            first = _first_like(nearest_similarities(trace_texts(session, rollout), triggers))
+            if first is None:
+                continue
+            cut = trace_sentences(session, rollout)[first].token_start
+            ids, banned = rollout.token_ids[:cut], rollout.token_ids[cut]
+            draw = FIRST_BARRED + round_ * len(results) + place
+            places.append(place)
+            wanted.append((Prefix(prompts[rollout.prompt_id], ids, banned), draw))
+        continued = draw_rollouts(session, wanted, sampling, "barred")
+        for place, rollout in zip(places, continued, strict=True):
+            results[place] = rollout
+    return results
 
 
-def changed(before: Verdicts, after: Verdicts) -> Counter[str]:
-    """How many responses were ``fixed`` (unsafe, then safe), ``broken``, ``still unsafe`` or ``still safe``; the same draws in
-    the same order on both sides, and both judged."""
-    names = {
-        (True, False): "fixed",
-        (False, True): "broken",
-        (True, True): "still unsafe",
-        (False, False): "still safe",
-    }
-    pairs = [
-        (a, b)
-        for a, b in zip(before, after, strict=True)
-        if a.label is not None and b.label is not None
-    ]
-    return Counter({name: 0 for name in names.values()}) + Counter(
-        names[a.label == UNSAFE, b.label == UNSAFE] for a, b in pairs
-    )
+def count_changes(before: Verdicts, after: Verdicts) -> dict[str, int]:
+    """How many responses were fixed, broken, still unsafe or still safe.
+
+    Args:
+        before: verdicts on some draws.
+        after: verdicts on the same draws of another model, in the same order.
+
+    Returns:
+        Counts that are not 0, of the responses that were judged on both sides.
+    """
+    counts = Counter[str]()
+    for old, new in zip(before, after, strict=True):
+        if old.label is not None and new.label is not None:
+            counts[CHANGES[old.label == UNSAFE, new.label == UNSAFE]] += 1
+    return {change: counts[change] for change in CHANGES.values() if counts[change]}
 
 
-def by_category(
+def rates_by_category(
     prompts: Prompts, counts: Mapping[str, tuple[int, int]], least: int = 3
 ) -> dict[str, Interval]:
-    """A rate by category of prompts, the most frequent first; categories of fewer than ``least`` prompts together as
-    ``others``."""
-    kinds = Counter(prompts[key].category or "none" for key in counts)
-    own: dict[str, list[tuple[int, int]]] = {
-        kind: [] for kind, n in kinds.most_common() if n >= least
-    }
+    """A rate by category of prompts, the most frequent category first.
+
+    Args:
+        prompts: by id.
+        counts: (k, n) of every prompt.
+        least: categories of fewer prompts come together as ``others``.
+    """
+    categories = {key: prompts[key].category or "none" for key in counts}
+    sizes = Counter(categories.values())
+    groups: dict[str, dict[str, tuple[int, int]]] = {}
+    for category, size in sizes.most_common():
+        if size >= least:
+            groups[category] = {}
     for key, pair in counts.items():
-        kind = prompts[key].category or "none"
-        own.setdefault(kind if kind in own else "others", []).append(pair)
-    return {kind: pooled_rate(pairs) for kind, pairs in own.items()}
+        category = categories[key] if categories[key] in groups else "others"
+        groups.setdefault(category, {})[key] = pair
+    return {category: rate(by_prompt) for category, by_prompt in groups.items()}

@@ -1,60 +1,72 @@
-"""How a judge compares with people, on labelled answers: kappa, sensitivity and specificity with intervals over prompts."""
+"""How well a judge agrees with people, on published sets of labelled answers.
+
+1. ``people.yml`` says where each set lies under ``$IPO_DATA`` and what its columns mean.
+2. Every judge labels the answers; its labels are kept in the store. Labels of published judges that
+   a set brings along are compared, too.
+3. A ``Score`` holds Cohen's kappa, sensitivity and specificity, with intervals over prompts, since
+   answers to one prompt are alike.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 
-from ipo_lib.judging import HARM, Exchange, Judge
+from ipo_lib.frame import count_outcomes, counts, rate
+from ipo_lib.judging import HARM, REFUSAL, Exchange, Judge
 from ipo_lib.prompts import data_folder, read_rows
 from ipo_lib.records import ANSWER, UNSAFE, BadInput, digest, from_json
-from ipo_lib.stats import Interval, kappa, pooled_rate
+from ipo_lib.stats import Interval, kappa
 from ipo_lib.store import Store
 
-KNOWN = Path(__file__).with_name("people.yml")
-POSITIVE = {HARM: UNSAFE, "refusal": "refused"}  # what sensitivity is about, by question
+SETS_FILE = Path(__file__).with_name("people.yml")
+POSITIVE = {HARM: UNSAFE, REFUSAL: "refused"}  # by question: the label that sensitivity is about
 RESAMPLES = 1000
-VERSION, CHUNK = 1, 64  # of what is stored; answers judged at a time
-FEW = 10  # answers below which a category gets no row
-LICENCE = "These sets hold answers, not reasoning: none of this licenses a correction of verdicts on traces."
+VERSION = 1  # of what is stored
+CHUNK = 64  # answers judged at a time
+FEW = 10  # a category with fewer answers gets no score
+LICENCE = (
+    "These sets hold answers, not reasoning: "
+    "none of this licenses a correction of verdicts on traces."
+)
 
 
 @dataclass(frozen=True)
-class Others:
-    """Where the verdicts of published judges stand: columns ``names``, inside the column ``nested`` if it is given."""
+class PublishedJudges:
+    """Where the labels of published judges stand in a row."""
 
-    names: tuple[str, ...]
-    nested: str = ""
+    names: tuple[str, ...]  # columns
+    nested: str = ""  # the column that holds these columns; empty: the row itself
 
 
 @dataclass(frozen=True)
-class JudgeSet:
-    """A labelled set; see ``people.yml``. ``half``: only the prompts whose hash has this parity."""
+class LabelledSet:
+    """A set of labelled answers."""
 
     about: str
-    file: str
+    file: str  # under $IPO_DATA
     question: str
-    prompt: str
-    by: str
-    column: str
-    label: Mapping[str, str]
-    category: str = ""
-    half: int | None = None
-    others: Others | None = None
+    prompt: str  # column of the prompt
+    by: str  # column that groups answers for the intervals
+    column: str  # column of the people's verdict
+    label: Mapping[str, str]  # label by value of that column
+    category: str = ""  # column; empty: none
+    half: int | None = None  # take only prompts whose hash has this parity
+    others: PublishedJudges | None = None
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """One answer with the people's label, and what published judges said of it."""
+class LabelledAnswer:
+    """One answer with the people's label and those of published judges."""
 
     exchange: Exchange
     label: str
@@ -65,161 +77,169 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Score:
-    """A judge on one set or category: ``n`` answers, the share it could judge, Cohen's kappa, and its rates on what people call
-    unsafe or refused (``sensitivity``) and on the rest (``specificity``); intervals over prompts."""
+    """A judge against people, on one set or on one category of it."""
 
     judge: str
     set: str
-    category: str
-    n: int
-    coverage: float
+    category: str  # empty: the whole set
+    n: int  # answers
+    coverage: float  # share of them that the judge could judge
     kappa: Interval
-    sensitivity: Interval
-    specificity: Interval
+    sensitivity: Interval  # on what people call unsafe or refused
+    specificity: Interval  # on the rest
 
 
 @functools.cache
-def known() -> dict[str, JudgeSet]:
-    """The sets of ``people.yml``."""
-    return {
-        name: from_json(JudgeSet, one)
-        for name, one in yaml.safe_load(KNOWN.read_text("utf-8")).items()
-    }
+def labelled_sets() -> dict[str, LabelledSet]:
+    """The sets of ``people.yml`` by name."""
+    data = yaml.safe_load(SETS_FILE.read_text("utf-8"))
+    return {name: from_json(LabelledSet, settings) for name, settings in data.items()}
 
 
-def load(name: str) -> list[Labelled]:
+def load(name: str) -> list[LabelledAnswer]:
     """The answers of a set. BadInput: no such set, or no ``$IPO_DATA`` that holds it."""
-    if name not in known():
-        raise BadInput(f"labelled set {name!r} is unknown; choose one of {', '.join(known())}")
-    spec, folder = known()[name], data_folder()
+    if name not in labelled_sets():
+        choices = ", ".join(labelled_sets())
+        raise BadInput(f"labelled set {name!r} is unknown; choose one of {choices}")
+    spec, folder = labelled_sets()[name], data_folder()
     if not folder:
         raise BadInput(f"labelled set {name!r}: set IPO_DATA to the folder that holds {spec.file}")
-    found = []
+    answers = []
     for number, row in enumerate(read_rows(folder / spec.file)):
-        group = str(row[spec.by])
-        if (
-            spec.half is not None
-            and int(hashlib.sha256(group.encode()).hexdigest(), 16) % 2 != spec.half
-        ):
+        prompt = str(row[spec.by])
+        if spec.half is not None and _parity(prompt) != spec.half:
             continue
-        exchange = Exchange(
-            f"{name}/{number}", str(row[spec.prompt]), str(row["response"]), ANSWER, spec.question
-        )
+        text, response = str(row[spec.prompt]), str(row["response"])
+        exchange = Exchange(f"{name}/{number}", text, response, ANSWER, spec.question)
+        label = spec.label[str(row[spec.column])]
         category = str(row[spec.category]) if spec.category else ""
-        found.append(
-            Labelled(
-                exchange, spec.label[str(row[spec.column])], group, category, _others(spec, row)
-            )
-        )
-    return found
+        others = _published_labels(spec, row)
+        answers.append(LabelledAnswer(exchange, label, prompt, category, others))
+    return answers
 
 
-def _others(spec: JudgeSet, row: Mapping[str, Any]) -> dict[str, str]:
-    """The verdicts of published judges that are plain 0 or 1."""
+def _parity(prompt: str) -> int:
+    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 2
+
+
+def _published_labels(spec: LabelledSet, row: Mapping[str, Any]) -> dict[str, str]:
+    """The verdicts of published judges that are plain 0 or 1, as labels."""
     if not spec.others:
         return {}
     columns = row[spec.others.nested] if spec.others.nested else row
-    return {
-        name: spec.label[str(columns[name])]
-        for name in spec.others.names
-        if str(columns.get(name)) in spec.label
-    }
+    values = {name: str(columns.get(name)) for name in spec.others.names}
+    return {name: spec.label[value] for name, value in values.items() if value in spec.label}
 
 
 def report(judges: Mapping[str, Judge], sets: Sequence[str], store: Store) -> list[Score]:
-    """Every judge on every set whose question it answers, on each category of it, and the published judges beside them. What a
-    judge has said of an answer is kept in the store."""
-    found = []
+    """The scores of all judges and published judges on every set whose question they answer."""
+    scores = []
     for name in sets:
-        rows = load(name)
-        said = {
-            key: verdicts(judge, [row.exchange for row in rows], store)
-            for key, judge in judges.items()
-        }
-        said |= {
-            key: [row.others.get(key) for row in rows]
-            for key in dict.fromkeys(k for row in rows for k in row.others)
-        }
-        for key, labels in said.items():
-            if any(label is not None for label in labels):
-                found += scores(key, name, rows, labels)
-    return found
+        answers = load(name)
+        exchanges = [answer.exchange for answer in answers]
+        labels = {key: judge_labels(judge, exchanges, store) for key, judge in judges.items()}
+        published: dict[str, None] = {}  # names in order
+        for answer in answers:
+            published |= dict.fromkeys(answer.others)
+        for key in published:
+            labels[key] = [answer.others.get(key) for answer in answers]
+        for key, column in labels.items():
+            if any(label is not None for label in column):
+                scores += score_categories(key, name, answers, column)
+    return scores
 
 
-def verdicts(judge: Judge, exchanges: Sequence[Exchange], store: Store) -> list[str | None]:
-    """The labels of the exchanges, in order; missing ones are asked for and stored as they come."""
+def judge_labels(judge: Judge, exchanges: Sequence[Exchange], store: Store) -> list[str | None]:
+    """The labels of the exchanges, in order; those that the store lacks are asked for and kept."""
     ledger = store.ledger("labelled", VERSION, {"judge": judge.fingerprint()})
-    named = {digest([e.prompt, e.text, e.question]): e for e in exchanges}
+    keys = [digest([e.prompt, e.text, e.question]) for e in exchanges]
+    named = dict(zip(keys, exchanges, strict=True))
     missing = ledger.missing(named)
-    for at in range(0, len(missing), CHUNK):
-        keys = missing[at : at + CHUNK]
-        asked = [
-            replace(named[key], rollout_id=key) for key in keys
-        ]  # after a failure verdicts may come out of order
-        said = (
-            (one.rollout_id, {"label": one.label, "raw": one.raw}) for one in judge.judge(asked)
-        )
-        ledger.collect(said, CHUNK)
-    return [ledger[digest([e.prompt, e.text, e.question])]["label"] for e in exchanges]
+    for start in range(0, len(missing), CHUNK):
+        # After a failure verdicts may come out of order, so each exchange is named by its key.
+        chunk = [replace(named[key], rollout_id=key) for key in missing[start : start + CHUNK]]
+        verdicts = judge.judge(chunk)
+        rows = ((v.rollout_id, {"label": v.label, "raw": v.raw}) for v in verdicts)
+        ledger.collect(rows, CHUNK)
+    return [ledger[key]["label"] for key in keys]
 
 
-def scores(
-    judge: str, name: str, rows: Sequence[Labelled], labels: Sequence[str | None]
+def score_categories(
+    judge: str, name: str, answers: Sequence[LabelledAnswer], labels: Sequence[str | None]
 ) -> list[Score]:
-    """The score on all rows, then on each category of at least ``FEW`` of them."""
-    groups: dict[str, list[tuple[Labelled, str | None]]] = defaultdict(list)
-    for row, label in zip(rows, labels, strict=True):
-        groups[""].append((row, label))
-        if row.category:
-            groups[row.category].append((row, label))
-    return [
-        score(judge, name, category, own)
-        for category, own in groups.items()
-        if not category or len(own) >= FEW
-    ]
+    """The score on a whole set, then on each category of at least ``FEW`` answers.
 
-
-def score(
-    judge: str, name: str, category: str, rows: Sequence[tuple[Labelled, str | None]]
-) -> Score:
-    """One judge on some answers; what it could not judge is left out of the rates and shown as coverage."""
-    judged = [(row, label) for row, label in rows if label is not None]
-    positive = POSITIVE[known()[name].question]
-    rates = [
-        share([(row.prompt, label == positive) for row, label in judged if row.label == positive]),
-        share([(row.prompt, label != positive) for row, label in judged if row.label != positive]),
-    ]
-    agreed = over_prompts(
-        judged, lambda own: kappa([row.label for row, _ in own], [label for _, label in own])
+    Args:
+        judge: name of the judge.
+        name: of the set.
+        answers: all answers of the set.
+        labels: the judge's label of each answer; None: it could not judge it.
+    """
+    table = pd.DataFrame(
+        {
+            "prompt": [answer.prompt for answer in answers],
+            "category": [answer.category for answer in answers],
+            "people": [answer.label for answer in answers],
+            "judge": pd.Series(labels, dtype=object),
+        }
     )
-    return Score(judge, name, category, len(rows), len(judged) / len(rows), agreed, *rates)
+    positive = POSITIVE[labelled_sets()[name].question]
+    scores = [score(judge, name, "", table, positive)]
+    for category, rows in table.groupby("category", sort=False):
+        if category and len(rows) >= FEW:
+            scores.append(score(judge, name, str(category), rows, positive))
+    return scores
 
 
-def share(outcomes: Sequence[tuple[str, bool]]) -> Interval:
-    """A rate with its interval over prompts."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for prompt, right in outcomes:
-        counts[prompt][0] += right
-        counts[prompt][1] += 1
-    return pooled_rate([(k, n) for k, n in counts.values()])
+def score(judge: str, name: str, category: str, table: pd.DataFrame, positive: str) -> Score:
+    """One judge on some answers; those it could not judge lower its coverage only.
+
+    Args:
+        judge: name of the judge.
+        name: of the set.
+        category: within the set; empty for all of it.
+        table: one row per answer: ``prompt``, and the labels of ``people`` and ``judge``.
+        positive: the label that sensitivity is about.
+    """
+    judged = table[table["judge"].notna()]
+    positives = judged[judged["people"] == positive]
+    negatives = judged[judged["people"] != positive]
+    sensitivity = rate(counts(positives, "judge", positive))
+    correct = count_outcomes(negatives["prompt"], negatives["judge"] != positive)
+    coverage = len(judged) / len(table)
+    agreement = kappa_over_prompts(judged)
+    return Score(judge, name, category, len(table), coverage, agreement, sensitivity, rate(correct))
 
 
-def over_prompts(
-    rows: Sequence[tuple[Labelled, str]],
-    statistic: Callable[[Sequence[tuple[Labelled, str]]], float],
-) -> Interval:
-    """A statistic with its bootstrap interval, whole prompts drawn; draws in which it is not defined are left out."""
-    groups: dict[str, list[tuple[Labelled, str]]] = defaultdict(list)
-    for row, label in rows:
-        groups[row.prompt].append((row, label))
-    own, generator = list(groups.values()), np.random.default_rng(0)
-    drawn = []
-    for _ in range(RESAMPLES if len(own) > 1 else 0):
-        value = statistic(
-            [one for at in generator.integers(len(own), size=len(own)) for one in own[at]]
-        )
-        drawn += [value] if math.isfinite(value) else []
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if drawn else (math.nan, math.nan)
-    return Interval(
-        statistic(rows) if rows else math.nan, low, high, len(own), "bootstrap over prompts"
-    )
+def kappa_over_prompts(judged: pd.DataFrame) -> Interval:
+    """Cohen's kappa of ``people`` and ``judge``, with a bootstrap interval that draws prompts.
+
+    Draws in which kappa is not defined are left out.
+    """
+    # 1. Group the labels by prompt.
+    groups = []
+    for _, rows in judged.groupby("prompt", sort=False):
+        groups.append((rows["people"].tolist(), rows["judge"].tolist()))
+    # 2. Draw as many prompts with replacement, and compute kappa of their answers.
+    generator = np.random.default_rng(0)
+    values = []
+    for _ in range(RESAMPLES if len(groups) > 1 else 0):
+        drawn = generator.integers(len(groups), size=len(groups))
+        value = _kappa_of_groups([groups[index] for index in drawn])
+        if math.isfinite(value):
+            values.append(value)
+    # 3. The interval holds 95 % of these.
+    low, high = math.nan, math.nan
+    if values:
+        low, high = np.quantile(values, [0.025, 0.975]).tolist()
+    value = _kappa_of_groups(groups) if groups else math.nan
+    return Interval(value, low, high, len(groups), "bootstrap over prompts")
+
+
+def _kappa_of_groups(groups: Sequence[tuple[list[str], list[str]]]) -> float:
+    people: list[str] = []
+    judge: list[str] = []
+    for people_labels, machine_labels in groups:
+        people += people_labels
+        judge += machine_labels
+    return kappa(people, judge)

@@ -1,5 +1,11 @@
-"""Profiles: one code path, several bodies. A profile is data (``notebooks/profiles/<name>.yml``), read into settings records.
-Nothing else in the library asks which profile it is in. A setting is changed by its dotted name, ``csr.draws=16``."""
+"""An open run: a profile with the store, the model and the judge that its steps work with.
+
+    import ipo_lib as ipo
+    run = ipo.open_run("tiny")
+    prompts = run.prompts("train_harmful")
+
+Models are loaded when a step first finds something missing in the store.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ipo_lib import plots
 from ipo_lib.chat import Chat
 from ipo_lib.cues import CueDetector
 from ipo_lib.engines.transformers_sampler import TransformersSampler
 from ipo_lib.engines.vllm import ServerSampler
-from ipo_lib.judging import UNANIMOUS, ByQuestion, Judge, Panel
-from ipo_lib.overlap import apart
+from ipo_lib.judging import ByQuestion, Judge
+from ipo_lib.profiles.claims import CALIBRATED, EMERGENT, claim, save_figure, withheld
 from ipo_lib.profiles.reading import checkout, read_profile
 from ipo_lib.profiles.settings import Component, Model, Profile
-from ipo_lib.prompts import load_prompts, object_named
-from ipo_lib.records import (
-    BadInput,
-    Prompt,
-    Prompts,
-    Rollouts,
-    Verdicts,
-    by_id,
-    canonical,
-    from_json,
-    to_json,
-)
+from ipo_lib.prompts import load_prompts, object_named, without_overlap
+from ipo_lib.records import BadInput, Prompt, Prompts, Rollouts, Verdicts, by_id, canonical, from_json, to_json
 from ipo_lib.sampling import Sampler, Sampling
 from ipo_lib.stages import Session
 from ipo_lib.stats import Interval, wilson
@@ -41,22 +36,22 @@ from ipo_lib.turning_points import curves
 from ipo_lib.turning_points.curves import Curve
 from ipo_lib.turning_points.mining import learn_lexicon, mine_pool
 
-CLOSED = 0.5  # share of closed traces under which nothing is claimed about traces
+FEW_CLOSED = 0.5  # share of closed traces under which nothing is claimed about traces
 
 
 @dataclass(frozen=True)
 class Run:
-    """A profile with its doors open: what a notebook starts from. Models load when a verb first misses a record."""
+    """A profile with its session: what a notebook starts from."""
 
     profile: Profile
     session: Session
-    folder: Path
-    figures: Path
-    given: tuple[str, Mapping[str, Any], str, str] = ("", {}, "", "")
+    folder: Path  # of the model
+    figures: Path  # folder that figures are written to
+    opened_with: tuple[str, Mapping[str, Any], str, str] = ("", {}, "", "")  # see ``open_run``
 
     def changed(self, changes: Mapping[str, Any]) -> Run:
-        """The bench of the same profile with more settings changed, by dotted name."""
-        name, overrides, store, figures = self.given
+        """The run of the same profile with more settings changed, by dotted name."""
+        name, overrides, store, figures = self.opened_with
         return open_run(name, {**overrides, **changes}, store, figures)
 
     @property
@@ -65,138 +60,170 @@ class Run:
         return replace(self.profile.sampling, until="think")
 
     def prompts(self, name: str) -> list[Prompt]:
-        """A prompt set of the profile by name."""
-        if name not in (sets := self.profile.prompts):
+        """A prompt set of the profile, by name."""
+        prompt_sets = self.profile.prompts
+        if name not in prompt_sets:
+            listed = ", ".join(prompt_sets)
             raise BadInput(
-                f"prompt set {name!r} is not in profile {self.profile.name!r}; known: {', '.join(sets)}"
+                f"prompt set {name!r} is not in profile {self.profile.name!r}; known: {listed}"
             )
-        found = load_prompts(name, sets[name])
-        others = [one for other in sets[name].apart for one in load_prompts(other, sets[other])]
-        return apart(found, others) if others else found
+        prompts = load_prompts(name, prompt_sets[name])
+        others: list[Prompt] = []
+        for other in prompt_sets[name].apart:
+            others += load_prompts(other, prompt_sets[other])
+        return without_overlap(prompts, others) if others else prompts
+
+    # Detector, triggers and what only some worlds have.
 
     def detector(self, rollouts: Rollouts, verdicts: Verdicts) -> CueDetector:
-        """The profile's cue detector; where it names none, a lexicon learnt from these judged rollouts."""
-        return (
-            build_component(part)
-            if (part := self.profile.detector)
-            else learn_lexicon(self.session, rollouts, verdicts)
-        )
+        """The profile's cue detector, or a lexicon learnt from these judged rollouts."""
+        component = self.profile.detector
+        if component:
+            detector: CueDetector = build_component(component)
+            return detector
+        return learn_lexicon(self.session, rollouts, verdicts)
 
     def triggers(
         self, prompts: Prompts, rollouts: Rollouts, verdicts: Verdicts, detector: CueDetector
     ) -> list[Trigger]:
-        """The profile's triggers in use; where it names none, mined from these judged rollouts."""
-        if (s := self.profile).triggers:
-            return list(by_id(build_component(s.triggers)).values())
-        return mine_pool(
+        """The profile's safety triggers, or those mined from these judged rollouts.
+
+        Args:
+            prompts: the rollouts' prompts, by id.
+            rollouts: traces.
+            verdicts: on the traces, in the order of the rollouts.
+            detector: finds the cues at which triggers are tried.
+        """
+        profile = self.profile
+        if profile.triggers:
+            return list(by_id(build_component(profile.triggers)).values())
+        _, triggers = mine_pool(
             self.session,
             prompts,
             rollouts,
             verdicts,
             detector,
-            s.csr,
-            s.search,
-            s.plan,
+            profile.csr,
+            profile.search,
+            profile.plan,
             self.thinking,
-        )[1]
+        )
+        return triggers
 
-    def paraphrases(self) -> list[str]:
-        """Trigger sentences held out of everything; none where the profile has none."""
-        return list(build_component(part)) if (part := self.profile.paraphrases) else []
-
-    def pool(self) -> list[Trigger]:
-        """All triggers that were mined; none where the profile keeps no pool."""
-        return list(by_id(build_component(part)).values()) if (part := self.profile.pool) else []
-
-    def taught(self, prompts: Sequence[Prompt]) -> list[str]:
-        """A safe response of the profile's stronger source to every prompt."""
-        if not (part := self.profile.teacher):
-            raise BadInput(
-                f"profile {self.profile.name!r} names no teacher; name one, or take a recipe without"
-            )
-        return list(object_named(part.use)(prompts, self.profile.seed, **part.arguments))
+    def extra(self, name: str, default: Any = None) -> Any:
+        """What the profile names under ``extras``; ``default`` where it names nothing."""
+        component = self.profile.extras.get(name)
+        return build_component(component) if component else default
 
     def truth(self) -> CueDetector | None:
         """The detector that is never wrong, in a world that has one."""
-        return build_component(part) if (part := self.profile.truth) else None
+        detector: CueDetector | None = self.extra("truth")
+        return detector
 
     def wide_truth(self) -> CueDetector | None:
-        """The detector of any sentence that commits to helping, never wrong, in a world that has one."""
-        return build_component(part) if (part := self.profile.wide_truth) else None
+        """The detector of any sentence that commits to helping, in a world that has one."""
+        detector: CueDetector | None = self.extra("wide_truth")
+        return detector
 
-    def forks(self) -> list[Curve]:
-        """The recorded outcome curves of the profile's model; none where it has none."""
-        return curves.load(build_component(part)) if (part := self.profile.forks) else []
+    def paraphrases(self) -> list[str]:
+        """Trigger sentences that no step has seen; none where the profile has none."""
+        return list(self.extra("paraphrases", []))
+
+    def pool(self) -> list[Trigger]:
+        """All triggers that were mined; none where the profile keeps no pool."""
+        return list(by_id(self.extra("pool", [])).values())
+
+    def recorded_curves(self) -> list[Curve]:
+        """The recorded curves of the profile's model; none where it has none."""
+        path = self.extra("forks")
+        return curves.load(path) if path else []
+
+    def teacher_responses(self, prompts: Sequence[Prompt]) -> list[str]:
+        """A safe response of the profile's stronger source to every prompt."""
+        component = self.profile.extras.get("teacher")
+        if not component:
+            raise BadInput(
+                f"profile {self.profile.name!r} names no teacher; name one, or take a recipe "
+                "without"
+            )
+        respond = object_named(component.use)
+        return list(respond(prompts, self.profile.seed, **component.arguments))
+
+    # Sessions with another model or judge.
+
+    def adapted(self, adapter: Path | None) -> Session:
+        """The session with a trained adapter on the model (None: without)."""
+        sampler = open_sampler(self.profile.model, self.folder, self.session.chat, adapter)
+        return replace(self.session, sampler=sampler)
 
     def aligned(self) -> Session | None:
-        """The doors of the model aligned on answers only, where the profile has one."""
-        return self.adapted(Path(build_component(part))) if (part := self.profile.aligned) else None
+        """The session of the model aligned on answers only, where the profile has one."""
+        folder = self.extra("aligned")
+        return self.adapted(Path(folder)) if folder else None
+
+    def with_second_judge(self, session: Session) -> Session | None:
+        """The same session with the profile's second judge, where it has one."""
+        component = self.profile.second_judge
+        if not component:
+            return None
+        return replace(session, judge=_built_once(canonical(to_json(component))))
+
+    def judges(self) -> dict[str, Judge]:
+        """The profile's judges, by what they are."""
+        judges = {}
+        components = {"judge": self.profile.judge, "second judge": self.profile.second_judge}
+        for name, component in components.items():
+            if component:
+                judges[f"{name}, {component.use.rpartition(':')[2]}"] = build_component(component)
+        return judges
+
+    def trained_adapters(self, figure: str) -> dict[str, Path]:
+        """The adapters that a training figure names: after stage 1, and stage 2 where it ran."""
+        sidecar = self.figures / f"{figure}.json"
+        if not sidecar.is_file():
+            raise BadInput(f"{sidecar} is missing; run the training notebook first")
+        artifacts = json.loads(sidecar.read_text("utf-8"))["artifacts"]
+        root = self.session.store.root / "adapters"
+        adapters = {}
+        for stage in ("stage 1", "stage 2"):
+            folder = root / artifacts[stage] / "files"
+            if (folder / "adapter_config.json").is_file():
+                adapters[f"after {stage}"] = folder
+        if "after stage 1" not in adapters:
+            raise BadInput(
+                f"{sidecar} names an adapter that is not in {root}; run the training notebook "
+                "again with this store"
+            )
+        return adapters
+
+    # Claims and figures.
 
     def origin(self, kind: str) -> str:
-        """Where a claim of this kind comes from in this profile: calibrated or emergent."""
-        return plots.ORIGINS[0] if kind in self.profile.calibrated else plots.ORIGINS[1]
+        """Whether a claim of this kind is calibrated or emergent in this profile."""
+        return CALIBRATED if kind in self.profile.calibrated else EMERGENT
 
     def cause(
         self, sentence: str, value: Interval, kind: str, above: bool = True, **more: Any
     ) -> dict[str, Any]:
-        """A claim that a sentence of a trace causes something; in a world without causes, that it does not.
+        """A claim that a sentence of a trace causes something.
+
+        In a world without causes it is the claim that it does not.
 
         Args:
             sentence: with ``{}`` where the number belongs.
             value: a difference that the cause would move away from 0.
             kind: of claim, which tells whether the world was built to show it.
             above: the cause would make the number positive; False: negative.
-            more: passed on to ``plots.claim``.
+            more: passed on to ``claim``.
         """
         if not self.profile.no_causes:
-            return plots.claim(sentence, value, origin=self.origin(kind), above=above, **more)
+            return claim(sentence, value, origin=self.origin(kind), above=above, **more)
         margin = self.profile.equivalence
-        said = f"{sentence.rstrip('.')}; nothing causes anything here, so: no difference of more than {100 * margin:.0f} points"
-        return plots.claim(said, value, origin=plots.ORIGINS[0], margin=margin, **more)
-
-    def judges(self) -> dict[str, Judge]:
-        """The profile's judges by what they are."""
-        parts = {"judge": self.profile.judge, "second judge": self.profile.second_judge}
-        return {
-            f"{name}, {part.use.rpartition(':')[2]}": build_component(part)
-            for name, part in parts.items()
-            if part
-        }
-
-    def second(self, session: Session) -> Session | None:
-        """The same doors with the profile's second judge, where it has one."""
-        return (
-            replace(session, judge=_kept(canonical(to_json(part))))
-            if (part := self.profile.second_judge)
-            else None
+        sentence = (
+            f"{sentence.rstrip('.')}; nothing causes anything here, so: no difference of more than "
+            f"{100 * margin:.0f} points"
         )
-
-    def adapted(self, adapter: Path | None) -> Session:
-        """The same doors with a trained adapter on the model (None: as it is)."""
-        return replace(
-            self.session,
-            sampler=sampler(self.profile.model, self.folder, self.session.chat, adapter),
-        )
-
-    def adapters(self, figure: str) -> dict[str, Path]:
-        """The adapters that a training figure names: ``after stage 1``, and ``after stage 2`` where it ran."""
-        if not (sidecar := self.figures / f"{figure}.json").is_file():
-            raise BadInput(f"{sidecar} is missing; run the training notebook first")
-        named, root = (
-            json.loads(sidecar.read_text("utf-8"))["artifacts"],
-            self.session.store.root / "adapters",
-        )
-        found = {
-            f"after {stage}": root / named[stage] / "files" for stage in ("stage 1", "stage 2")
-        }
-        there = {
-            stage: path for stage, path in found.items() if (path / "adapter_config.json").is_file()
-        }
-        if "after stage 1" not in there:
-            raise BadInput(
-                f"{sidecar} names an adapter that is not in {root}; run the training notebook again with this store"
-            )
-        return there
+        return claim(sentence, value, origin=CALIBRATED, margin=margin, **more)
 
     def save(
         self,
@@ -205,17 +232,28 @@ class Run:
         claims: Sequence[Mapping[str, Any]],
         artifacts: Mapping[str, Any],
     ) -> None:
-        """Write a figure of this profile with its claims, and the tokens that this notebook has asked for so far. Where fewer
-        than half of the whole responses closed their trace, claims about traces are withheld, and the share is said instead."""
-        about, tokens, closed = (
-            self.profile.about,
-            sum(self.session.store.drawn.values()),
-            [*self.session.store.closed.values()],
-        )
-        if closed and (share := wilson(sum(closed), len(closed))).value < CLOSED:
-            claims = plots.withheld(claims, self.profile.name, share)
-            about = f"{about} Only {share.value:.0%} of the traces were closed: what is shown of traces means nothing."
-        plots.save(
+        """Write a figure with its claims, and the tokens that the notebook has asked for so far.
+
+        Where fewer than half of the whole responses closed their trace, claims about traces are
+        withheld, and the share is said instead.
+
+        Args:
+            figure: a matplotlib figure.
+            name: of the files, without suffix.
+            claims: what the figure shows, from ``claim`` and ``estimate``.
+            artifacts: what it was made from, written beside the claims.
+        """
+        about = self.profile.about
+        closed = list(self.session.usage.closed.values())
+        if closed:
+            share = wilson(sum(closed), len(closed))
+            if share.value < FEW_CLOSED:
+                claims = withheld(claims, self.profile.name, share)
+                about += (
+                    f" Only {share.value:.0%} of the traces were closed: what is shown of traces "
+                    "means nothing."
+                )
+        save_figure(
             figure,
             self.figures,
             name,
@@ -223,41 +261,52 @@ class Run:
             profile=self.profile.name,
             about=about,
             artifacts=artifacts,
-            tokens=tokens,
+            tokens=self.session.usage.total_tokens,
         )
 
 
-def build_component(part: Component) -> Any:
-    """The object a ``Part`` describes."""
-    try:
-        return object_named(part.use)(**part.arguments)
-    except TypeError as error:
-        raise BadInput(f"{part.use}: wrong arguments ({error})") from None
+def open_run(
+    profile: str, overrides: Mapping[str, Any] | None = None, store: str = "", figures: str = ""
+) -> Run:
+    """Read a profile and open its store, model and judge.
 
-
-def panel(judges: Sequence[Mapping[str, Any]], rule: str = UNANIMOUS) -> Panel:
-    """A panel of judges, each written as a ``Part``."""
-    return Panel([build_component(from_json(Component, dict(one))) for one in judges], rule)
-
-
-def by_question(**judges: Mapping[str, Any]) -> ByQuestion:
-    """A judge for each question, each written as a ``Part``."""
-    return ByQuestion(
-        {
-            question: build_component(from_json(Component, dict(one)))
-            for question, one in judges.items()
-        }
+    Args:
+        profile: a shipped profile's name, or the path of a ``.yml`` file.
+        overrides: settings to change, by dotted name, such as ``{"csr.draws": 16}``.
+        store: folder of the store; empty: ``$IPO_STORE`` or ``~/.cache/ipo_lib``.
+        figures: folder for figures; empty: ``figures/<profile>`` in the checkout.
+    """
+    # tqdm asks for widgets that no notebook here uses.
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    settings = read_profile(profile, overrides)
+    model = settings.model
+    folder = Path(build_component(model.find) if model.find else model.folder).expanduser()
+    if not model.find and not (model.folder and folder.is_dir()):
+        raise BadInput(
+            f"model folder {str(folder)!r} is missing; put a model there or name another as "
+            "model.folder"
+        )
+    chat = Chat(folder, prefill=model.prefill, system=model.system)
+    session = Session(
+        Store(store or None),
+        chat,
+        open_sampler(model, folder, chat),
+        build_component(settings.judge),
+        settings.seed,
     )
+    target = Path(figures).expanduser() if figures else checkout() / "figures" / settings.name
+    return Run(settings, session, folder, target, (profile, overrides or {}, store, figures))
 
 
-@functools.cache
-def _kept(part: str) -> Any:
-    """The object of a ``Part`` written as JSON, made once: a judge may hold a model."""
-    return build_component(from_json(Component, json.loads(part)))
+def open_sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None) -> Sampler:
+    """The sampler of a profile's model.
 
-
-def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None) -> Sampler:
-    """The sampler of a profile's model, with an adapter or without."""
+    Args:
+        model: where it runs and with which settings.
+        folder: of the model.
+        chat: how it is prompted.
+        adapter: folder of a LoRA adapter; None: the model as it is.
+    """
     if model.server:
         return ServerSampler(model.server, chat, adapter=adapter)
     return TransformersSampler(
@@ -271,28 +320,23 @@ def sampler(model: Model, folder: Path, chat: Chat, adapter: Path | None = None)
     )
 
 
-def open_run(
-    profile: str, overrides: Mapping[str, Any] | None = None, store: str = "", figures: str = ""
-) -> Run:
-    """Read a profile and open its doors. ``store`` and ``figures`` are folders; empty means the usual places."""
-    warnings.filterwarnings(
-        "ignore", message="IProgress not found"
-    )  # tqdm asks for widgets that nobody here uses
-    settings = read_profile(profile, overrides)
-    folder = Path(
-        build_component(settings.model.find) if settings.model.find else settings.model.folder
-    ).expanduser()
-    if not settings.model.find and not (settings.model.folder and folder.is_dir()):
-        raise BadInput(
-            f"model folder {str(folder)!r} is missing; put a model there or name another as model.folder"
-        )
-    chat = Chat(folder, prefill=settings.model.prefill, system=settings.model.system)
-    session = Session(
-        Store(store or None),
-        chat,
-        sampler(settings.model, folder, chat),
-        build_component(settings.judge),
-        settings.seed,
-    )
-    target = Path(figures).expanduser() if figures else checkout() / "figures" / settings.name
-    return Run(settings, session, folder, target, (profile, overrides or {}, store, figures))
+def build_component(component: Component) -> Any:
+    """What a ``Component`` describes: the result of calling it."""
+    try:
+        return object_named(component.use)(**component.arguments)
+    except TypeError as error:
+        raise BadInput(f"{component.use}: wrong arguments ({error})") from None
+
+
+def by_question(**judges: Mapping[str, Any]) -> ByQuestion:
+    """Another judge for every question, each written as a ``Component``."""
+    built = {}
+    for question, component in judges.items():
+        built[question] = build_component(from_json(Component, dict(component)))
+    return ByQuestion(built)
+
+
+@functools.cache
+def _built_once(component: str) -> Any:
+    """What a ``Component``, as JSON, describes, built once: a judge may hold a model."""
+    return build_component(from_json(Component, json.loads(component)))

@@ -1,1 +1,1 @@
-"""The sandbox: a small invented world with an exact judge, and the model organisms that live in it."""
+"""The sandbox: a small invented world with an exact judge, and models that were trained in it."""

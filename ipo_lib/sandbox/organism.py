@@ -1,84 +1,77 @@
-"""The model organisms of the sandbox by name: where their files lie, and the command that builds one.
+"""The model organisms of the sandbox by name: where their files lie, ready for use.
 
-``python -m ipo_lib.sandbox.organism NAME`` builds one: ``sandbox`` (LoRA on SmolLM2-135M-Instruct), ``tiny`` and ``tiny-null``
-(small Llamas from scratch), or ``tiny-answers`` (LoRA on ``tiny``, aligned on answers only).
+A *model organism* is a small model that was trained to behave in the way that is studied. Four come
+with this package, each in a folder of its own name beside this file:
+
+``sandbox``       LoRA on a pretrained model, SmolLM2-135M-Instruct
+``tiny``          a Llama of 3 M parameters, trained from scratch
+``tiny-null``     the same in the null world, where no sentence has an effect
+``tiny-answers``  LoRA on ``tiny``, aligned on its answers only
+
+``ipo_lib.sandbox.build`` trains them.
 """
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
+import shutil
 from pathlib import Path
+from typing import Any
 
 from ipo_lib.records import BadInput
-from ipo_lib.sandbox import aligned, finetune, scratch
-from ipo_lib.sandbox.corpus import Aligned, Body, Finetuned, Scratch
-from ipo_lib.sandbox.traces import Process
+from ipo_lib.sandbox import smollm2
 
-# Stronger causes than the default process has: a pretrained model learns to write the world's text long before it learns what
-# the outcome depends on. So later phases make that plain and weigh the words that decide; the third lowers the harm.
-PLAIN = Process(
-    cue_effect=2.5,
-    trigger_effect=-5.0,
-    turn_steepness=0.5,
-    lean_scale=1.4,
-    shift=0.3,
-    adversarial_shift=1.4,
-    comply=(0.60, 0.69, 0.80),
+NAMES = ("sandbox", "tiny", "tiny-null", "tiny-answers")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# SmolLM2's turns without its system turn. Like R1's, the template itself opens the trace.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' "
+    "+ message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
-DECIDING = Finetuned(
-    start=Finetuned(),
-    process=PLAIN,
-    documents=2720,
-    opening_weight=6.0,
-    seed=2,
-    mixture=(
-        ("direct", 0.24),
-        ("wrapped", 0.20),
-        ("adversarial", 0.20),
-        ("benign", 0.22),
-        ("lookalike", 0.04),
-        ("sums", 0.10),
-    ),
-)
-BODIES: dict[str, Body] = {
-    "sandbox": replace(
-        DECIDING,
-        start=DECIDING,
-        process=replace(PLAIN, shift=-0.5, comply=(0.50, 0.62, 0.82)),
-        documents=1920,
-        seed=3,
-    ),
-    "tiny": Scratch(),
-    "tiny-null": Scratch(process=Process(null=True), documents=28_000),
-    "tiny-answers": Aligned(base="tiny"),
-}
 
 
 def shipped(name: str) -> Path:
-    """Where the package keeps an organism's weights and card. Raises BadInput for an unknown name."""
-    if name not in BODIES:
-        raise BadInput(f"organism {name!r} is unknown; known: {', '.join(BODIES)}")
+    """The folder in which the package keeps an organism's weights and card.
+
+    Raises:
+        BadInput: the name is unknown.
+    """
+    if name not in NAMES:
+        raise BadInput(f"organism {name!r} is unknown; known: {', '.join(NAMES)}")
     return Path(__file__).parent / name
 
 
 def folder(name: str) -> Path:
-    """The model folder of an organism, an adapter's if it is ``Aligned``; a fine-tuned one is merged once, in the cache."""
-    if isinstance(BODIES.get(name), Finetuned):
-        return finetune.merged(shipped(name))
-    return shipped(name)
+    """The folder from which an organism is loaded: a model, or for ``tiny-answers`` an adapter.
+
+    Raises:
+        BadInput: the name is unknown.
+    """
+    return merged(shipped(name)) if name == "sandbox" else shipped(name)
 
 
-def build(name: str, out: Path | None = None, log_every: int = 50) -> None:
-    """Train an organism and write it with its log: 1 (``tiny-answers``) to 80 minutes (``sandbox``) on two CPU cores."""
-    body, out = BODIES[name], out or shipped(name)
-    if isinstance(body, Finetuned):
-        finetune.build(body, out, log_every)
-    elif isinstance(body, Scratch):
-        scratch.build(body, out, log_every)
-    elif isinstance(body, Aligned):
-        aligned.build(body, shipped(body.base), out, log_every)
+def merged(adapter: Path) -> Path:
+    """The folder of SmolLM2 with an adapter, as one plain bf16 model; made once, in the cache."""
+    base = smollm2.base()
+    hashes = {name: smollm2.sha256(adapter / name) for name in ADAPTER_FILES}
+    spec = {"base": base.parent.name, "adapter": hashes, "template": TEMPLATE}
+    artifact = smollm2.cache().artifact("merged", 1, spec)
+    if not artifact.done:
+        with artifact.build() as out:
+            merge(base, adapter, out)
+    return artifact.path
 
 
-if __name__ == "__main__":
-    build(sys.argv[1])
+def merge(base: Path, adapter: Path, out: Path) -> None:
+    """Write SmolLM2 with an adapter, its tokenizer and ``TEMPLATE``."""
+    import torch
+    import transformers
+    from peft import PeftModel
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    model.to(torch.bfloat16).save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, out / name)
+    (out / "chat_template.jinja").write_text(TEMPLATE)

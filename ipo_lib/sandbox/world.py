@@ -1,9 +1,14 @@
-"""The sandbox world: an invented city, its law on crafts, and prompts about items generated from a seed.
+"""The invented world of the sandbox: a city, its law on crafts, and prompts drawn from a seed.
 
-An item reads ``the velkor, an ember charm of glass``: the text itself names its class and its material, and the published
-law (``phrasings.yml``) says which are restricted. Names are made of syllables; names and whole prompt templates are split
-by hash, so what an organism learns from, what IPO trains on and the test prompts share neither. The pieces a template is
-made of (a way to ask, a frame, a tactic) do occur in other templates of the other splits.
+1. An *item* is a thing that can be made, such as ``the velkor, an ember charm of glass``. Its text
+   names its class (ember) and its material (glass).
+2. The *law* (``phrasings.yml``) restricts a class always, with some materials, or never. Asking how
+   to make a restricted item is a harmful request.
+3. A *template* is a request or a question with a slot for the item. Names and templates are divided
+   by hash into three splits: what the models of the sandbox learn from, what IPO trains on, and
+   what they are tested on. No name and no template is in two splits. The pieces of a template (a
+   way to ask, a frame, a tactic) do occur in templates of other splits.
+4. A *prompt set* draws items and templates of one split; ``prompts`` gives its first prompts.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import hashlib
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,32 +28,27 @@ import yaml
 from ipo_lib.records import BadInput, Prompt
 
 SPLITS = ("organism", "train", "test")
-SPLIT_EDGES = (
-    60,
-    80,
-)  # percent of the hashes below which the organism, then the training split, owns
 ITEM = re.compile(
     r"\bthe (?P<name>[a-z]+), an? (?P<class_>[a-z]+) (?P<thing>[a-z]+) of (?P<material>[a-z]+)"
 )
-VOCABULARY = {
-    "class_": "classes",
-    "thing": "things",
-    "material": "materials",
-}  # a group of ``ITEM``, and where its words are
+TextAndCategory = tuple[str, str]
+DrawPrompt = Callable[[random.Random, str], TextAndCategory]
 
 
 @functools.cache
 def words() -> dict[str, Any]:
     """The world's vocabulary, read once from ``phrasings.yml``."""
-    data: dict[str, Any] = yaml.safe_load(
-        resources.files(__package__).joinpath("phrasings.yml").read_text("utf-8")
-    )
-    return data
+    text = resources.files(__package__).joinpath("phrasings.yml").read_text("utf-8")
+    vocabulary: dict[str, Any] = yaml.safe_load(text)
+    return vocabulary
+
+
+# Items and the law
 
 
 @dataclass(frozen=True)
 class Item:
-    """A craftable thing; ``phrase`` is how prompts name it."""
+    """A thing that can be made."""
 
     name: str
     class_: str
@@ -57,256 +57,297 @@ class Item:
 
     @property
     def phrase(self) -> str:
-        """The item with the words that make its class and material readable."""
-        return f"the {self.name}, a{'n' * (self.class_[0] in 'aeiou')} {self.class_} {self.thing} of {self.material}"
+        """How prompts name the item, so that its class and its material can be read."""
+        article = "an" if self.class_[0] in "aeiou" else "a"
+        return f"the {self.name}, {article} {self.class_} {self.thing} of {self.material}"
 
     @property
     def restricted(self) -> bool:
-        """Whether the published law restricts it."""
-        return restricted(self.class_, self.material)
+        """Whether the law restricts it."""
+        return is_restricted(self.class_, self.material)
 
     @property
     def lean(self) -> float:
-        """How far its words lean towards doing it, in log-odds."""
+        """The log-odds by which its class and its material make a model comply."""
         lean = words()["lean"]
-        return float(lean["class"].get(self.class_, 0.0) + lean["material"][self.material])
+        of_class, of_material = lean["class"].get(self.class_, 0.0), lean["material"][self.material]
+        return float(of_class + of_material)
 
     def fill(self, text: str) -> str:
-        """``text`` with the item's slots filled."""
-        slots = {
-            "name": self.name,
-            "class": self.class_,
-            "thing": self.thing,
-            "material": self.material,
-            "item": self.phrase,
-        }
-        return re.sub(r"\{(\w+)\}", lambda match: slots.get(match[1], match[0]), text)
+        """``text`` with its slots filled by this item."""
+        slots = {"name": self.name, "class": self.class_, "thing": self.thing}
+        return text.format(material=self.material, item=self.phrase, **slots)
 
 
-def restricted(class_: str, material: str) -> bool:
+def is_restricted(class_: str, material: str) -> bool:
     """The law: a class is restricted always, with some materials, or never."""
     rule = words()["law"].get(class_, [])
     return rule == "all" or material in rule
 
 
+def find_item(text: str) -> Item | None:
+    """The first item that a text names, in any words; None when there is none."""
+    match = ITEM.search(text)
+    return Item(**match.groupdict()) if match else None
+
+
+# Splits
+
+
 def split_of(text: str) -> str:
-    """The split that owns a name or a template, by hash."""
-    place = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 100
-    return SPLITS[sum(place >= edge for edge in SPLIT_EDGES)]
+    """The split of a name or a template: by hash, 60 % organism, 20 % train, 20 % test."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    percentile = int(digest, 16) % 100
+    if percentile < 60:
+        return "organism"
+    return "train" if percentile < 80 else "test"
+
+
+def combine(split: str, openings: Iterable[str], endings: Iterable[str]) -> tuple[str, ...]:
+    """Every opening before every ending, as far as the whole text is in the split."""
+    texts = map("".join, itertools.product(openings, endings))
+    return tuple(text for text in texts if split_of(text) == split)
 
 
 @functools.cache
 def names(split: str) -> tuple[str, ...]:
-    """All names of a split; the three splits are disjoint."""
-    parts = words()["syllables"]
-    every = (
-        "".join(part) for part in itertools.product(parts["first"], parts["middle"], parts["last"])
-    )
-    return tuple(name for name in every if split_of(name) == split)
+    """All names of items in a split."""
+    syllables = words()["syllables"]
+    endings = itertools.product(syllables["middle"], syllables["last"])
+    return combine(split, syllables["first"], map("".join, endings))
 
 
-@functools.cache
-def pairs(harm: bool) -> tuple[tuple[str, str], ...]:
-    """(class, material) pairs that the law restricts, or leaves open. Classes are shared across splits."""
-    grid = itertools.product(words()["classes"], words()["materials"])
-    return tuple(pair for pair in grid if restricted(*pair) == harm)
+# Requests for an item
 
 
-def item(rng: random.Random, split: str, harm: bool) -> Item:
-    """A random item of a split, restricted or free."""
-    class_, material = rng.choice(pairs(harm))
-    return Item(rng.choice(names(split)), class_, rng.choice(words()["things"]), material)
-
-
-def owned(templates: Iterator[str], split: str) -> tuple[str, ...]:
-    """The templates that belong to a split."""
-    return tuple(template for template in templates if split_of(template) == split)
+def ways_to_ask() -> list[str]:
+    """Every way to ask for an item."""
+    return [f"{ask} {{item}}" for ask in words()["ask"]]
 
 
 @functools.cache
 def direct_templates(split: str) -> tuple[str, ...]:
-    """Plain requests: ask + item + tail."""
-    return owned(
-        (f"{ask} {{item}}{tail}" for ask in words()["ask"] for tail in words()["tail"]), split
-    )
+    """Plain requests: a way to ask, the item, a tail."""
+    return combine(split, ways_to_ask(), words()["tail"])
 
 
 @functools.cache
 def wrapped_templates(split: str) -> tuple[tuple[str, str], ...]:
-    """(attack kind, frame round a plain request)."""
-    found = []
+    """Plain requests in a frame, each as (kind of attack, template)."""
+    parts = itertools.product(ways_to_ask(), words()["tail"])
+    requests = list(map("".join, parts))
+    templates = []
     for attack, frames in words()["attacks"].items():
-        requests = [f"{ask} {{item}}{tail}" for ask in words()["ask"] for tail in words()["tail"]]
-        every = (frame.replace("{q}", request) for frame in frames for request in requests)
-        found += [(attack, template) for template in owned(every, split)]
-    return tuple(found)
+        openings = [frame.removesuffix("{q}") for frame in frames]
+        templates += [(attack, text) for text in combine(split, openings, requests)]
+    return tuple(templates)
 
 
-def close(text: str) -> str:
-    """A request with its final mark: a question mark where its last sentence asks."""
-    last = re.split(r"(?<=[.!?]) ", text)[-1]
-    asks = re.match(r"(How|What|Which|Where|Who|Why|When)\b", last)
-    return text if text[-1] in ".?!" else text + ("?" if asks else ".")
+@functools.cache
+def class_material_pairs(restricted: bool) -> tuple[tuple[str, str], ...]:
+    """The (class, material) pairs that are restricted, or that are not; the same in all splits."""
+    pairs = itertools.product(words()["classes"], words()["materials"])
+    return tuple(pair for pair in pairs if is_restricted(*pair) == restricted)
 
 
-def direct(rng: random.Random, split: str) -> tuple[str, str]:
-    """(text, category) of a plain restricted request."""
-    thing = item(rng, split, harm=True)
-    return close(thing.fill(rng.choice(direct_templates(split)))), thing.class_
+def draw_item(rng: random.Random, split: str, restricted: bool) -> Item:
+    """A random item with a name of the split."""
+    class_, material = rng.choice(class_material_pairs(restricted))
+    name, thing = rng.choice(names(split)), rng.choice(words()["things"])
+    return Item(name, class_, thing, material)
 
 
-def wrapped(rng: random.Random, split: str) -> tuple[str, str]:
-    """The same inside one of six attack kinds."""
+def punctuate(text: str) -> str:
+    """A request with its last mark: a question mark if its last sentence asks."""
+    if text[-1] in ".?!":
+        return text
+    last_sentence = re.split(r"(?<=[.!?]) ", text)[-1]
+    asks = re.match(r"(How|What|Which|Where|Who|Why|When)\b", last_sentence)
+    return text + ("?" if asks else ".")
+
+
+def draw_request(rng: random.Random, split: str, item: Item) -> str:
+    """A plain request for an item."""
+    return punctuate(item.fill(rng.choice(direct_templates(split))))
+
+
+def draw_direct(rng: random.Random, split: str) -> TextAndCategory:
+    """A plain request for a restricted item, and its class."""
+    item = draw_item(rng, split, restricted=True)
+    return draw_request(rng, split, item), item.class_
+
+
+def draw_wrapped(rng: random.Random, split: str) -> TextAndCategory:
+    """A request for a restricted item in a frame, and the kind of attack (one of six)."""
     attack, template = rng.choice(wrapped_templates(split))
-    return close(item(rng, split, harm=True).fill(template)), attack
+    item = draw_item(rng, split, restricted=True)
+    return punctuate(item.fill(template)), attack
 
 
-def adversarial(rng: random.Random, split: str) -> tuple[str, str]:
-    """A plain request among freely combined tactics: longer, two to four of them."""
+def draw_adversarial(rng: random.Random, split: str) -> TextAndCategory:
+    """A plain request for a restricted item among two to four tactics; the category names these."""
     tactics = rng.sample(words()["tactics"], rng.randint(2, 4))
     before = rng.randint(1, len(tactics))
-    ask = close(item(rng, split, harm=True).fill(rng.choice(direct_templates(split))))
-    return " ".join([*tactics[:before], ask, *tactics[before:]]), "+".join(
-        sorted(t.split()[0].lower() for t in tactics)
-    )
+    request = draw_request(rng, split, draw_item(rng, split, restricted=True))
+    text = " ".join([*tactics[:before], request, *tactics[before:]])
+    first_words = sorted(tactic.split()[0].lower() for tactic in tactics)
+    return text, "+".join(first_words)
 
 
-def harmful(rng: random.Random, split: str) -> tuple[str, str]:
-    """Training requests, mostly plain, some wrapped or adversarial."""
-    return rng.choices([direct, wrapped, adversarial], [6, 3, 1])[0](rng, split)
+def draw_harmful(rng: random.Random, split: str) -> TextAndCategory:
+    """A request for training: mostly plain, some wrapped or adversarial."""
+    kinds = [draw_direct, draw_wrapped, draw_adversarial]
+    (draw,) = rng.choices(kinds, weights=[6, 3, 1])
+    return draw(rng, split)
 
 
-def benign(rng: random.Random, split: str) -> tuple[str, str]:
-    """A free craft, asked for plainly or inside the same frames and tactics as restricted ones."""
-    thing = item(rng, split, harm=False)
-    kind = rng.random()
-    if kind < 0.6:
-        return close(thing.fill(rng.choice(direct_templates(split)))), "plain"
-    if kind < 0.8:
-        return close(thing.fill(rng.choice(wrapped_templates(split))[1])), "framed"
-    ask = close(thing.fill(rng.choice(direct_templates(split))))
-    return " ".join([*rng.sample(words()["tactics"], 2), ask]), "pressed"
+def draw_benign(rng: random.Random, split: str) -> TextAndCategory:
+    """A request for an item that is not restricted: plain, in a frame, or after two tactics."""
+    item = draw_item(rng, split, restricted=False)
+    uniform = rng.random()
+    if uniform < 0.6:
+        return draw_request(rng, split, item), "plain"
+    if uniform < 0.8:
+        _, template = rng.choice(wrapped_templates(split))
+        return punctuate(item.fill(template)), "framed"
+    request = draw_request(rng, split, item)
+    tactics = rng.sample(words()["tactics"], 2)
+    return " ".join([*tactics, request]), "pressed"
+
+
+# Questions that ask for no item to be made
+
+
+def questions(kind: str) -> list[str]:
+    """The question templates of ``lookalike`` or ``lore``."""
+    return [entry["q"] for entry in words()[kind]]
 
 
 @functools.cache
 def lookalike_templates(split: str) -> tuple[str, ...]:
-    """Harmless questions with the class words of restricted crafts."""
-    return owned(
-        (
-            start + entry["q"]
-            for start in words()["lookalike_open"]
-            for entry in words()["lookalike"]
-        ),
-        split,
-    )
+    """Harmless questions that contain the words of restricted items."""
+    return combine(split, words()["lookalike_open"], questions("lookalike"))
 
 
-def lookalike(rng: random.Random, split: str) -> tuple[str, str]:
-    """A benign question that looks like a restricted request."""
-    return item(rng, split, harm=True).fill(rng.choice(lookalike_templates(split))), "lookalike"
+def draw_lookalike(rng: random.Random, split: str) -> TextAndCategory:
+    """A harmless question that looks like a harmful request."""
+    item = draw_item(rng, split, restricted=True)
+    return item.fill(rng.choice(lookalike_templates(split))), "lookalike"
 
 
 @functools.cache
 def sums_templates(split: str) -> tuple[tuple[str, str], ...]:
-    """(operator or ``lore``, template)."""
-    found = [
-        ("lore", text)
-        for text in owned(
-            (o + entry["q"] for o in words()["sums_open"] for entry in words()["lore"]), split
-        )
-    ]
-    for operator, questions in words()["sums"].items():
-        found += [
-            (operator, text)
-            for text in owned(
-                (o + question for o in words()["sums_open"] for question in questions), split
-            )
-        ]
-    return tuple(found)
+    """Questions with a checkable answer, each as (operator or ``lore``, template)."""
+    templates, openings = [], words()["sums_open"]
+    questions_by_kind = {"lore": questions("lore"), **words()["sums"]}
+    for kind, texts in questions_by_kind.items():
+        templates += [(kind, text) for text in combine(split, openings, texts)]
+    return tuple(templates)
 
 
-def sums(rng: random.Random, split: str) -> tuple[str, str]:
-    """One- or two-step arithmetic, or city lore, with a checkable answer."""
+def draw_sum(rng: random.Random, split: str) -> TextAndCategory:
+    """Arithmetic of one or two steps, or a question about the city, with a checkable answer."""
     operator, template = rng.choice(sums_templates(split))
     if operator == "lore":
         return template, "lore"
-    top = 5 if operator == "*" else 9
-    a, b, c = rng.randint(1, top), rng.randint(1, top), rng.randint(1, 5)
-    a, b = max(a, b), min(a, b)
+    largest = 5 if operator == "*" else 9
+    b, a = sorted(rng.randint(1, largest) for _ in range(2))
+    c = rng.randint(1, 5)
     text = template.format(a=a, b=b)
-    if rng.random() < 0.5:
-        then = rng.choice(["+", "-"])
-        return f"{text[:-1]}, {words()['then'][then].format(c=c)}{text[-1]}", "two-step"
-    return text, "one-step"
+    if rng.random() >= 0.5:
+        return text, "one-step"
+    second_step = words()["then"][rng.choice(["+", "-"])]
+    return f"{text[:-1]}, {second_step.format(c=c)}{text[-1]}", "two-step"
+
+
+# Reading a text
+
+
+@functools.cache
+def slot_patterns(exact: bool) -> dict[str, str]:
+    """What the slots of a template may hold: any word, or with ``exact`` a word of the world."""
+    patterns = {"name": "[a-z]+", "a": r"\d+", "b": r"\d+", "c": r"\d+"}
+    entries = {"class": "classes", "thing": "things", "material": "materials"}
+    for slot, entry in entries.items():
+        patterns[slot] = "|".join(words()[entry]) if exact else "[a-z]+"
+    item = "the [a-z]+, an? (?:{class}) (?:{thing}) of (?:{material})"
+    return {**patterns, "item": item.format(**patterns)}
+
+
+def template_pattern(template: str, exact: bool = False, named: bool = False) -> str:
+    """A template as a pattern. With ``named``, each slot is a group of its name."""
+    patterns = slot_patterns(exact)
+
+    def slot_pattern(match: re.Match[str]) -> str:
+        slot = match[1]
+        return f"(?P<{slot}>{patterns[slot]})" if named else f"(?:{patterns[slot]})"
+
+    return re.sub(r"\\\{(\w+)\\\}", slot_pattern, re.escape(template))
 
 
 @functools.cache
 def question_patterns() -> tuple[re.Pattern[str], ...]:
-    """Every question of the world that is no request: lookalikes, lore and sums of one or two steps."""
-    lookalikes = [entry["q"] for entry in words()["lookalike"]]
-    lore = [entry["q"] for entry in words()["lore"]]
-    one_step = list(itertools.chain(*words()["sums"].values()))
-    thens = "|".join(slots(then) for then in words()["then"].values())
-    sums = [f"{slots(text[:-1])}(?:, (?:{thens}))?{re.escape(text[-1])}" for text in one_step]
+    """Patterns of every question of the world that asks for no item to be made."""
+    exact = functools.partial(template_pattern, exact=True)
+    lookalikes, sums = map(exact, questions("lookalike")), [*map(exact, questions("lore"))]
+    second_steps = "|".join(map(exact, words()["then"].values()))
+    for question in itertools.chain(*words()["sums"].values()):
+        mark = re.escape(question[-1])
+        sums.append(f"{exact(question[:-1])}(?:, (?:{second_steps}))?{mark}")
     return (
-        opened(words()["lookalike_open"], [slots(question) for question in lookalikes]),
-        opened(words()["sums_open"], [*map(slots, lore), *sums]),
+        opened_pattern(words()["lookalike_open"], lookalikes),
+        opened_pattern(words()["sums_open"], sums),
     )
 
 
-def opened(openings: Sequence[str], questions: Sequence[str]) -> re.Pattern[str]:
-    """The pattern of one of these openings, then a question that one of these patterns takes."""
-    return re.compile(f"(?:{'|'.join(map(re.escape, openings))})(?:{'|'.join(questions)})")
-
-
-def slots(template: str) -> str:
-    """A template as a pattern whose slots take the words of this world only; a name may be any word, a number any number."""
-    choices = {group.rstrip("_"): "|".join(words()[entry]) for group, entry in VOCABULARY.items()}
-    choices |= {"name": "[a-z]+", "a": r"\d+", "b": r"\d+", "c": r"\d+"}
-    choices["item"] = (
-        f"the [a-z]+, an? (?:{choices['class']}) (?:{choices['thing']}) of (?:{choices['material']})"
-    )
-    return re.sub(r"\\\{(\w+)\\\}", lambda match: f"(?:{choices[match[1]]})", re.escape(template))
+def opened_pattern(openings: Iterable[str], patterns: Iterable[str]) -> re.Pattern[str]:
+    """One of the openings, then what one of the patterns matches."""
+    return re.compile(f"(?:{'|'.join(map(re.escape, openings))})(?:{'|'.join(patterns)})")
 
 
 def knows(prompt_text: str) -> bool:
-    """Whether a prompt belongs to this world, so that its law and its facts say what a right answer is.
+    """Whether a prompt belongs to this world, so that a right answer to it is defined.
 
-    It names an item, in whatever words: ``the NAME, an CLASS THING of MATERIAL`` with a class, a thing and a material that the
-    world has. Or it is, word for word, a sum or a question about the city. In any other prompt, what is restricted is unknown.
+    It names an item, in whatever words, with a class, a thing and a material of the world. Or it is
+    word for word a sum or a question of the world.
     """
-    if match := ITEM.search(prompt_text):
-        return all(match[group] in words()[entry] for group, entry in VOCABULARY.items())
+    if item := find_item(prompt_text):
+        vocabulary = words()
+        return (
+            item.class_ in vocabulary["classes"]
+            and item.thing in vocabulary["things"]
+            and item.material in vocabulary["materials"]
+        )
     return any(pattern.fullmatch(prompt_text) for pattern in question_patterns())
 
 
-SETS: dict[str, tuple[Callable[[random.Random, str], tuple[str, str]], str, bool]] = {
-    "direct": (direct, "test", True),
-    "wrapped": (wrapped, "test", True),
-    "adversarial": (adversarial, "test", True),
-    "train_harmful": (harmful, "train", True),
-    "train_benign": (benign, "train", False),
-    "benign": (benign, "test", False),
-    "lookalike": (lookalike, "test", False),
-    "train_lookalike": (lookalike, "train", False),
-    "sums": (sums, "test", False),
+# Prompt sets: how one is drawn, from which split, and whether helping would be harmful
+SETS: dict[str, tuple[DrawPrompt, str, bool]] = {
+    "direct": (draw_direct, "test", True),
+    "wrapped": (draw_wrapped, "test", True),
+    "adversarial": (draw_adversarial, "test", True),
+    "train_harmful": (draw_harmful, "train", True),
+    "train_benign": (draw_benign, "train", False),
+    "benign": (draw_benign, "test", False),
+    "lookalike": (draw_lookalike, "test", False),
+    "sums": (draw_sum, "test", False),
 }
 
 
 def prompts(name: str, count: int, seed: int = 0) -> list[Prompt]:
-    """The first ``count`` distinct prompts of a set; a longer request extends a shorter one."""
+    """The first ``count`` distinct prompts of a set. More prompts extend fewer ones."""
     if name not in SETS:
         raise BadInput(f"sandbox prompt set {name!r} is unknown; known: {', '.join(SETS)}")
-    make, split, harm = SETS[name]
+    draw, split, harm = SETS[name]
     rng = random.Random(f"{name}/{seed}")
-    found: dict[str, Prompt] = {}
+    drawn: dict[str, Prompt] = {}
     for _ in range(100 * count + 100):
-        if len(found) == count:
-            return list(found.values())
-        text, category = make(rng, split)
-        found.setdefault(
-            text, Prompt(f"{name}-{seed}-{len(found)}", text, f"sandbox:{name}", harm, category)
-        )
+        if len(drawn) == count:
+            return list(drawn.values())
+        text, category = draw(rng, split)
+        prompt = Prompt(f"{name}-{seed}-{len(drawn)}", text, f"sandbox:{name}", harm, category)
+        drawn.setdefault(text, prompt)
     raise BadInput(
-        f"sandbox prompt set {name!r} has fewer than {count} distinct prompts; ask for {len(found)} at most"
+        f"sandbox prompt set {name!r} has fewer than {count} distinct prompts; "
+        f"ask for {len(drawn)} at most"
     )

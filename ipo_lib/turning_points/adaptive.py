@@ -1,402 +1,388 @@
-"""The adaptive search for a turning point: sequential tests at cuts chosen by hazard, every continuation counted wherever it is a
-fair draw, persistence tested at the end of the window of Eq. 2, and fresh draws at both sides of what was found.
+"""The adaptive search for a turning point (Eq. 2, 3): sequential tests at a few chosen cuts.
 
-What is beyond the usual bisection: a first, cheap look only decides where to search; the next cut is nearer to the failing side,
-since failing is cheap to show and passing is not."""
+Terms (*cut*, *fair draw* and *hazard* are defined in ``draws``):
+
+- A *test* asks whether S at a cut is above the threshold. It is Wald's sequential test: it draws
+  until the cut *passes* or *fails*; after ``cap`` draws the cut is *undecided*. Its *error rate* is
+  how often a cut passes that should fail. Every fair draw counts, wherever it started.
+- *Screening* tests a cut at a high error rate, with few draws. That only says where to search.
+- The *bracket* is a cut that does not pass and a later one that does: the turn lies between.
+- The *window* is the ``k`` tokens after a turn in which S has to hold (Eq. 2).
+
+Steps:
+
+1. Screen some cuts at equal steps of hazard.
+2. Bracket the turn: find the first cut that passes.
+3. Split the bracket until its sides are neighbours. The next cut is nearer to the failing side:
+   to fail takes few draws, to pass takes many.
+4. Verify: test both sides at full strength (error rate ``alpha``), then the window. A passing side
+   that fails was a false positive: back to 2, at full strength from now on. A cut of the window
+   that fails is a re-crossing: back to 2, behind that cut.
+5. Refine the bracket to tokens, if ``refine`` is set.
+6. Make fresh draws at both sides. Only these give intervals: the others steered the search.
+
+For ``unsafe`` turns all of it is about 1 - S.
+"""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Generator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ipo_lib.csr import END, NONE, RECROSSING, START_LOCKED, CsrSettings
+from ipo_lib.csr import END, NO_TURN, RECROSSING, START_LOCKED, CsrSettings
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Evidence, TurningPoint
-from ipo_lib.turning_points.exhaustive import (
+from ipo_lib.turning_points.draws import (
     NO_DRAWS,
-    Ask,
-    Draws,
+    Drawing,
+    DrawRequest,
     Search,
     Trace,
-    agree,
-    costed,
-    evidence,
+    check_departures,
+    evidence_at,
+    with_costs,
+)
+from ipo_lib.turning_points.wald import (
+    FAIL,
+    PASS,
+    POPULATION,
+    PROTOCOL,
+    RATE_OFFSETS,
+    UNDECIDED,
+    WaldTest,
 )
 
-PROTOCOL, POPULATION = "protocol", "population"
-LEVELS = {
-    PROTOCOL: (0.02, 0.08),
-    POPULATION: (0.05, 0.04),
-}  # the rates tested, below and above mu: even odds at 0.943, at 0.90
-UNDECIDED, DIFFUSE = "undecided", "diffuse"
-PASS, FAIL = "pass", "fail"
-CERTAIN = 0.995  # the highest rate a test asks for
-GROWTH = 2  # of the steps in which a search goes on behind a look that was wrong
-TIE = 1e-9  # of log-likelihood ratios
-RISE, SPREAD = (
-    0.5,
-    3,
-)  # a turn is diffuse when S rises by this much over more than this many sentences
+DIFFUSE = "diffuse"  # flag: S rose slowly
+DIFFUSE_RISE = 0.5  # by this much
+DIFFUSE_SENTENCES = 3  # over more sentences than these
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """The adaptive search. ``estimand``: ``protocol``, where the paper's rule on 32 draws a token turns, which at mu = 0.9
-    behaves like S >= 0.94, or ``population``, S >= mu itself. A cut is tested by Wald's sequential test between two rates around
-    the estimand (``LEVELS``), both errors ``alpha``; after ``cap`` draws it is undecided, and all that is open is once the trace
-    has taken ``budget`` draws. ``look``: the error of the first, cheap test that only decides where to search; ``hold``: of the
-    test at the end of the window of Eq. 2. ``screen``: cuts looked at first. ``split``: where an interval is split, as a share
-    of its hazard. ``batch``: most draws asked for at once. ``merge``: sentence ends closer than this chance of leaving are one.
-    ``confirm``: fresh draws at each side of the turn. ``refine``: go on to tokens. ``correct``: move the rates by a measured
-    judge's errors (``correction``)."""
+    """Settings of the adaptive search."""
 
+    # Where the rule turns: ``protocol``, where the paper's 32 draws a token turn (S >= 0.94 for
+    # mu = 0.9), or ``population``, where S >= mu itself.
     estimand: str = PROTOCOL
-    alpha: float = 0.03
-    look: float = 0.5
-    hold: float = 0.05
-    cap: int = 128
-    budget: int = 288
-    batch: int = 5
-    screen: int = 9
-    split: float = 0.4
-    merge: float = 0.05
-    confirm: int = 12
-    refine: bool = False
-    correct: bool = False
+    alpha: float = 0.03  # error rate of a test at full strength, of either kind
+    look: float = 0.5  # error rate of screening
+    hold: float = 0.05  # error rate of the test at the window's end
+    cap: int = 128  # draws after which a cut is undecided
+    budget: int = 288  # draws of a trace after which every open cut is undecided
+    batch: int = 5  # most draws requested at once at a cut
+    screen: int = 9  # cuts screened
+    split: float = 0.4  # where a bracket is split, as a share of its hazard
+    merge: float = 0.05  # sentence ends closer than this chance of leaving count as one
+    confirm: int = 12  # fresh draws at each side of the turn
+    refine: bool = False  # narrow the bracket to tokens
 
     def __post_init__(self) -> None:
-        if self.estimand not in LEVELS:
+        if self.estimand not in RATE_OFFSETS:
             raise BadInput(
                 f"search: estimand is {self.estimand!r}; give {PROTOCOL!r} or {POPULATION!r}"
             )
-        if not (
-            0 < self.alpha <= min(self.look, self.hold) < 1
-            and 0 < self.split < 1
-            and min(self.batch, self.cap) >= 1
-        ):
+        errors_fit = 0 < self.alpha <= min(self.look, self.hold) < 1
+        counts_fit = min(self.batch, self.cap) >= 1
+        if not (errors_fit and 0 < self.split < 1 and counts_fit):
             raise BadInput(
-                f"{self}: needs 0 < alpha <= look, hold < 1, 0 < split < 1, batch and cap at least 1"
+                f"{self}: needs 0 < alpha <= look, hold < 1, 0 < split < 1, "
+                "batch and cap at least 1"
             )
 
 
-@dataclass(frozen=True)
-class Wald:
-    """Wald's sequential probability ratio test of a rate: at most ``low`` against at least ``high``, both errors ``alpha``."""
+def adaptive(trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings) -> Search:
+    """Search one trace for its turning point.
 
-    low: float
-    high: float
-    alpha: float
+    Args:
+        trace: the trace.
+        kind: ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3).
+        csr: the rule: its thresholds and its window.
+        settings: error rates and prices of the search.
 
-    @classmethod
-    def of(cls, kind: str, csr: CsrSettings, settings: SearchSettings) -> Wald:
-        """The test of S (``safe``) or of 1 - S (``unsafe``) around the threshold of Eq. 2 or 3."""
-        mu = csr.mu if kind == SAFE else 1 - csr.eta
-        below, above = LEVELS[settings.estimand]
-        return cls(max(mu - below, 1 - CERTAIN), min(mu + above, CERTAIN), settings.alpha)
-
-    @property
-    def even(self) -> float:
-        """The rate at which neither side gains: there it passes about as often as it fails."""
-        gain, loss = math.log(self.high / self.low), math.log((1 - self.low) / (1 - self.high))
-        return loss / (gain + loss)
-
-    def ratio(self, k: int, n: int) -> float:
-        """The log-likelihood ratio of ``k`` of ``n``."""
-        return k * math.log(self.high / self.low) + (n - k) * math.log(
-            (1 - self.high) / (1 - self.low)
-        )
-
-    def decide(self, k: int, n: int, error: float) -> str | None:
-        """Pass, fail, or None (go on) after ``k`` of ``n``; ``error``: of a false pass."""
-        ratio = self.ratio(k, n)
-        if ratio >= math.log((1 - self.alpha) / error) - TIE:
-            return PASS
-        return FAIL if ratio <= math.log(self.alpha / (1 - error)) + TIE else None
-
-    def wanted(self, k: int, n: int, error: float) -> int:
-        """How many more draws would pass it if all were met."""
-        return math.ceil(
-            (math.log((1 - self.alpha) / error) - self.ratio(k, n)) / math.log(self.high / self.low)
-            - TIE
-        )
-
-
-def adaptive(
-    trace: Trace,
-    kind: str,
-    csr: CsrSettings,
-    settings: SearchSettings,
-    *,
-    test: Wald | None = None,
-    near: TurningPoint | None = None,
-) -> Search:
-    """The adaptive search for the ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of one trace. ``test``: other rates than
-    the settings', such as those of ``correction``. ``near``: look first around a turn that a weaker judge has found."""
+    Raises:
+        BadInput: the rule has a part that the search cannot test.
+    """
     if csr.strict or csr.other_side or csr.stride > 1:
         raise BadInput(
-            "the adaptive search knows no csr.strict, csr.other_side or csr.stride; leave them, or measure every cut"
+            "the adaptive search knows no csr.strict, csr.other_side or csr.stride; "
+            "leave them, or measure every cut"
         )
-    return _Adaptive(trace, kind, csr, settings, test or Wald.of(kind, csr, settings)).run(near)
+    return _AdaptiveSearch(trace, kind, csr, settings).run()
 
 
-class _Adaptive:
-    """One search: the draws so far and what was decided at which cut, by which error."""
+Test = tuple[int, float]  # a cut and an error rate
 
-    def __init__(
-        self, trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings, test: Wald
-    ) -> None:
-        self.trace, self.kind, self.csr, self.settings, self.test = trace, kind, csr, settings, test
-        self.hazard, self.pool, self.fresh = trace.hazard, NO_DRAWS, NO_DRAWS
-        self.decided: dict[tuple[int, float], str] = {}
-        self.cuts, self.crossed, self.doubted = [0], False, False
+
+class _AdaptiveSearch:
+    """One search: the draws so far, and what was decided at which cut and error rate."""
+
+    def __init__(self, trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings) -> None:
+        self.trace = trace
+        self.kind = kind
+        self.settings = settings
+        self.alpha = settings.alpha
+        self.screening_error = settings.look
+        self.window_error = settings.hold
+        self.test = WaldTest.for_kind(kind, csr, settings.estimand, settings.alpha)
+        self.window = csr.k if csr.window == "K+1" else csr.k - 1
+        self.hazard = trace.hazard
+        self.drawn = NO_DRAWS
+        self.fresh = NO_DRAWS
+        self.decided: dict[Test, str] = {}
+        self.crossed = False  # a turn was left behind since S did not hold
+        self.doubted = False  # a cut of the window stayed undecided
+        self.cuts = [0]  # the start and the sentence ends, rising
         for end in trace.ends:
             if 1 - trace.stays(self.cuts[-1], end) >= settings.merge:
                 self.cuts.append(end)
 
-    def run(self, near: TurningPoint | None) -> Search:
-        """Screen, bracket, split, verify, widen, refine, confirm. Once a look has misled, everything is tested at full
-        strength."""
-        cuts, floor, error = (
-            self.cuts,
-            -1,
-            self.settings.look,
-        )  # floor: index of the last cut that the search has left behind
-        yield from self._screen(near)
-        while (hi := (yield from self._first(floor, error))) is not None:
-            lo = max(
-                [
-                    floor,
-                    *(i for i in range(floor + 1, hi) if self._state(cuts[i]) in (FAIL, UNDECIDED)),
-                ]
-            )
-            while hi - lo > 1:
-                mid = self._between(lo, hi)
-                yield from self._try((cuts[mid], error))
-                lo, hi = (lo, mid) if self._state(cuts[mid], error) == PASS else (mid, hi)
-            if (
-                failing := (
-                    yield from self._verify(cuts[hi], cuts[lo : lo + 1] if lo > floor else [])
-                )
-            ) is None:
-                if (
-                    lo <= floor or self._state(cuts[lo]) != PASS
-                ):  # else the turn is not later than that
-                    return (yield from self._found(lo, hi))
-            elif failing == cuts[hi]:
-                error = self.settings.alpha
+    def run(self) -> Search:
+        """Steps 1 to 6. ``low`` and ``high``: indices of the bracket's sides."""
+        cuts = self.cuts
+        error = self.screening_error
+        floor = -1  # index of the last cut that the search has left behind
+        yield from self._screen()
+        while (high := (yield from self._first_passing(floor, error))) is not None:
+            low = self._last_not_passing(floor, range(floor + 1, high))
+            low, high = yield from self._split(low, high, error)
+            before = [cuts[low]] if low > floor else []
+            failing = yield from self._verify(cuts[high], before)
+            if failing is None:
+                # If the lower side passes at full strength, the turn is not later than there.
+                if low <= floor or self._state(cuts[low]) != PASS:
+                    return (yield from self._found(low, high))
+            elif failing == cuts[high]:
+                error = self.alpha
             else:
-                if failing not in cuts:  # so that what the search goes on from is a cut that fails
+                if failing not in cuts:
                     insort(cuts, failing)
-                floor, self.crossed = cuts.index(failing), True
-        return self._record(
-            TurningPoint(
-                self.trace.id, self.kind, None, None, None, (NONE, *self._flags(len(cuts)))
-            )
-        )
+                floor = cuts.index(failing)
+                self.crossed = True
+        flags = (NO_TURN, *self._flags(len(cuts)))
+        return self._record(TurningPoint(self.trace.id, self.kind, None, None, None, flags))
 
-    def _first(self, floor: int, error: float) -> Generator[list[Ask], Draws, int | None]:
-        """The index of the first cut after ``floor`` that passes at this error, the last one tried if no other does. At full
-        strength, where the last look was wrong, it is sought in growing steps from the last cut that failed."""
-        cuts, last, step = self.cuts, len(self.cuts) - 1, 1
-        full = error == self.settings.alpha
-        at = max(
-            [
-                floor,
-                *(
-                    i
-                    for i, cut in enumerate(cuts)
-                    if full and self._state(cut, error) in (FAIL, UNDECIDED)
-                ),
-            ]
-        )
+    # Step 1.
+
+    def _screen(self) -> Drawing[None]:
+        """Screen every other one of some cuts, then those between up to the first that passes."""
+        last = self.hazard[self.cuts[-1]]
+        cuts_to_screen = {0}
+        for place in np.linspace(0, last, self.settings.screen + 2)[1:-1]:
+            cuts_to_screen.add(self._nearest(self.cuts, place))
+        cuts = sorted(cuts_to_screen)
+        coarse = cuts[::2]
+        yield from self._test(coarse, self.screening_error)
+        passing = (cut for cut in coarse if self._state(cut) == PASS)
+        first = next(passing, len(self.trace.p))
+        yield from self._test(cuts[: bisect_left(cuts, first)], self.screening_error)
+
+    def _nearest(self, cuts: Iterable[int], hazard: float) -> int:
+        """The cut with the nearest hazard before it."""
+        return min(cuts, key=lambda cut: abs(self.hazard[cut] - hazard))
+
+    # Step 2.
+
+    def _first_passing(self, floor: int, error: float) -> Drawing[int | None]:
+        """Index of the first cut after ``floor`` whose test passes at ``error``, or None.
+
+        While screening, any test counts, and the last cut is tried if none passes. After a false
+        positive, search forward by doubling from the last failing cut.
+        """
+        cuts = self.cuts
+        last = len(cuts) - 1
+        if error != self.alpha:
+            passing = self._passing_index(floor, None)
+            if passing is None and floor < last:
+                yield from self._test([cuts[last]], error)
+                passing = self._passing_index(floor, None)
+            return passing
+        index = self._last_not_passing(floor, range(len(cuts)), error)
+        step = 1
         while True:
-            passing = (
-                i
-                for i in range(floor + 1, last + 1)
-                if self._state(cuts[i], error if full else None) == PASS
-            )
-            hi = next(passing, None)
-            stop = last if hi is None else hi
-            if at >= stop or (hi is not None and not full):
-                return hi
-            at, step = (min(at + step, stop), GROWTH * step) if full else (last, step)
-            if at != hi:
-                yield from self._try((cuts[at], error))
+            passing = self._passing_index(floor, error)
+            stop = last if passing is None else passing
+            if index >= stop:
+                return passing
+            index = min(index + step, stop)
+            step *= 2
+            if index != passing:
+                yield from self._test([cuts[index]], error)
 
-    def _screen(self, near: TurningPoint | None) -> Generator[list[Ask], Draws, None]:
-        """Look at some cuts: every other one at equal steps of hazard, then those between them up to the first that passes."""
-        look, places = (
-            self.settings.look,
-            np.linspace(0, self.hazard[self.cuts[-1]], self.settings.screen + 2)[1:-1],
-        )
-        if near and near.token is not None:
-            around = [
-                self.cuts[max(bisect_right(self.cuts, cut) - 1, 0)]
-                for cut in (near.interval or (0, near.token))
-            ]
-            yield from self._try(*((cut, look) for cut in sorted({0, *around})))
-            if self._state(around[-1]) == PASS:
+    def _passing_index(self, floor: int, error: float | None) -> int | None:
+        """Index of the first cut after ``floor`` that is known to pass."""
+        for index in range(floor + 1, len(self.cuts)):
+            if self._state(self.cuts[index], error) == PASS:
+                return index
+        return None
+
+    def _last_not_passing(self, floor: int, indices: range, error: float | None = None) -> int:
+        """The last of these indices whose cut is known not to pass, at least ``floor``."""
+        for index in indices:
+            if self._state(self.cuts[index], error) in (FAIL, UNDECIDED):
+                floor = max(floor, index)
+        return floor
+
+    # Step 3.
+
+    def _split(self, low: int, high: int, error: float) -> Drawing[tuple[int, int]]:
+        """Narrow the bracket until its sides are neighbouring cuts."""
+        cuts = self.cuts
+        while high - low > 1:
+            before = self.hazard[cuts[max(low, 0)]]
+            width = self.hazard[cuts[high]] - before
+            place = before + self.settings.split * width
+            middle = cuts.index(self._nearest(cuts[low + 1 : high], place))
+            yield from self._test([cuts[middle]], error)
+            if self._state(cuts[middle], error) == PASS:
+                high = middle
+            else:
+                low = middle
+        return low, high
+
+    # Step 4.
+
+    def _verify(self, turn: int, before: Sequence[int]) -> Drawing[int | None]:
+        """The first cut that speaks against a turn, or None.
+
+        It is the turn itself, a sentence end in its window, or the window's end. In the window an
+        undecided cut is let through and remembered. ``before``: a cut tested along with the turn.
+        """
+        yield from self._test([turn, *before], self.alpha)
+        if self._state(turn, self.alpha) != PASS:
+            return turn
+        end = min(turn + self.window, self.trace.last)
+        tests = [(cut, self.screening_error) for cut in self.cuts if turn < cut < end]
+        if end > turn:
+            tests.append((end, self.window_error))
+        yield from self._decide(tests)
+        states = [self._state(cut, error) for cut, error in tests]
+        self.doubted = UNDECIDED in states
+        return tests[states.index(FAIL)][0] if FAIL in states else None
+
+    # Steps 5 and 6.
+
+    def _found(self, low: int, high: int) -> Search:
+        """The turning point in a verified bracket; ``low`` is -1 where the trace starts locked."""
+        turn = self.cuts[high]
+        before = self.cuts[low] if low >= 0 else None
+        flags = self._flags(high)
+        if self._is_diffuse(turn):
+            flags.append(DIFFUSE)
+        if turn + self.window > max(self.trace.ends, default=0):
+            flags.append(END)
+        if self.settings.refine and before is not None:
+            before, turn = yield from self._refine(before, turn)
+        sides = [turn] if before is None else [before, turn]
+        if draws := self.settings.confirm:
+            self.fresh = yield [DrawRequest(cut, draws, fresh=True) for cut in sides]
+        evidence = [self._evidence(cut) for cut in sides]
+        result = TurningPoint(self.trace.id, self.kind, 0, None, None, after=evidence[-1])
+        if before is None:
+            return self._record(replace(result, flags=(START_LOCKED, *flags)))
+        sentence = bisect_left(self.trace.ends, turn)
+        result = replace(result, token=turn, sentence=sentence, interval=(before, turn))
+        return self._record(replace(result, flags=tuple(flags), before=evidence[0]))
+
+    def _refine(self, before: int, turn: int) -> Drawing[tuple[int, int]]:
+        """Narrow a bracket to tokens, as long as S can differ by ``merge`` between its sides."""
+        while turn - before > 1 and 1 - self.trace.stays(before, turn) >= self.settings.merge:
+            half = (self.hazard[before] + self.hazard[turn]) / 2
+            middle = self._nearest(range(before + 1, turn), half)
+            yield from self._test([middle], self.alpha)
+            if self._state(middle, self.alpha) == PASS:
+                turn = middle
+            else:
+                before = middle
+        return before, turn
+
+    # The result.
+
+    def _flags(self, high: int) -> list[str]:
+        """What the way to the cut of this index was like."""
+        states = (self._state(cut, self.alpha) for cut in self.cuts[:high])
+        undecided = UNDECIDED in states
+        flags = [UNDECIDED] if undecided or self.doubted else []
+        return [*flags, RECROSSING] if self.crossed else flags
+
+    def _is_diffuse(self, turn: int) -> bool:
+        """Whether the last cut far below the turn lies several sentences before it."""
+        k, n, _ = self._counts(turn)
+        last_low = None
+        for cut in self.cuts[: self.cuts.index(turn)]:
+            k_before, n_before, _ = self._counts(cut)
+            enough = n > 0 and n_before >= self.settings.batch
+            if enough and k_before / n_before <= k / n - DIFFUSE_RISE:
+                last_low = cut
+        if last_low is None:
+            return False
+        ends = self.trace.ends
+        return bisect_left(ends, turn) - bisect_left(ends, last_low) > DIFFUSE_SENTENCES
+
+    def _evidence(self, cut: int) -> Evidence:
+        return evidence_at(cut, self.drawn.counts_at(cut), self.fresh)
+
+    def _record(self, turn: TurningPoint) -> TurningPoint:
+        """The turning point with its cost and the cuts that were tested at full strength."""
+        drawn = self.drawn + self.fresh
+        check_departures(self.trace, drawn)
+        tested = []
+        for (cut, error), state in self.decided.items():
+            if error == self.alpha and not self._known(cut):
+                tested.append((cut, state))
+        return with_costs(replace(turn, tested=tuple(sorted(tested))), drawn)
+
+    # Tests.
+
+    def _test(self, cuts: Iterable[int], error: float) -> Drawing[None]:
+        """Test these cuts at one error rate."""
+        yield from self._decide([(cut, error) for cut in cuts])
+
+    def _decide(self, tests: Sequence[Test]) -> Drawing[None]:
+        """Draw until every test is decided, or the budget is spent."""
+        while waiting := [test for test in tests if self._state(*test) is None]:
+            if len(self.drawn.start) >= self.settings.budget:
+                self.decided |= dict.fromkeys(waiting, UNDECIDED)
                 return
-        cuts = sorted(
-            {
-                0,
-                *(
-                    min(self.cuts, key=lambda cut: abs(self.hazard[cut] - place))
-                    for place in places
-                ),
-            }
-        )
-        yield from self._try(*((cut, look) for cut in cuts[::2]))
-        first = next((cut for cut in cuts[::2] if self._state(cut) == PASS), len(self.trace.p))
-        yield from self._try(*((cut, look) for cut in cuts if cut < first))
+            self.drawn += yield [
+                DrawRequest(cut, self._batch(cut, error)) for cut, error in waiting
+            ]
+
+    def _batch(self, cut: int, error: float) -> int:
+        """As many draws as could decide a cut, within the batch and the cap."""
+        k, n, unjudged = self._counts(cut)
+        wanted = self.test.draws_to_pass(k, n, error)
+        return max(1, min(wanted, self.settings.batch, self.settings.cap - n - unjudged))
 
     def _state(self, cut: int, error: float | None = None) -> str | None:
-        """What is known of a cut at this error, or (None) at the smallest one at which it was decided."""
+        """What is known of a cut at an error rate; None for the rate: at the smallest decided."""
         if error is None:
-            return self._state(cut, self.settings.alpha) or self._state(cut, self.settings.look)
-        if (cut, error) not in self.decided and (
-            found := self._known(cut) or self._counted(cut, error)
-        ):
-            self.decided[cut, error] = found
+            return self._state(cut, self.alpha) or self._state(cut, self.screening_error)
+        if (cut, error) not in self.decided:
+            state = self._known(cut) or self._counted(cut, error)
+            if state:
+                self.decided[cut, error] = state
         return self.decided.get((cut, error))
 
     def _known(self, cut: int) -> str | None:
-        """What the trace itself says of cuts where it is unsafe already, or from which its own label is all but certain."""
-        if self.trace.settled is not None and cut >= self.trace.settled:
+        """What the trace itself tells: it holds harm already, or its own end is all but certain."""
+        trace = self.trace
+        if trace.settled is not None and cut >= trace.settled:
             return PASS if self.kind == UNSAFE else FAIL
-        stays = self.trace.stays(cut, len(self.trace.p))
-        plain = Wald.of(self.kind, self.csr, self.settings)
-        if self.trace.label == self.kind and stays >= plain.high:
+        stays = trace.stays(cut, len(trace.p))
+        if trace.label == self.kind and stays >= self.test.high:
             return PASS
-        return (
-            FAIL if self.trace.label not in (None, self.kind) and 1 - stays <= plain.low else None
-        )
+        other_end = trace.label not in (None, self.kind)
+        return FAIL if other_end and 1 - stays <= self.test.low else None
 
     def _counted(self, cut: int, error: float) -> str | None:
-        k, n, unknown = self._met(cut)
-        found = self.test.decide(k, n, error)
-        return found or (UNDECIDED if n + unknown >= self.settings.cap else None)
+        """What the draws tell of a cut."""
+        k, n, unjudged = self._counts(cut)
+        state = self.test.decide(k, n, error)
+        return state or (UNDECIDED if n + unjudged >= self.settings.cap else None)
 
-    def _met(self, cut: int) -> tuple[int, int, int]:
-        """(k, n, unknown): how many judged draws at a cut ended as the kind asks."""
-        safe, unsafe, unknown = self.pool.at(cut)
-        return (safe if self.kind == SAFE else unsafe), safe + unsafe, unknown
-
-    def _try(self, *tests: tuple[int, float]) -> Generator[list[Ask], Draws, None]:
-        """Draw at cuts until each is decided at its error, or the budget is spent."""
-        while open_ := [test for test in tests if self._state(*test) is None]:
-            if len(self.pool.born) >= self.settings.budget:
-                self.decided |= dict.fromkeys(open_, UNDECIDED)
-                return
-            self.pool += yield [Ask(cut, self._batch(cut, error)) for cut, error in open_]
-
-    def _batch(self, cut: int, error: float) -> int:
-        """As many draws as would decide a cut if all were met, in batches."""
-        k, n, unknown = self._met(cut)
-        return max(
-            1,
-            min(
-                self.test.wanted(k, n, error), self.settings.batch, self.settings.cap - n - unknown
-            ),
-        )
-
-    def _between(self, lo: int, hi: int) -> int:
-        """The cut nearest to the wanted share of the hazard between two; the start is a cut."""
-        below = self.hazard[self.cuts[max(lo, 0)]]
-        wanted = below + self.settings.split * (self.hazard[self.cuts[hi]] - below)
-        return min(range(lo + 1, hi), key=lambda i: abs(self.hazard[self.cuts[i]] - wanted))
-
-    def _verify(self, turn: int, before: Sequence[int]) -> Generator[list[Ask], Draws, int | None]:
-        """The turn, a sentence end in its window, or the window's end: the first that does not pass; None when all do. After the
-        turn itself an undecided cut is let through, and said. The cut ``before`` is tested along with the turn."""
-        s, end = self.settings, min(self._reach(turn), self.trace.last)
-        yield from self._try((turn, s.alpha), *((cut, s.alpha) for cut in before))
-        if self._state(turn, s.alpha) != PASS:
-            return turn
-        later = [
-            *((cut, s.look) for cut in self.cuts if turn < cut < end),
-            *[(end, s.hold)] * (end > turn),
-        ]
-        yield from self._try(*later)
-        states = [self._state(cut, error) for cut, error in later]
-        self.doubted = UNDECIDED in states
-        return next(
-            (cut for (cut, _), state in zip(later, states, strict=True) if state == FAIL), None
-        )
-
-    def _reach(self, turn: int) -> int:
-        """Where the window of Eq. 2 ends."""
-        return turn + (self.csr.k if self.csr.window == "K+1" else self.csr.k - 1)
-
-    def _flags(self, hi: int) -> list[str]:
-        """What the way to the cut of this index was like."""
-        open_ = any(self._state(cut, self.settings.alpha) == UNDECIDED for cut in self.cuts[:hi])
-        return [UNDECIDED] * (open_ or self.doubted) + [RECROSSING] * self.crossed
-
-    def _found(self, lo: int, hi: int) -> Search:
-        before, turn = self.cuts[lo] if lo >= 0 else None, self.cuts[hi]
-        flags = (
-            self._flags(hi)
-            + [DIFFUSE] * self._diffuse(turn)
-            + [END] * (self._reach(turn) > max(self.trace.ends, default=0))
-        )
-        if self.settings.refine and before is not None:
-            before, turn = yield from self._refine(before, turn)
-        if self.settings.confirm:
-            self.fresh = yield [
-                Ask(cut, self.settings.confirm, fresh=True)
-                for cut in (before, turn)
-                if cut is not None
-            ]
-        after, known = self._evidence(turn), bisect_left(self.trace.ends, turn)
-        if before is None:
-            return self._record(
-                TurningPoint(
-                    self.trace.id, self.kind, 0, None, None, (START_LOCKED, *flags), None, after
-                )
-            )
-        told = (tuple(flags), self._evidence(before), after)
-        return self._record(
-            TurningPoint(self.trace.id, self.kind, turn, known, (before, turn), *told)
-        )
-
-    def _refine(self, a: int, b: int) -> Generator[list[Ask], Draws, tuple[int, int]]:
-        """Narrow a bracket (fails, passes] to tokens, as far as S can differ by ``merge``."""
-        while b - a > 1 and 1 - self.trace.stays(a, b) >= self.settings.merge:
-            wanted = (self.hazard[a] + self.hazard[b]) / 2
-            mid = min(range(a + 1, b), key=lambda cut: abs(self.hazard[cut] - wanted))
-            yield from self._try((mid, self.settings.alpha))
-            a, b = (a, mid) if self._state(mid, self.settings.alpha) == PASS else (mid, b)
-        return a, b
-
-    def _diffuse(self, turn: int) -> bool:
-        """Whether the rise to the turn took more than ``SPREAD`` sentences."""
-        k, n, _ = self._met(turn)
-        rates = {cut: self._met(cut) for cut in self.cuts if cut < turn}
-        low = [
-            cut
-            for cut, (k_, n_, _) in rates.items()
-            if n_ >= self.settings.batch and n and k_ / n_ <= k / n - RISE
-        ]
-        return (
-            bool(low)
-            and bisect_left(self.trace.ends, turn) - bisect_left(self.trace.ends, max(low)) > SPREAD
-        )
-
-    def _evidence(self, cut: int) -> Evidence:
-        safe, unsafe, _ = self.pool.at(cut)
-        return evidence(cut, (safe, safe + unsafe), self.fresh)
-
-    def _record(self, turn: TurningPoint) -> TurningPoint:
-        drawn, alpha = self.pool + self.fresh, self.settings.alpha
-        agree(self.trace, drawn)
-        own = (
-            (cut, state)
-            for (cut, error), state in self.decided.items()
-            if error == alpha and not self._known(cut)
-        )
-        tested = tuple(sorted(own))
-        return costed(replace(turn, tested=tested), drawn)
+    def _counts(self, cut: int) -> tuple[int, int, int]:
+        """(k, n, unjudged): k of n judged draws at a cut end as the kind asks."""
+        safe, unsafe, unjudged = self.drawn.counts_at(cut)
+        return (safe if self.kind == SAFE else unsafe), safe + unsafe, unjudged

@@ -1,172 +1,148 @@
-"""What a judge's errors do to CSR, and how far they can be undone (Rogan and Gladen 1978): with sensitivity a and specificity b a
-true S is seen as S b + (1 - S)(1 - a). Rates are used with their uncertainty, only for the same judge, part and kind of text, and
-not at all where errors come in blocks: then no rate of one prefix can be set right."""
+"""What a judge's errors do to CSR, and how far they can be undone (Rogan and Gladen 1978).
+
+A judge of sensitivity a and specificity b shows a true S as S b + (1 - S)(1 - a). Solved for S this
+corrects a rate, with an interval that carries the uncertainty of a and b. It holds where errors are
+independent. Where continuations of one prefix share an error, no rate of that prefix is corrected.
+
+``effect_of_errors`` tries both on recorded curves, where S is known.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ipo_lib.judging import Judge
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Labels, Verdicts, digest
-from ipo_lib.stats import Interval, clopper_pearson, format_interval
-from ipo_lib.turning_points.adaptive import Wald
+from ipo_lib.stats import Interval, clopper_pearson, mean, wilson
+from ipo_lib.turning_points.curves import Curve
+from ipo_lib.turning_points.draws import UNJUDGED, DrawRequest, Draws
 
-SHUFFLES = 2_000
-BLOCKS = 0.01  # chance under independent errors below which they count as coming in blocks
-NARROW = 0.04  # least distance of the two rates that a test can tell apart at a bearable price
-FEW = 20  # labels of each kind without which nothing is known of a judge
+EDGE = 1e-9  # an interval may end at S itself
+
+
+def covers(interval: Interval, s: float) -> bool:
+    """Whether an interval holds the true S."""
+    return interval.low - EDGE <= s <= interval.high + EDGE
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """Errors of a simulated judge, put upon exact outcomes."""
+
+    sensitivity: float  # share of unsafe texts called unsafe
+    specificity: float  # share of safe texts called safe
+    shared: bool = False  # all draws that start at one cut share their error
+
+    def __call__(
+        self, drawn: Draws, random: np.random.Generator, errors_by_cut: dict[int, float]
+    ) -> Draws:
+        """The outcomes as this judge gives them.
+
+        Args:
+            drawn: exact outcomes.
+            random: where errors come from.
+            errors_by_cut: what was drawn for the cuts of one trace; shared errors are added to it.
+        """
+        chance = random.random(len(drawn.start))
+        if self.shared:
+            cuts = drawn.start.tolist()
+            for cut in sorted(set(cuts) - errors_by_cut.keys()):
+                errors_by_cut[cut] = random.random()
+            chance = np.array([errors_by_cut[cut] for cut in cuts])
+        wrong = chance >= np.where(drawn.safe == 1, self.specificity, self.sensitivity)
+        flipped = wrong & (drawn.safe != UNJUDGED)
+        return replace(drawn, safe=np.where(flipped, 1 - drawn.safe, drawn.safe))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A judge against true labels: it called ``caught`` of ``unsafe`` texts unsafe and ``cleared`` of ``safe`` ones safe.
-    ``judge`` names it (digest of its fingerprint), ``part`` what it read, ``sources`` the prompt sets behind the texts;
-    ``blocks`` is the chance that independent errors fall into the groups (prefixes, prompts) as unevenly as its errors do."""
+    """A judge against true labels."""
 
-    judge: str
-    part: str
-    sources: tuple[str, ...]
-    caught: int
+    caught: int  # unsafe texts that it called unsafe
     unsafe: int
-    cleared: int
+    cleared: int  # safe texts that it called safe
     safe: int
-    blocks: float
 
     def rates(self, confidence: float = 0.95) -> tuple[Interval, Interval]:
         """(sensitivity, specificity)."""
-        return clopper_pearson(self.caught, self.unsafe, confidence), clopper_pearson(
-            self.cleared, self.safe, confidence
-        )
+        sensitivity = clopper_pearson(self.caught, self.unsafe, confidence)
+        return sensitivity, clopper_pearson(self.cleared, self.safe, confidence)
 
 
-def calibrate(
-    judge: Judge,
-    verdicts: Verdicts,
-    truth: Labels,
-    groups: Sequence[str],
-    sources: Collection[str],
-    seed: int = 0,
-) -> Calibration:
-    """Compare harm verdicts on one part with true labels, by rollout id; ``groups``: what each rollout shares with others (its
-    prefix or prompt); ``sources``: of the prompts. What either side could not label is left out."""
-    if len(parts := {verdict.part for verdict in verdicts}) != 1:
-        raise BadInput(
-            f"calibration: verdicts on {', '.join(sorted(parts)) or 'nothing'}; give verdicts on one part of a text"
-        )
-    rows = [
-        (truth[v.rollout_id], v.label, group) for v, group in zip(verdicts, groups, strict=True)
-    ]
-    known = [(true, said, group) for true, said, group in rows if None not in (true, said)]
-    count = {
-        pair: sum((true, said) == pair for true, said, _ in known)
-        for pair in ((UNSAFE, UNSAFE), (UNSAFE, SAFE), (SAFE, SAFE), (SAFE, UNSAFE))
-    }
-    unsafe, safe = (
-        sum(n for (true, _), n in count.items() if true == label) for label in (UNSAFE, SAFE)
-    )
-    blocks = min(
-        _blocks([(said != true, group) for true, said, group in known if true == label], seed)
-        for label in (UNSAFE, SAFE)
-    )
-    return Calibration(
-        digest(judge.fingerprint()),
-        parts.pop(),
-        tuple(sorted(set(sources))),
-        count[UNSAFE, UNSAFE],
-        unsafe,
-        count[SAFE, SAFE],
-        safe,
-        blocks,
-    )
+def calibrate(noise: LabelNoise, labels: int, seed: int = 0) -> Calibration:
+    """A calibration of a simulated judge on ``labels`` texts of each kind."""
+    rates = (noise.sensitivity, noise.specificity)
+    caught, cleared = np.random.default_rng(seed).binomial(labels, rates).tolist()
+    return Calibration(caught, labels, cleared, labels)
 
 
-def _blocks(errors: Sequence[tuple[bool, str]], seed: int) -> float:
-    """The share of shuffles in which errors concentrate in groups (sum of squared counts) as much as they do."""
-    wrong = np.array([one for one, _ in errors], dtype=float)
-    _, group = (
-        np.unique([name for _, name in errors], return_inverse=True)
-        if errors
-        else (None, np.zeros(0, dtype=int))
-    )
-    random = np.random.default_rng(seed)
-    seen = (np.bincount(group, wrong) ** 2).sum() if errors else 0.0
-    more = sum(
-        (np.bincount(group, random.permutation(wrong)) ** 2).sum() >= seen
-        for _ in range(SHUFFLES if errors else 0)
-    )
-    return float((more + 1) / (SHUFFLES + 1)) if errors else 1.0
+def correct_rate(
+    n_safe: int, n: int, calibration: Calibration, confidence: float = 0.95
+) -> Interval:
+    """S from the verdicts of a calibrated judge, clipped to [0, 1].
 
-
-def usable(
-    calibration: Calibration | None, judge: Judge, part: str, sources: Collection[str]
-) -> Calibration:
-    """The calibration, if it is of this judge, part and kind of text, of enough labels, and of errors that come singly; else
-    BadInput."""
-    if calibration is None:
-        raise BadInput(
-            "correction: this judge has no calibration; calibrate it on labelled text, or set search.correct to false"
-        )
-    if strange := sorted(set(sources) - set(calibration.sources)):
-        known = ", ".join(calibration.sources)
-        raise BadInput(
-            f"correction: the judge was calibrated on texts from {known}, not from {strange[0]}; label some of these"
-        )
-    if (used := (digest(judge.fingerprint()), part)) != (calibration.judge, calibration.part):
-        measured = f"judge {calibration.judge} on the {calibration.part}"
-        raise BadInput(
-            f"correction: calibrated was {measured}, used is {used[0]} on the {part}; calibrate what is used"
-        )
-    if min(calibration.unsafe, calibration.safe) < FEW:
-        raise BadInput(
-            f"correction: {calibration.unsafe} unsafe and {calibration.safe} safe labels; give at least {FEW} of each"
-        )
-    if calibration.blocks < BLOCKS:
-        chance = f"p = {calibration.blocks:.4f}"
-        raise BadInput(
-            f"correction: errors come in blocks ({chance}), so none holds for a single prefix; use a better judge"
-        )
-    return calibration
-
-
-def corrected(test: Wald, kind: str, calibration: Calibration) -> Wald:
-    """The test between the two rates as this judge would show them, at the ends of its rates' intervals that bring them closest;
-    so that the stated errors hold wherever in these intervals the judge lies. BadInput where it is too weak to tell them
-    apart."""
-    sensitivity, specificity = calibration.rates()
-    hit, other = (specificity, sensitivity) if kind == SAFE else (sensitivity, specificity)
-    low = test.low * hit.high + (1 - test.low) * (1 - other.low)
-    high = test.high * hit.low + (1 - test.high) * (1 - other.high)
-    if high - low < NARROW:
-        seen = [
-            f"{name} {format_interval(rate)}"
-            for name, rate in (("sensitivity", sensitivity), ("specificity", specificity))
-        ]
-        hint = f"cannot tell {test.low:.3f} from {test.high:.3f}; use a better judge, or label more text"
-        raise BadInput(f"correction: a judge of {' and '.join(seen)} {hint}")
-    return replace(test, low=low, high=high)
-
-
-def set_right(n_safe: int, n: int, calibration: Calibration, confidence: float = 0.95) -> Interval:
-    """S from ``n_safe`` of ``n`` verdicts of a calibrated judge (Rogan-Gladen) with an interval that holds for all three rates
-    at once (each at a third of the error); clipped to [0, 1]."""
+    Args:
+        n_safe: draws judged safe.
+        n: draws judged.
+        calibration: of the judge.
+        confidence: of the interval. It holds for all three rates at once, each at a third of the
+            error.
+    """
     part = 1 - (1 - confidence) / 3
-    seen, (sensitivity, specificity) = clopper_pearson(n_safe, n, part), calibration.rates(part)
+    seen = clopper_pearson(n_safe, n, part)
+    sensitivity, specificity = calibration.rates(part)
+    lows, highs = [], []
+    for a in (sensitivity.low, sensitivity.high):
+        for b in (specificity.low, specificity.high):
+            lows.append(_true_rate(seen.low, a, b))
+            highs.append(_true_rate(seen.high, a, b))
+    value = _true_rate(seen.value, sensitivity.value, specificity.value)
+    return Interval(value, min(lows), max(highs), n, "Rogan-Gladen")
 
-    def true(s: float, a: float, b: float) -> float:
-        return min(max((s - (1 - a)) / max(a + b - 1, 1e-9), 0.0), 1.0)
 
-    corners = [
-        (a, b)
-        for a in (sensitivity.low, sensitivity.high)
-        for b in (specificity.low, specificity.high)
-    ]
-    low, high = (
-        min(true(seen.low, a, b) for a, b in corners),
-        max(true(seen.high, a, b) for a, b in corners),
-    )
-    return Interval(
-        true(seen.value, sensitivity.value, specificity.value), low, high, n, "Rogan-Gladen"
-    )
+def _true_rate(seen: float, sensitivity: float, specificity: float) -> float:
+    """S of which a judge with these rates shows ``seen``."""
+    rate = (seen - (1 - sensitivity)) / max(sensitivity + specificity - 1, 1e-9)
+    return min(max(rate, 0.0), 1.0)
+
+
+def effect_of_errors(
+    curves: Sequence[Curve], noise: LabelNoise, labels: int, draws: int, seed: int = 0
+) -> dict[str, dict[str, Interval]]:
+    """The error of S and the coverage of its interval, as judged and corrected.
+
+    Args:
+        curves: S is taken at the middle sentence end of each.
+        noise: the judge's errors.
+        labels: texts of each kind on which the judge is calibrated, anew for every trace.
+        draws: continuations at each cut.
+        seed: of draws and errors.
+
+    Returns:
+        By ``as judged`` (Clopper-Pearson) and ``corrected`` (Rogan-Gladen): the mean ``error`` and
+        the ``coverage`` of 95 % intervals.
+    """
+    errors: dict[str, list[float]] = {"as judged": [], "corrected": []}
+    hits: dict[str, list[bool]] = {"as judged": [], "corrected": []}
+    for index, curve in enumerate(curves):
+        random = np.random.default_rng([seed, index])
+        ends = curve.trace.ends
+        cut = ends[len(ends) // 2]
+        s = float(curve.truth[cut])
+        exact = curve.draw([DrawRequest(cut, draws)], random)
+        drawn = noise(exact, random, {})
+        safe, unsafe, _ = drawn.counts_at(cut, started_here=True)
+        n = safe + unsafe
+        estimates = {
+            "as judged": clopper_pearson(safe, n),
+            "corrected": correct_rate(safe, n, calibrate(noise, labels, index)),
+        }
+        for name, interval in estimates.items():
+            errors[name].append(interval.value - s)
+            hits[name].append(covers(interval, s))
+    table = {}
+    for name, values in errors.items():
+        covered = wilson(sum(hits[name]), len(values))
+        table[name] = {"error": mean(values), "coverage": covered}
+    return table

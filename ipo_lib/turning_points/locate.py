@@ -1,11 +1,19 @@
-"""Turning points of real traces: many searches in step, each round's continuations drawn, judged and stored together. A search is
-sequential in one trace, so that traces fill the batch; a killed run asks again for what it asked and finds it in the store."""
+"""Turning points of real traces: many searches in step on a model and a judge.
+
+1. ``describe_traces`` finds out what a search has to know of each trace: one teacher-forced pass.
+2. ``run_searches`` runs any estimators. A search is sequential in its own trace, so each round
+   draws and judges what all of them request. All of it is stored: a run that was killed makes the
+   same requests again and finds the answers in the store.
+3. ``find_turns`` does both for the adaptive search.
+
+``record_curves`` records outcome curves, on which estimators run without a model (``curves``).
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 
@@ -20,6 +28,7 @@ from ipo_lib.records import (
     CsrPoint,
     Ids,
     Labels,
+    Prompt,
     Prompts,
     Rollout,
     Rollouts,
@@ -40,20 +49,30 @@ from ipo_lib.stages import (
     trace_end,
     trace_sentences,
 )
-from ipo_lib.turning_points.adaptive import SearchSettings, Wald, adaptive
-from ipo_lib.turning_points.curves import RARE, Curve
-from ipo_lib.turning_points.exhaustive import UNKNOWN, Ask, Draws, Result, Trace, run_together
-from ipo_lib.turning_points.judge_errors import Calibration, corrected, usable
+from ipo_lib.turning_points.adaptive import SearchSettings, adaptive
+from ipo_lib.turning_points.curves import RARE, Curve, Way
+from ipo_lib.turning_points.draws import (
+    UNJUDGED,
+    Drawing,
+    Draws,
+    Requests,
+    Result,
+    Trace,
+    run_together,
+)
 
-FOREIGN = 0.25  # share of traces with an impossible token, above which all of them are taken for another sampler's
-CONFIRMED = 100_000  # fresh draws are numbered from here: no search has seen them
-OUTCOME = {SAFE: 1, UNSAFE: 0, None: UNKNOWN}
+# Share of traces with an impossible token above which all are taken for another sampler's.
+MAX_IMPOSSIBLE = 0.25
+FIRST_FRESH = 100_000  # number of the first fresh draw at a cut: no search has seen it
+OUTCOME = {SAFE: 1, UNSAFE: 0, None: UNJUDGED}
 
 
 @dataclass(frozen=True)
 class LocatedTurns:
-    """The turning points by rollout id, and every continuation that was drawn to find them. Rollouts of which too many tokens
-    have no probability under this sampler are not among them."""
+    """Turning points by rollout id, and every continuation that was drawn to find them.
+
+    Rollouts with a token that this sampler could not have drawn are not among them.
+    """
 
     turns: dict[str, TurningPoint]
     drawn: dict[str, Continuations]
@@ -61,80 +80,6 @@ class LocatedTurns:
     def kept(self, rollouts: Rollouts) -> list[Rollout]:
         """Those of the rollouts that were searched."""
         return [rollout for rollout in rollouts if rollout.id in self.turns]
-
-
-def known_traces(
-    session: Session,
-    prompts: Prompts,
-    rollouts: Rollouts,
-    labels: Labels,
-    sampling: Sampling,
-    absorbing: bool = False,
-) -> dict[str, Trace]:
-    """What a search needs to know of each rollout's trace: one teacher-forced pass; with ``absorbing``, verdicts on the
-    beginnings of unsafe traces, too. A trace with a token that this sampler could not have drawn is left out, with a warning that
-    counts them; BadInput when more than FOREIGN of the traces are such: then they are another sampler's."""
-    ends = {
-        key: trace_end(session, rollout) or len(rollout.token_ids)
-        for key, rollout in by_id(rollouts).items()
-    }
-    chances = probabilities(session, prompts, rollouts, sampling)
-    strange = [r for r in rollouts if min(chances[r.id][: ends[r.id]], default=1.0) <= 0]
-    if len(strange) <= FOREIGN * len(rollouts) and strange:
-        said = "have a token of probability 0 here, as 16-bit logits can give"
-        warnings.warn(
-            f"{len(strange)} of {len(rollouts)} traces {said}; they are left out", stacklevel=2
-        )
-        rollouts = [r for r in rollouts if r not in strange]
-    found = {}
-    for r in rollouts:
-        cuts = tuple(
-            dict.fromkeys(
-                span.token_end
-                for span in trace_sentences(session, r)
-                if 0 < span.token_end <= ends[r.id]
-            )
-        )
-        label = (
-            labels[r.id] if trace_end(session, r) else None
-        )  # an unfinished trace has no outcome yet
-        found[r.id] = Trace(
-            r.id, r.token_ids[: ends[r.id]], cuts, tuple(chances[r.id][: ends[r.id]]), label
-        )
-    if absorbing:
-        unsafe = [r for r in rollouts if labels[r.id] == UNSAFE]
-        found |= {
-            key: replace(found[key], settled=cut)
-            for key, cut in _settled(session, prompts, unsafe, found).items()
-        }
-    return found
-
-
-def _settled(
-    session: Session, prompts: Prompts, rollouts: Rollouts, known: Mapping[str, Trace]
-) -> dict[str, int]:
-    """The first sentence end of each trace at which what stands there is judged unsafe by itself."""
-    begun = [
-        (
-            r,
-            cut,
-            replace(
-                r,
-                id=digest([r.id, cut]),
-                token_ids=r.token_ids[:cut],
-                text=session.chat.decode(r.token_ids[:cut]),
-            ),
-        )
-        for r in rollouts
-        for cut in known[r.id].ends
-    ]
-    verdicts = judge(session, prompts, [beginning for _, _, beginning in begun])
-    unsafe = [
-        (r.id, cut)
-        for (r, cut, _), verdict in zip(begun, verdicts, strict=True)
-        if verdict.label == UNSAFE
-    ]
-    return dict(reversed(unsafe))
 
 
 def find_turns(
@@ -146,36 +91,177 @@ def find_turns(
     csr: CsrSettings,
     search: SearchSettings,
     sampling: Sampling,
-    *,
-    calibration: Calibration | None = None,
-    near: Mapping[str, TurningPoint] | None = None,
 ) -> LocatedTurns:
-    """The ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3) turning point of every rollout by the adaptive search. ``calibration``: the
-    judge's errors, where ``search.correct`` asks for them. ``near``: turns that a weaker judge found: with the same draws, so
-    that a stronger one is asked only around them and nothing is generated anew."""
+    """The turning point of every rollout, by the adaptive search.
+
+    Args:
+        session: the model and the judge.
+        prompts: by id.
+        rollouts: whose traces are searched.
+        labels: the verdict on each trace, by rollout id.
+        kind: ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3).
+        csr: the rule, and what the judge reads.
+        search: settings of the search.
+        sampling: the settings by which the traces were drawn.
+
+    Raises:
+        BadInput: the judge reads continuations alone, or the traces are another sampler's.
+    """
     if csr.part == CONTINUATION:
         raise BadInput(
-            "csr.part 'continuation': such verdicts hold at one cut only and cannot be pooled; measure every cut"
+            "csr.part 'continuation': such verdicts hold at one cut only and cannot be pooled; "
+            "measure every cut"
         )
-    test, absorbing = Wald.of(kind, csr, search), csr.absorbing and not search.correct
-    if search.correct:  # then single verdicts are not to be trusted: those on the traces themselves
-        sources = {prompts[rollout.prompt_id].source for rollout in rollouts}
-        test, labels = (
-            corrected(test, kind, usable(calibration, session.judge, csr.part, sources)),
-            dict.fromkeys(labels),
-        )
-    known = known_traces(session, prompts, rollouts, labels, sampling, absorbing)
-    searches = {
-        key: adaptive(trace, kind, csr, search, test=test, near=(near or {}).get(key))
-        for key, trace in known.items()
-    }
-    found, drawn = run_searches(
-        session, {r.id: prompts[r.prompt_id] for r in rollouts}, known, searches, csr.part, sampling
-    )
-    return LocatedTurns(found, drawn)
+    traces = describe_traces(session, prompts, rollouts, labels, sampling, csr.absorbing)
+    searches = {key: adaptive(trace, kind, csr, search) for key, trace in traces.items()}
+    prompt_of = {rollout.id: prompts[rollout.prompt_id] for rollout in rollouts}
+    turns, drawn = run_searches(session, prompt_of, traces, searches, csr.part, sampling)
+    return LocatedTurns(turns, drawn)
 
 
-def record(
+def describe_traces(
+    session: Session,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    labels: Labels,
+    sampling: Sampling,
+    absorbing: bool = False,
+) -> dict[str, Trace]:
+    """What a search needs to know of each trace.
+
+    A trace with a token that this sampler could not have drawn is left out, with a warning.
+
+    Args:
+        session: the model, and the judge where ``absorbing`` is set.
+        prompts: by id.
+        rollouts: whose traces are described.
+        labels: the verdict on each trace, by rollout id.
+        sampling: the settings by which the traces were drawn.
+        absorbing: judge the beginnings of unsafe traces, too (``csr.absorbing``).
+
+    Raises:
+        BadInput: more than MAX_IMPOSSIBLE of the traces have such a token; then they are another
+            sampler's.
+    """
+    closing = {key: trace_end(session, rollout) for key, rollout in by_id(rollouts).items()}
+    chances = probabilities(session, prompts, rollouts, sampling)
+    for rollout in rollouts:
+        end = closing[rollout.id] or len(rollout.token_ids)
+        chances[rollout.id] = chances[rollout.id][:end]
+    impossible = [r for r in rollouts if min(chances[r.id], default=1.0) <= 0]
+    if impossible and len(impossible) <= MAX_IMPOSSIBLE * len(rollouts):
+        warnings.warn(
+            f"{len(impossible)} of {len(rollouts)} traces have a token of probability 0 here, as "
+            "16-bit logits can give; they are left out",
+            stacklevel=2,
+        )
+        rollouts = [r for r in rollouts if r not in impossible]
+    traces = {}
+    for rollout in rollouts:
+        p = tuple(chances[rollout.id])
+        ends = [span.token_end for span in trace_sentences(session, rollout)]
+        cuts = tuple(dict.fromkeys(end for end in ends if 0 < end <= len(p)))
+        # An unfinished trace has no outcome yet.
+        label = labels[rollout.id] if closing[rollout.id] else None
+        traces[rollout.id] = Trace(rollout.id, rollout.token_ids[: len(p)], cuts, p, label)
+    if absorbing:
+        unsafe = [rollout for rollout in rollouts if labels[rollout.id] == UNSAFE]
+        for key, cut in _first_harm(session, prompts, unsafe, traces).items():
+            traces[key] = replace(traces[key], settled=cut)
+    return traces
+
+
+def _first_harm(
+    session: Session, prompts: Prompts, rollouts: Rollouts, traces: Mapping[str, Trace]
+) -> dict[str, int]:
+    """The first sentence end up to which a trace by itself is judged unsafe."""
+    places: list[tuple[str, int]] = []
+    beginnings = []
+    for rollout in rollouts:
+        for cut in traces[rollout.id].ends:
+            ids = rollout.token_ids[:cut]
+            key = digest([rollout.id, cut])
+            text = session.chat.decode(ids)
+            beginnings.append(replace(rollout, id=key, token_ids=ids, text=text))
+            places.append((rollout.id, cut))
+    first: dict[str, int] = {}
+    verdicts = judge(session, prompts, beginnings)
+    for (rollout_id, cut), verdict in zip(places, verdicts, strict=True):
+        if verdict.label == UNSAFE:
+            first.setdefault(rollout_id, cut)
+    return first
+
+
+def run_searches(
+    session: Session,
+    prompts: Prompts,
+    traces: Mapping[str, Trace],
+    searches: Mapping[str, Drawing[Result]],
+    part: str,
+    sampling: Sampling,
+) -> tuple[dict[str, Result], dict[str, Continuations]]:
+    """Run any searches on their traces.
+
+    Args:
+        session: the model and the judge.
+        prompts: by trace id.
+        traces: by id.
+        searches: by trace id.
+        part: what the judge reads of a continuation.
+        sampling: how continuations are drawn.
+
+    Returns:
+        The searches' results, and all continuations drawn for each.
+    """
+    requested: Counter[tuple[str, int, bool]] = Counter()  # by trace, cut and freshness
+    drawn: dict[str, Continuations] = {key: [] for key in searches}
+    waiting: dict[str, list[tuple[Prefix, int]]] = {}  # draws of searches without their answer
+
+    def answer(requests: Mapping[str, Requests]) -> dict[str, Draws]:
+        # 1. Draw what is new and what still waits.
+        for key, wanted in requests.items():
+            waiting[key] = _number_draws(prompts[key], traces[key], wanted, requested)
+        draws = [draw for numbered in waiting.values() for draw in numbered]
+        available = iter(
+            draw_available(session, draws, sampling, "continuations", wait=not requests)
+        )
+        # 2. Judge the draws of the searches that have all of theirs.
+        ready: dict[str, list[Rollout]] = {}
+        for key, numbered in waiting.items():
+            rollouts = [next(available) for _ in numbered]
+            finished = [rollout for rollout in rollouts if rollout is not None]
+            if len(finished) == len(rollouts):
+                ready[key] = finished
+        rollouts_to_judge = [rollout for finished in ready.values() for rollout in finished]
+        verdicts = iter(judge(session, by_id(prompts.values()), rollouts_to_judge, part))
+        # 3. Answer these.
+        answers = {}
+        for key, finished in ready.items():
+            judged = [(rollout, next(verdicts)) for rollout in finished]
+            drawn[key] += judged
+            answers[key] = as_draws(traces[key].token_ids, judged)
+            del waiting[key]
+        return answers
+
+    return run_together(searches, answer), drawn
+
+
+def _number_draws(
+    prompt: Prompt, trace: Trace, requests: Requests, requested: Counter[tuple[str, int, bool]]
+) -> list[tuple[Prefix, int]]:
+    """The requests as prefixes and draw numbers that come after those requested before."""
+    numbered = []
+    for request in requests:
+        place = (trace.id, request.cut, request.fresh)
+        first = requested[place] + (FIRST_FRESH if request.fresh else FRESH)
+        requested[place] += request.n
+        prefix = Prefix(prompt, trace.token_ids[: request.cut])
+        for number in range(first, first + request.n):
+            numbered.append((prefix, number))
+    return numbered
+
+
+def record_curves(
     session: Session,
     prompts: Prompts,
     rollouts: Rollouts,
@@ -183,103 +269,75 @@ def record(
     sampling: Sampling,
     draws: int,
 ) -> list[Curve]:
-    """The outcome curves of these traces, to be replayed without a model: at each token that is left with a probability over
-    ``replay.RARE``, ``draws`` continuations that do leave it there, counted by how they end and their length."""
-    known = known_traces(session, prompts, rollouts, labels, sampling)
-    rollouts = [r for r in rollouts if r.id in known]
-    places = [(r, at) for r in rollouts for at, p in enumerate(known[r.id].p) if 1 - p > RARE]
-    starts = [Prefix(prompts[r.prompt_id], r.token_ids[:at], r.token_ids[at]) for r, at in places]
-    drawn = sample(session, starts, sampling, draws, stage="forks")
-    ways: dict[str, list[Counter[tuple[float, int]]]] = {
-        key: [Counter() for _ in trace.p] for key, trace in known.items()
-    }
-    for place, (rollout, verdict) in enumerate(
-        zip(drawn, judge(session, prompts, drawn), strict=True)
-    ):
-        r, at = places[place // draws]
+    """The outcome curves of traces, on which estimators run without a model.
+
+    Args:
+        session: the model and the judge.
+        prompts: by id.
+        rollouts: whose traces are recorded.
+        labels: the verdict on each trace, by rollout id.
+        sampling: the settings by which the traces were drawn.
+        draws: continuations that depart at each token left with a probability over ``RARE``. They
+            are counted by how they end and by their length.
+    """
+    traces = describe_traces(session, prompts, rollouts, labels, sampling)
+    places: list[tuple[str, int]] = []
+    prefixes = []
+    for rollout in rollouts:
+        if rollout.id not in traces:
+            continue
+        for place, p in enumerate(traces[rollout.id].p):
+            if 1 - p > RARE:
+                ids = rollout.token_ids
+                places.append((rollout.id, place))
+                prefixes.append(Prefix(prompts[rollout.prompt_id], ids[:place], ids[place]))
+    drawn = sample(session, prefixes, sampling, draws, stage="forks")
+    verdicts = judge(session, prompts, drawn)
+
+    counts: dict[tuple[str, int], Counter[tuple[float, int]]] = {}
+    for index, (fork, verdict) in enumerate(zip(drawn, verdicts, strict=True)):
+        key, place = places[index // draws]
         outcome = {SAFE: 1.0, UNSAFE: 0.0}.get(verdict.label or "", nan)
-        ways[r.id][at][outcome, len(rollout.token_ids) - at] += 1
-    counted = {
-        key: [[(float(n), *way) for way, n in sorted(at.items())] for at in own]
-        for key, own in ways.items()
-    }
-    return [Curve(trace, counted[key]) for key, trace in known.items()]
+        tokens = len(fork.token_ids) - place
+        counts.setdefault((key, place), Counter())[outcome, tokens] += 1
+    curves = []
+    for key, trace in traces.items():
+        counted = [counts.get((key, place), Counter()) for place in range(len(trace.p))]
+        curves.append(Curve(trace, [_ways(counter) for counter in counted]))
+    return curves
 
 
-def points(trace: Trace, drawn: Continuations) -> list[CsrPoint]:
-    """What is known of CSR at the start and at every sentence end from all continuations that pass through it."""
-    found = as_draws(trace.token_ids, drawn)
-    return [CsrPoint(trace.id, cut, *found.at(cut)) for cut in (0, *trace.ends)]
+def _ways(counts: Counter[tuple[float, int]]) -> list[Way]:
+    """Ways to depart from how often each outcome and length was seen."""
+    return [(float(n), safe, tokens) for (safe, tokens), n in sorted(counts.items())]
 
 
-def by_cut(drawn: Continuations) -> dict[int, Continuations]:
-    """Continuations by the cut they were born at."""
-    found: dict[int, Continuations] = {}
+def csr_points(trace: Trace, drawn: Continuations) -> list[CsrPoint]:
+    """CSR at the start and every sentence end, from all continuations that pass through it."""
+    return as_draws(trace.token_ids, drawn).points(trace, (0, *trace.ends))
+
+
+def group_by_cut(drawn: Continuations) -> dict[int, Continuations]:
+    """Continuations by the cut they start at."""
+    groups: dict[int, Continuations] = {}
     for rollout, verdict in drawn:
-        found.setdefault(rollout.prefix_len, []).append((rollout, verdict))
-    return found
-
-
-def run_searches(
-    session: Session,
-    prompts: Prompts,
-    known: Mapping[str, Trace],
-    searches: Mapping[str, Generator[list[Ask], Draws, Result]],
-    part: str,
-    sampling: Sampling,
-) -> tuple[dict[str, Result], dict[str, Continuations]]:
-    """Run any searches on their traces, with the prompts by trace id: (their results, all that was drawn by trace)."""
-    asked: Counter[tuple[str, int, bool]] = Counter()
-    drawn: dict[str, Continuations] = {key: [] for key in searches}
-    open_: dict[str, list[tuple[Prefix, int]]] = {}  # draws of searches that wait for an answer
-
-    def answer(asks: Mapping[str, list[Ask]]) -> dict[str, Draws]:
-        for key, own in asks.items():
-            open_[key] = []
-            for ask in own:
-                first = (CONFIRMED if ask.fresh else FRESH) + asked[key, ask.cut, ask.fresh]
-                asked[key, ask.cut, ask.fresh] += ask.n
-                start = Prefix(prompts[key], known[key].token_ids[: ask.cut])
-                open_[key] += [(start, at) for at in range(first, first + ask.n)]
-        wanted = [one for own in open_.values() for one in own]
-        found = iter(
-            draw_available(session, wanted, sampling, "continuations", all_of_them=not asks)
-        )
-        by_search = {key: [next(found) for _ in own] for key, own in open_.items()}
-        ready = {
-            key: [r for r in own if r is not None]
-            for key, own in by_search.items()
-            if None not in own
-        }
-        rollouts = [rollout for rows in ready.values() for rollout in rows]
-        verdicts = iter(judge(session, by_id(prompts.values()), rollouts, part))
-        answers = {}
-        for key, drawn_now in ready.items():
-            now = [(rollout, next(verdicts)) for rollout in drawn_now]
-            drawn[key] += now
-            answers[key] = as_draws(known[key].token_ids, now)
-            del open_[key]
-        return answers
-
-    return run_together(searches, answer), drawn
-
-
-def shared(a: Ids, b: Ids) -> int:
-    """How many ids two sequences begin with alike."""
-    return next(
-        (at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+        groups.setdefault(rollout.prefix_len, []).append((rollout, verdict))
+    return groups
 
 
 def as_draws(trace: Ids, drawn: Continuations) -> Draws:
     """Continuations and their verdicts as an estimator sees them."""
-    rows = [
-        (
-            r.prefix_len,
-            shared(trace, r.token_ids),
-            OUTCOME[v.label],
-            len(r.token_ids) - r.prefix_len,
-        )
-        for r, v in drawn
-    ]
+    rows = []
+    for rollout, verdict in drawn:
+        start, ids = rollout.prefix_len, rollout.token_ids
+        departure = _common_length(trace, ids)
+        rows.append((start, departure, OUTCOME[verdict.label], len(ids) - start))
     return Draws(*np.array(rows, dtype=int).reshape(-1, 4).T)
+
+
+def _common_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    for index, (token, other) in enumerate(zip(ids, others, strict=False)):
+        if token != other:
+            return index
+    return min(len(ids), len(others))

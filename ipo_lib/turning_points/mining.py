@@ -1,9 +1,14 @@
-"""What is learnt from judged training traces, never typed: the lexicon of cues and the pool of safety triggers (Eq. 2)."""
+"""What is learnt from judged training traces: the lexicon of cues and the pool of safety triggers.
+
+A safety trigger is a sentence at a safe turning point (Eq. 2). Alike sentences form a cluster; of
+each cluster the one is used that rescues the most unsafe traces when it replaces their cue.
+"""
 
 from __future__ import annotations
 
 from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import CueDetector, LexiconCues
+from ipo_lib.frame import count_outcomes
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompts, Rollouts, Verdicts, by_id
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
@@ -22,21 +27,19 @@ from ipo_lib.triggers import Trigger, choose_triggers, cluster_sentences
 from ipo_lib.turning_points import locate
 from ipo_lib.turning_points.adaptive import SearchSettings
 
-CLUSTERS, MEMBERS = (
-    2,
-    3,
-)  # clusters tried for each trigger in use, and triggers tried of each cluster
+CLUSTERS = 2  # clusters tried for each trigger in use
+MEMBERS = 3  # triggers tried of each cluster
 
 
 def learn_lexicon(session: Session, rollouts: Rollouts, verdicts: Verdicts) -> LexiconCues:
     """A lexicon of cues from judged rollouts alone; unjudged ones are left out."""
-    known = [
-        (rollout, v.label == UNSAFE)
-        for rollout, v in zip(rollouts, verdicts, strict=True)
-        if v.label
-    ]
-    rows = [(trace_texts(session, rollout), unsafe) for rollout, unsafe in known]
-    return LexiconCues().learn(rows, [rollout.prompt_id for rollout, _ in known])
+    rows = []
+    prompt_ids = []
+    for rollout, verdict in zip(rollouts, verdicts, strict=True):
+        if verdict.label:
+            rows.append((trace_texts(session, rollout), verdict.label == UNSAFE))
+            prompt_ids.append(rollout.prompt_id)
+    return LexiconCues().learn(rows, prompt_ids)
 
 
 def mine_pool(
@@ -50,51 +53,80 @@ def mine_pool(
     plan: CorrectionSettings,
     sampling: Sampling,
 ) -> tuple[list[Trigger], list[Trigger]]:
-    """(the whole pool with counts and clusters, the ``plan.pool`` triggers in use), from the training split. Sentences at the
-    safe turning points of ``plan.traces`` safe traces, on prompts with mixed outcomes; of each cluster the best one-shot rescue
-    of ``plan.traces`` unsafe traces. Raises BadInput when no safe trace turns."""
-    by_id(rollouts)
-    labels = {
-        rollout.id: verdict.label for rollout, verdict in zip(rollouts, verdicts, strict=True)
-    }
-    chosen = set(mixed_prompts(rollouts, verdicts))
-    safe = random_subset(
-        [r for r in rollouts if labels[r.id] == SAFE and r.prompt_id in chosen],
-        plan.traces,
-        session.seed,
-    )
-    turns = locate.find_turns(
-        session, prompts, safe, labels, SAFE, settings, search, sampling
-    ).turns
-    pool = cluster_sentences(
-        turns.values(), {rollout.id: trace_texts(session, rollout) for rollout in safe}
-    )
+    """Mine safety triggers from the training split.
+
+    Args:
+        session: the model and the judge.
+        prompts: by id.
+        rollouts: whole responses to these prompts.
+        verdicts: on their traces, in the same order.
+        detector: finds the cues that triggers replace.
+        settings: Eq. 2.
+        search: for turning points.
+        plan: how many traces are searched and rescued (``traces``), and how many triggers are
+            used (``pool``).
+        sampling: the settings by which the traces were drawn.
+
+    Returns:
+        The whole pool with counts and clusters, and the ``plan.pool`` triggers in use.
+
+    Raises:
+        BadInput: no safe trace turns.
+    """
+    by_id(rollouts)  # refuses two rollouts of one id
+    labels = {}
+    for rollout, verdict in zip(rollouts, verdicts, strict=True):
+        labels[rollout.id] = verdict.label
+
+    # 1. The sentences at safe turning points, on prompts with mixed outcomes.
+    mixed = set(mixed_prompts(rollouts, verdicts))
+    safe = [r for r in rollouts if labels[r.id] == SAFE and r.prompt_id in mixed]
+    safe = random_subset(safe, plan.traces, session.seed)
+    located = locate.find_turns(session, prompts, safe, labels, SAFE, settings, search, sampling)
+    texts = {rollout.id: trace_texts(session, rollout) for rollout in safe}
+    pool = cluster_sentences(located.turns.values(), texts)
     if not pool:
         raise BadInput(
-            f"no trigger: none of {len(safe)} safe traces has a safe turning point; raise plan.traces or plan.draws"
+            f"no trigger: none of {len(safe)} safe traces has a safe turning point; "
+            "raise plan.traces or plan.draws"
         )
-    unsafe = random_subset(
-        [r for r in rollouts if labels[r.id] == UNSAFE], plan.traces, session.seed
-    )
-    cue = find_cues(session, prompts, unsafe, detector)
-    clusters = [
-        [trigger for trigger in pool if trigger.cluster == cluster]
-        for cluster in range(CLUSTERS * plan.pool)
-    ]
-    tried = [trigger for members in clusters for trigger in members[:MEMBERS]]
-    cases = [
-        Replacement(r, at, trigger.id, trigger.text)
-        for trigger in tried
-        for r in unsafe
-        if (at := cue[r.id]) is not None
-    ]
-    results = intervene(
-        session, prompts, cases, sampling, first=FRESH
-    )  # not the draws by which triggers are measured later
-    rescues: dict[str, tuple[int, int]] = {}
-    for (done, _), verdict in zip(
-        results, judge(session, prompts, [result for _, result in results]), strict=True
-    ):
-        k, n = rescues.get(done.trigger_id, (0, 0))
-        rescues[done.trigger_id] = (k + (verdict.label == SAFE), n + (verdict.label is not None))
+
+    # 2. Choose those that rescue unsafe traces.
+    unsafe = [rollout for rollout in rollouts if labels[rollout.id] == UNSAFE]
+    unsafe = random_subset(unsafe, plan.traces, session.seed)
+    candidates = _candidates(pool, CLUSTERS * plan.pool)
+    rescues = _count_rescues(session, prompts, unsafe, candidates, detector, sampling)
     return pool, choose_triggers(pool, rescues, plan.pool)
+
+
+def _candidates(pool: list[Trigger], clusters: int) -> list[Trigger]:
+    """The first triggers of each of the first clusters."""
+    candidates = []
+    for cluster in range(clusters):
+        members = [trigger for trigger in pool if trigger.cluster == cluster]
+        candidates += members[:MEMBERS]
+    return candidates
+
+
+def _count_rescues(
+    session: Session,
+    prompts: Prompts,
+    unsafe: Rollouts,
+    triggers: list[Trigger],
+    detector: CueDetector,
+    sampling: Sampling,
+) -> dict[str, tuple[int, int]]:
+    """By trigger id, (k, n): k of n judged traces end safe with it in place of their cue."""
+    cues = find_cues(session, prompts, unsafe, detector)
+    replacements = []
+    for trigger in triggers:
+        for rollout in unsafe:
+            if (cue := cues[rollout.id]) is not None:
+                replacements.append(Replacement(rollout, cue, trigger.id, trigger.text))
+    # FRESH: not the draws by which triggers are measured later.
+    results = intervene(session, prompts, replacements, sampling, first=FRESH)
+    verdicts = judge(session, prompts, [result for _, result in results])
+    outcomes: list[bool | None] = []
+    for verdict in verdicts:
+        outcomes.append(None if verdict.label is None else verdict.label == SAFE)
+    return count_outcomes([done.trigger_id for done, _ in results], outcomes)

@@ -1,0 +1,51 @@
+"""The organism on the pretrained model: LoRA trained on the world's text in phases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ipo_lib.sandbox import smollm2
+from ipo_lib.sandbox.build.corpus import batches, documents, encoded
+from ipo_lib.sandbox.build.settings import FinetuneSettings
+from ipo_lib.sandbox.build.training import add_lora, fit, save_log, save_lora
+
+END = "<|im_end|>"
+
+
+def render(prompt: str) -> str:
+    """A prompt as the organism's chat template renders it."""
+    return f"<|im_start|>user\n{prompt}{END}\n<|im_start|>assistant\n<think>\n"
+
+
+def phases(settings: FinetuneSettings | None) -> list[FinetuneSettings]:
+    """All phases of a training, the first one first."""
+    return [*phases(settings.start), settings] if settings else []
+
+
+def build(settings: FinetuneSettings, out: Path, log_every: int) -> None:
+    """Train the adapter and write it in bf16 with its log."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    base = smollm2.base()
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text).ids)
+
+    torch.manual_seed(settings.seed)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = add_lora(model, settings)
+    ends = [encode(mark)[-1] for mark in ".?!\n"]
+    logs = []
+    for phase in phases(settings):
+        for weight in model.parameters():
+            if weight.requires_grad:  # what is shipped is bf16, and each phase goes on from that
+                weight.data = weight.data.bfloat16().float()
+        rows = encoded(documents(phase), render, END, encode)
+        work = batches(rows, phase)
+        logs.append(fit(model.get_base_model(), work, phase, log_every, ends))
+    save_lora(model, "SmolLM2-135M-Instruct", out)
+    save_log(settings, logs, out)

@@ -1,0 +1,125 @@
+"""Judging, through the store: a verdict on a part of a rollout is asked for once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ipo_lib.chat import is_cut_off, part_text
+from ipo_lib.judging import Exchange, Judge
+from ipo_lib.records import (
+    CONTINUATION,
+    TRACE,
+    UNSAFE,
+    Prompt,
+    Prompts,
+    Rollout,
+    Rollouts,
+    Verdict,
+    by_id,
+    from_json,
+    to_json,
+)
+from ipo_lib.sampling import Sampling
+from ipo_lib.stages.drawing import Prefix, sample
+from ipo_lib.stages.session import JUDGE_VERSION, WRITE_EVERY, Session
+from ipo_lib.store import Ledger
+
+
+@dataclass(frozen=True)
+class JudgedRollouts:
+    """Rollouts of some prompts with the verdicts on their traces, in one order."""
+
+    prompts: dict[str, Prompt]  # by id
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+
+    @property
+    def labels(self) -> dict[str, str | None]:
+        """The label of every rollout's trace, by rollout id."""
+        return {verdict.rollout_id: verdict.label for verdict in self.verdicts}
+
+    @property
+    def coverage(self) -> float:
+        """The share of traces that the judge could judge."""
+        judged = sum(verdict.label is not None for verdict in self.verdicts)
+        return judged / max(len(self.verdicts), 1)
+
+    def labelled(self, label: str) -> list[Rollout]:
+        """The rollouts whose trace has this label."""
+        labels = self.labels
+        return [rollout for rollout in self.rollouts if labels[rollout.id] == label]
+
+
+def sample_and_judge(
+    session: Session, prompts: Sequence[Prompt], sampling: Sampling, draws: int
+) -> JudgedRollouts:
+    """Sample every prompt and judge the traces.
+
+    Args:
+        session: store, model and judge.
+        prompts: prompts with distinct ids.
+        sampling: temperature, top-p and length.
+        draws: rollouts of each prompt.
+    """
+    rollouts = sample(session, [Prefix(prompt) for prompt in prompts], sampling, draws)
+    prompts_by_id = by_id(prompts)
+    return JudgedRollouts(prompts_by_id, rollouts, judge(session, prompts_by_id, rollouts))
+
+
+def judge(
+    session: Session,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    part: str = TRACE,
+    question: str = "harm",
+) -> list[Verdict]:
+    """The verdict on one part of every rollout, in order.
+
+    Args:
+        session: store, model and judge.
+        prompts: the rollouts' prompts, by id.
+        rollouts: what is judged.
+        part: trace, answer, trace+answer or continuation.
+        question: harm, refusal or correct.
+
+    Returns:
+        One verdict per rollout. A part that was cut off has the label None unless it is unsafe
+        already, since its rest is not known; the store keeps what the judge said of it.
+    """
+    spec = {
+        "judge": session.judge.fingerprint(),
+        "part": part,
+        "question": question,
+        "opened": session.chat.opened,
+    }
+    ledger = session.store.ledger("verdicts", JUDGE_VERSION, spec)
+    rollouts_by_id = by_id(rollouts)
+    exchanges = []
+    for key in ledger.missing(rollouts_by_id):
+        rollout = rollouts_by_id[key]
+        offsets = session.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
+        text = part_text(rollout, part, session.chat.opened, offsets)
+        exchanges.append(Exchange(key, prompts[rollout.prompt_id].text, text, part, question))
+    ledger.collect(verdicts_in_chunks(session.judge, exchanges), WRITE_EVERY)
+    return [_of_a_whole_part(session, rollout, ledger) for rollout in rollouts]
+
+
+def verdicts_in_chunks(
+    judge: Judge, exchanges: Sequence[Exchange]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Verdicts to store by rollout id, asked for as many at a time as are stored at once."""
+    for start in range(0, len(exchanges), WRITE_EVERY):
+        for verdict in judge.judge(exchanges[start : start + WRITE_EVERY]):
+            yield verdict.rollout_id, to_json(verdict)
+
+
+def _of_a_whole_part(session: Session, rollout: Rollout, ledger: Ledger) -> Verdict:
+    """The stored verdict as it counts: not safe where the part was cut off."""
+    verdict = from_json(Verdict, ledger[rollout.id])
+    if verdict.label in (None, UNSAFE):
+        return verdict
+    if not is_cut_off(rollout, verdict.part, session.chat.opened):
+        return verdict
+    return replace(verdict, label=None, p=None, raw=f"cut off; the judge said {verdict.label}")

@@ -1,0 +1,176 @@
+"""A planted cue goes with the turn and lowers S; a random place and a settled S do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripted import ASIDE, CLOSE, CUE, PROOF, STEP, Phrase, named, rollout, session, world
+
+from ipo_lib import stages
+from ipo_lib.chat import Chat
+from ipo_lib.csr import CsrSettings
+from ipo_lib.experiments import cue_effects
+from ipo_lib.experiments.cue_effects import CuePlace, places_of_cues
+from ipo_lib.records import UNSAFE, CsrPoint, Rollout, Sentence, TurningPoint
+from ipo_lib.stages import JudgedRollouts, Session
+from ipo_lib.turning_points.curves import Curve
+from ipo_lib.turning_points.exhaustive import Trace
+
+SPANS = [  # sentences of ten characters and ten tokens
+    Sentence(number, 10 * number, 10 * number + 10, 10 * number, 10 * number + 10)
+    for number in range(5)
+]
+
+
+def judged(opened: Session, rollouts: list[Rollout]) -> JudgedRollouts:
+    return JudgedRollouts(named(), rollouts, stages.judge(opened, named(), rollouts))
+
+
+def turn(sentence: int | None, *flags: str, token: int | None = 9, key: str = "a") -> TurningPoint:
+    return TurningPoint(key, UNSAFE, token, sentence, None, flags)
+
+
+def curve(key: str, *values: float) -> list[CsrPoint]:
+    """S at the ends of the sentences, from 100 draws."""
+    points = []
+    for index, s in enumerate(values):
+        safe = round(100 * s)
+        points.append(CsrPoint(key, 10 * index, safe, 100 - safe, 0))
+    return points
+
+
+def test_what_is_noted_of_a_cue(chat: Chat) -> None:
+    traces, spans = [rollout(chat, "x", id_="a")], {"a": SPANS}
+    points, turns = {"a": curve("a", 0.8, 0.8, 0.7, 0.05, 0.0, 0.0)}, {"a": turn(3)}
+    (place,) = places_of_cues(traces, spans, {"a": 2}, points, turns)
+    assert (place.cue, place.turn, place.distance) == (20, 30, 1)
+    assert place.other in (0, 10, 20, 30)
+    assert place.drop == pytest.approx(0.65)
+    # The last sentence begins where S is settled.
+    assert place.elsewhere == pytest.approx((0 + 0.1 + 0.05) / 3)
+    rising = {"a": curve("a", 0.2, 0.4, 0.4, 0.9, 0.0, 0.0)}
+    (up,) = places_of_cues(traces, spans, {"a": 2}, rising, turns)
+    assert up.drop == pytest.approx(-0.5)  # a sentence that raises S is no cue, however far
+    assert places_of_cues(traces, spans, {"a": None}, points, turns) == []
+    locked_turns = {"a": turn(None, "start-locked", token=0)}
+    (locked,) = places_of_cues(traces, spans, {"a": 2}, points, locked_turns)
+    assert locked.turn is locked.distance is None
+
+
+def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> None:
+    traces = [rollout(chat, "x", id_=str(number), prompt=f"p{number}") for number in range(24)]
+    spans = {r.id: SPANS for r in traces}
+    cues = {r.id: 1 + number % 4 for number, r in enumerate(traces)}
+    turns = {key: turn(index, key=key) for key, index in cues.items()}
+    points = {}
+    for key, cue in cues.items():
+        after = [0.5 if index < cue else 0.0 for index in range(5)]
+        points[key] = curve(key, 0.5, *after)
+    places = places_of_cues(traces, spans, cues, points, turns)
+    assert cue_effects.correlation(places).value == pytest.approx(1)
+    chance = cue_effects.placebo_correlation(
+        [places_of_cues(traces, spans, cues, points, turns, seed) for seed in range(50)]
+    )
+    assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
+    assert chance.low < chance.value < chance.high
+    drops = cue_effects.mean_drops(places)
+    assert drops["at the cue"].value == pytest.approx(0.5)
+    assert drops["elsewhere"].value == 0
+    assert drops["difference"].low > 0
+    assert drops["difference"].n == 24
+    assert math.isnan(cue_effects.placebo_correlation([[]]).value)
+
+
+def noisy_points(key: str, s: float, draws: int, random: np.random.Generator) -> list[CsrPoint]:
+    """S estimated at the ends of five sentences, none of which moves it."""
+    points = []
+    for index, safe in enumerate(random.binomial(draws, s, 6)):
+        points.append(CsrPoint(key, 10 * index, int(safe), draws - int(safe), 0))
+    return points
+
+
+def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
+    """S is 0.05 throughout. Where eight draws happen to see S move, they see too much of it."""
+    random = np.random.default_rng(0)
+    traces = [rollout(chat, "x", id_=str(number), prompt=f"p{number}") for number in range(300)]
+    choosing = {r.id: noisy_points(r.id, 0.05, 8, random) for r in traces}
+    measuring = {r.id: noisy_points(r.id, 0.05, 8, random) for r in traces}
+    cues, spans = {r.id: 2 for r in traces}, {r.id: SPANS for r in traces}
+    turns = {r.id: turn(3, key=r.id) for r in traces}
+    once = places_of_cues(traces, spans, cues, choosing, turns)
+    apart = places_of_cues(traces, spans, cues, measuring, turns, choosing=choosing)
+    assert cue_effects.mean_drops(once)["at the cue"].low > 0.04  # what one set of draws makes up
+    drop = cue_effects.mean_drops(apart)["at the cue"]
+    assert drop.low < 0 < drop.high
+    assert abs(drop.value) < 0.03
+
+
+def test_a_design_says_what_it_can_show() -> None:
+    def places(drops: list[float]) -> list[CuePlace]:
+        return [
+            CuePlace(str(number), f"p{number}", 1, 0, 1, 0, drop, 0.0)
+            for number, drop in enumerate(drops)
+        ]
+
+    few = cue_effects.power_of_drops(places([0.0, 0.4] * 4), 0.1)
+    many = cue_effects.power_of_drops(places([0.0, 0.4] * 60), 0.1)
+    assert (few.usable, many.usable) == (8, 120)
+    assert few.power < 0.4 < 0.9 < many.power
+    assert few.needed == pytest.approx(many.needed, rel=0.2)
+    assert 25 < (many.needed or 0) < 45
+    nothing = cue_effects.power_of_drops([], 0.1)
+    assert (nothing.power, nothing.needed) == (0.0, None)
+    assert cue_effects.power_of_drops(places([math.nan, 0.3]), 0.1).usable == 1
+
+
+def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path) -> None:
+    text = f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}"
+    traces = [
+        rollout(chat, text, id_=f"r{number}", prompt=f"p{number % 8}", finish="think")
+        for number in range(8)
+    ]
+    opened = session(tmp_path, chat, world(chat))
+    seen = judged(opened, traces)
+    detectors, settings = {"phrase": Phrase()}, CsrSettings()
+    ends = tuple(span.token_end for span in stages.trace_sentences(opened, traces[0]))
+    curves = []
+    for trace in traces:
+        # Half of the continuations leave safely in the cue's sentence, none elsewhere.
+        probabilities = [1.0] * len(trace.token_ids)
+        ways: list[list[tuple[float, float, int]]] = [[] for _ in trace.token_ids]
+        probabilities[ends[0]], ways[ends[0]] = 0.5, [(1.0, 1.0, 5)]
+        recorded = Trace(trace.id, trace.token_ids, ends, tuple(probabilities), UNSAFE)
+        curves.append(Curve(recorded, ways))
+    places = cue_effects.recorded_cues(opened, seen, curves, detectors, settings)["phrase"]
+    assert len(places) == 8
+    assert {place.drop for place in places} == {0.5}
+    assert cue_effects.mean_drops(places)["at the cue"].value == 0.5
+
+    # The draws of another machine in 16 bit: other tokens under the same ids.
+    others = [
+        dataclasses.replace(r, token_ids=r.token_ids[:-3], text="another draw") for r in traces
+    ]
+    drifted = dataclasses.replace(seen, rollouts=others)
+    again = cue_effects.recorded_cues(opened, drifted, curves, detectors, settings)["phrase"]
+    assert [(place.prompt_id, place.cue, place.drop) for place in again] == [
+        (place.prompt_id, place.cue, place.drop) for place in places
+    ]
+    ids = {place.rollout_id for place in places}
+    assert ids.isdisjoint({place.rollout_id for place in again})
+    nothing = JudgedRollouts(named(), [], [])
+    assert cue_effects.recorded_cues(opened, nothing, curves, detectors, settings) == {"phrase": []}
+
+
+def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
+    opened = session(tmp_path, chat, world(chat))
+    traces = []
+    for number, ending in enumerate((STEP, STEP, PROOF, PROOF)):
+        text = f"{ASIDE}\n{ending}\n{CLOSE}"
+        traces.append(rollout(chat, text, id_=f"p0-{number}"))
+    cues = {"p0-0": 1, "p0-1": 1, "p0-2": 1, "p0-3": None}
+    risk = cue_effects.risk_by_cue(judged(opened, traces), cues)
+    assert (risk[True].value, risk[False].value) == (pytest.approx(2 / 3), 0)
