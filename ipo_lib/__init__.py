@@ -1,4 +1,4 @@
-"""Intervened Preference Optimization (arXiv 2509.24393): safer reasoning by corrective intervention.
+"""Intervened Preference Optimization (arXiv 2509.24393): safe reasoning by corrective intervention.
 
     import ipo_lib as ipo
 
@@ -12,7 +12,7 @@
     print(ipo.rate(ipo.counts(table, "trace")))  # share of harmful traces, with its interval
 
 ``ipo_lib.pipeline`` is where a reader begins: Algorithm 1 and both training stages. Importing the
-package loads neither torch nor any other module; every name below is imported when it is first used.
+package loads neither torch nor any other module; a name is imported when it is first used.
 """
 
 from __future__ import annotations

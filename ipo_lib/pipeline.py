@@ -33,9 +33,23 @@ from ipo_lib.pairs import PairSettings, count_reasons
 from ipo_lib.profiles.run import Run
 from ipo_lib.records import TRACE, Intervention, Pair, Prompt, Prompts, Rollout, Rollouts, by_id
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import CorrectionSettings, CuesByRollout, JudgedRollouts, Prefix, Replacement, Session, benign_pairs, find_cues, intervene, judge, pair_rollouts, sample, sample_and_judge
+from ipo_lib.stages import (
+    CorrectionSettings,
+    CuesByRollout,
+    JudgedRollouts,
+    Prefix,
+    Replacement,
+    Session,
+    benign_pairs,
+    find_cues,
+    intervene,
+    judge,
+    pair_rollouts,
+    sample,
+    sample_and_judge,
+)
 from ipo_lib.stats import Interval
-from ipo_lib.training import train_first_stage, train_second_stage, margin_warning
+from ipo_lib.training import margin_warning, train_first_stage, train_second_stage
 from ipo_lib.triggers import Trigger
 
 Result = TypeVar("Result")

@@ -1,10 +1,8 @@
 """Figures: each function draws prepared numbers on given Axes and returns the Axes.
 
-1. ``figure`` opens an empty figure in the style of ``ipo.mplstyle``.
-2. ``rates``, ``csr.curve_rows`` and the others draw one kind of plot each.
-3. ``save`` writes the figure as PDF and PNG. The same input gives the same bytes.
-
-A line through a point is its interval; a hollow diamond is a number that the paper reports.
+``figure`` opens an empty figure in the style of ``ipo.mplstyle``; ``save`` writes PDF and PNG, for
+the same input the same bytes. A line through a point is its interval; a hollow diamond is a number
+that the paper reports.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 Style = dict[str, Any]  # options of matplotlib
 STYLE_FILE = Path(__file__).with_name("ipo.mplstyle")
-WIDTH, HEIGHT = 3.4, 2.4  # inches of one panel: one column of a two-column paper
+WIDTH, HEIGHT = 3.4, 2.4  # inches of a panel: one column of a two-column paper
 SAFE_COLOUR = "#0072B2"
 UNSAFE_COLOUR = "#D55E00"
 NEUTRAL_COLOUR = "#777777"
@@ -41,15 +39,15 @@ SMALL_LEGEND: Style = {"ncols": 2, "handlelength": 1.2, "columnspacing": 0.8, "f
 
 
 def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure, Any]:
-    """An empty figure and its Axes (one, or an array of several), ``width`` paper columns each.
-
-    pyplot has closed the figure, so that a notebook shows it only when ``save`` does.
-    """
+    """An empty figure and its Axes (one, or an array of several), ``width`` paper columns each."""
+    import matplotlib as mpl
     import matplotlib.pyplot as plt
+    import seaborn as sns
 
-    plt.style.use(STYLE_FILE)
+    style = dict(mpl.rc_params_from_file(STYLE_FILE, use_default_template=False))
+    sns.set_theme(style="ticks", palette=list(SERIES), rc=style)
     fig, axes = plt.subplots(rows, columns, figsize=(WIDTH * width * columns, HEIGHT * rows))
-    plt.close(fig)
+    plt.close(fig)  # a notebook shows it only when ``save`` does
     return fig, axes
 
 

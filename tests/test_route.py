@@ -1,4 +1,7 @@
-"""The whole route, killed and run again: nothing finished is lost, nothing is drawn twice, the end is the same."""
+"""The whole route, killed and run again.
+
+Nothing finished is lost, nothing is drawn twice, the end is the same.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def test_killed_at_random_the_store_and_the_figures_end_the_same(
     tmp_path: Path, scripted_runs: Runs
 ) -> None:
     def wait(root: Path, size: float, pause: float) -> None:
-        """Until the records have grown to ``size`` bytes (above all of them: until the figures are begun), and a bit more."""
+        """Until the records have grown to ``size`` bytes (above all of them.
+
+        Until the figures are begun), and a bit more.
+        """
         deadline = time.monotonic() + 60
         while sum(map(len, records(root).values())) < size and not (root / "figures").exists():
             assert time.monotonic() < deadline
@@ -206,7 +212,10 @@ def short_profile(folder: Path) -> Path:
 
 
 def images(path: Path, figures: Path) -> list[str]:
-    """The names of the figures that an executed notebook shows as images; none of its outputs is the bare text of one."""
+    """The names of the figures that an executed notebook shows as images.
+
+    None of its outputs is the bare text of one.
+    """
     outputs = [
         output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])
     ]

@@ -44,20 +44,19 @@ Examples = tuple[tuple[tuple[str, ...], int], ...]  # (sentences, number of the 
 
 
 @dataclass(frozen=True)
-class ShiftedCues:
-    """Another detector's cues, some sentences off, but never outside the trace."""
+class MovedCues:
+    """Another detector's cues, each moved to another sentence of its trace."""
 
     inner: CueDetector
-    by: int  # sentences; below 0: earlier
 
     @property
     def stored(self) -> bool:
         """As the inner detector's."""
         return self.inner.stored
 
-    def fingerprint(self) -> dict[str, Any]:
-        """The inner detector and the error."""
-        return {"detector": "shifted", "inner": self.inner.fingerprint(), "by": self.by}
+    def move(self, key: str, index: int, length: int) -> int:
+        """The new index of a cue in the trace ``key`` of ``length`` sentences."""
+        raise NotImplementedError
 
     def first_cues(self, prompts: Prompts, rollouts: Rollouts, texts: Texts) -> Answers:
         """The inner detector's cues, moved."""
@@ -65,32 +64,37 @@ class ShiftedCues:
             if index is None or index == UNREAD:
                 yield key, index
             else:
-                yield key, min(max(index + self.by, 0), len(texts[key]) - 1)
+                yield key, self.move(key, index, len(texts[key]))
 
 
 @dataclass(frozen=True)
-class RandomCues:
+class ShiftedCues(MovedCues):
+    """Another detector's cues, some sentences off, but never outside the trace."""
+
+    shift: int  # sentences; below 0: earlier
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The inner detector and the error."""
+        return {"detector": "shifted", "inner": self.inner.fingerprint(), "by": self.shift}
+
+    def move(self, key: str, index: int, length: int) -> int:
+        """So many sentences on, or the first or last one."""
+        return min(max(index + self.shift, 0), length - 1)
+
+
+@dataclass(frozen=True)
+class RandomCues(MovedCues):
     """A random but fixed sentence of every trace in which the inner detector finds a cue."""
 
-    inner: CueDetector
     seed: int = 0
-
-    @property
-    def stored(self) -> bool:
-        """As the inner detector's."""
-        return self.inner.stored
 
     def fingerprint(self) -> dict[str, Any]:
         """The inner detector and the seed."""
         return {"detector": "anywhere", "inner": self.inner.fingerprint(), "seed": self.seed}
 
-    def first_cues(self, prompts: Prompts, rollouts: Rollouts, texts: Texts) -> Answers:
+    def move(self, key: str, index: int, length: int) -> int:
         """A sentence by seed and rollout id."""
-        for key, index in self.inner.first_cues(prompts, rollouts, texts):
-            if index is None or index == UNREAD:
-                yield key, index
-            else:
-                yield (key, random.Random(digest([self.seed, key])).randrange(len(texts[key])))
+        return random.Random(digest([self.seed, key])).randrange(length)
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,14 @@ def correct_at_inference(run: Run, harmful: Sequence[Prompt]) -> Respond:
     def respond(
         session: Session, prompts: Sequence[Prompt], sampling: Sampling, draws: int
     ) -> list[Rollout]:
+        """Answer every prompt, with cues replaced.
+
+        Args:
+            session: the model.
+            prompts: prompts with distinct ids.
+            sampling: of the answers and their continuations.
+            draws: answers to each prompt.
+        """
         prompts_by_id = by_id(prompts)
         rollouts = sample(session, [Prefix(prompt) for prompt in prompts], sampling, draws)
         for round_ in range(1, run.profile.plan.rounds + 1):

@@ -158,15 +158,15 @@ def row_difference(
     if not table.size:
         nothing = Interval(math.nan, -widest, widest, 0, "no prompts")
         return RowDifference(row, other, measure, nothing, (), 1.0, coverage)
-    known = table[:, ~np.isnan(table).all(axis=0)]  # prompts with a difference in some seed
-    by_seed = tuple(_mean_of_known(seed_row) for seed_row in known)
-    p_prompts = sign_flip_p(np.nanmean(known, axis=0).tolist()) if known.size else 1.0
+    measured = table[:, ~np.isnan(table).all(axis=0)]  # prompts with a difference in some seed
+    by_seed = tuple(_mean_without_nan(seed_row) for seed_row in measured)
+    p_prompts = sign_flip_p(np.nanmean(measured, axis=0).tolist()) if measured.size else 1.0
     change = two_way(table.tolist(), (-widest, widest))
     p = max(p_prompts, seed_p(by_seed))
     return RowDifference(row, other, measure, change, by_seed, p, coverage)
 
 
-def _mean_of_known(values: np.ndarray[Any, Any]) -> float:
+def _mean_without_nan(values: np.ndarray[Any, Any]) -> float:
     """The mean of the values that are not nan; nan if none is left."""
     return math.nan if np.isnan(values).all() else float(np.nanmean(values))
 
@@ -237,14 +237,10 @@ def markdown(cells: Sequence[Cell], against: str = "DPO on Part") -> list[str]:
     change_column = f"harmful traces minus {against}"
     head = ["method", *COLUMNS.values(), change_column, "tokens to make", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for row in rows:
-        finished = finished_cells(cells, row)
-        rates = [_percent(rate(cells, row, measure)) for measure in COLUMNS]
-        change = ""
-        if row != against:
-            change = _percent(compare(cells, row, against, next(iter(COLUMNS))).change)
-        tokens = f"{_rounded_mean([cell.tokens for cell in finished]):,}"
-        columns = [row, *rates, change, tokens, str(len(finished))]
+    for line in summary(cells, list(COLUMNS), against):
+        rates = [line[measure] for measure in COLUMNS]
+        change = "" if line["row"] == against else line[f"minus {against}"]
+        columns = [line["row"], *rates, change, f"{line['generated']:,}", str(line["seeds"])]
         lines.append(f"| {' | '.join(columns)} |")
     return lines
 

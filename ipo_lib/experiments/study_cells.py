@@ -8,10 +8,11 @@ decides only how results are shown (``SHOWN_ONLY``) has no part in it.
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ipo_lib import evaluation
@@ -116,7 +117,7 @@ def _new_cell(run: Run, harmful: str, benign: str) -> Cell:
     session = replace(result.session, usage=Usage())
     scores = _evaluate(run, replace(result, session=session), prompts)
     steps = [(line["tokens"], line["reward"]) for line in result.rows if "reward" in line]
-    known = {name: value for name, value in scores.learned.items() if not math.isnan(value)}
+    traits = {name: value for name, value in scores.learned.items() if not math.isnan(value)}
     return Cell(
         row="",
         seed=0,
@@ -127,7 +128,7 @@ def _new_cell(run: Run, harmful: str, benign: str) -> Cell:
         adapter=result.adapter.parent.name if result.adapter else "",
         counts=result.counts,
         measured=scores.measured,
-        learned={name: round(value, 4) for name, value in known.items()},
+        learned={name: round(value, 4) for name, value in traits.items()},
         steps=tuple(steps),
         failed=result.failed,
         coverage=scores.coverage,
@@ -156,18 +157,12 @@ def _spec(run: Run, harmful: str, benign: str) -> dict[str, Any]:
     }
 
 
-def settings_json(value: Any) -> Any:
+def settings_json(settings: Any) -> Any:
     """Settings as plain JSON values, records inside records, too.
 
     A field that was added later is left out at its default, so that older digests stay as they are.
     """
-    if is_dataclass(value):
-        return settings_json(to_json(value))
-    if isinstance(value, Mapping):
-        return {str(key): settings_json(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [settings_json(inner) for inner in value]
-    return value
+    return json.loads(json.dumps(settings, default=to_json))
 
 
 @dataclass(frozen=True)

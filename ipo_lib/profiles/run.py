@@ -26,7 +26,17 @@ from ipo_lib.profiles.claims import CALIBRATED, EMERGENT, claim, save_figure, wi
 from ipo_lib.profiles.reading import checkout, read_profile
 from ipo_lib.profiles.settings import Component, Model, Profile
 from ipo_lib.prompts import load_prompts, object_named, without_overlap
-from ipo_lib.records import BadInput, Prompt, Prompts, Rollouts, Verdicts, by_id, canonical, from_json, to_json
+from ipo_lib.records import (
+    BadInput,
+    Prompt,
+    Prompts,
+    Rollouts,
+    Verdicts,
+    by_id,
+    canonical,
+    from_json,
+    to_json,
+)
 from ipo_lib.sampling import Sampler, Sampling
 from ipo_lib.stages import Session
 from ipo_lib.stats import Interval, wilson
