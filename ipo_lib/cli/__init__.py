@@ -1,1 +1,6 @@
-"""The ``ipo`` command: ``app`` holds its commands, each in a few lines."""
+"""The command ``ipo``.
+
+``app`` holds its subcommands. ``reproduce`` runs notebooks, ``arguments`` reads what was asked for,
+``cost`` says what a run would generate, ``doctor`` and ``rehearsal`` check the machine, ``train``
+trains both stages, ``report`` writes the page at the end of a run.
+"""

@@ -1,1 +1,17 @@
-"""What runs models: samplers in process and behind servers, decoding, scoring, LoRA training."""
+"""What runs models, in this process and behind servers.
+
+Sampling:
+
+- ``transformers_sampler``: a model in this process; ``decoding`` draws many rows at once and reads
+  shared prefixes once, ``nucleus`` is top-p, ``draws`` one request while it is sampled.
+- ``scoring``: probabilities of given tokens.
+- ``vllm``: a model behind a vLLM server; ``openai_api``: any OpenAI-compatible server.
+
+Training:
+
+- ``lora``: the frozen base model and its adapter.
+- ``prefix_sharing``, ``trees``: DPO that reads a shared prefix once; ``trl_trainer``: stock TRL.
+- ``processes``: several processes of one training.
+
+Also ``memory`` (which models lie on a GPU), ``hub`` (downloads) and ``progress`` (progress bars).
+"""
