@@ -64,7 +64,6 @@ class TrainedStages:
     stage2: Path | None  # adapter folder; None where stage 2 was left out
     pairs: int  # of stage 1
     counts: Counts  # pairs of stage 1, and why there are not more
-    benign: Counts  # benign pairs of stage 2, and why there are not more
     rows: Rows  # metrics of stage 1, one row a step
     message: str  # what stage 2 did, in one sentence
 
@@ -74,6 +73,7 @@ def run_pipeline(
     harmful: Sequence[Prompt],
     benign: Sequence[Prompt],
     gather: Callable[[], tuple[list[Pair], Counts]] | None = None,
+    choose: Callable[[], Sequence[Trigger]] | None = None,
 ) -> TrainedStages:
     """Train both stages of a profile, in this process or in all that a launcher started.
 
@@ -84,7 +84,9 @@ def run_pipeline(
         run: an open run; its settings are those of one process, whatever the launcher started.
         harmful: prompts that pairs are made from.
         benign: prompts of stage 2.
-        gather: another way to get the pairs of stage 1; None: Algorithm 1.
+        gather: another way to get the pairs of stage 1; None: Algorithm 1 with the profile's cue
+            detector and triggers.
+        choose: another way to get stage 2's triggers; None: the profile's.
 
     Raises:
         BadInput: there is no pair, or the launcher shards parameters.
@@ -92,36 +94,38 @@ def run_pipeline(
     settings, session = run.profile, run.session
     processes.join(settings.stage1.use_cpu or settings.model.device == "cpu")
 
-    # 1. Cues and triggers, from the traces of the training prompts.
-    detector, triggers = first_process_first(lambda: detector_and_triggers(run, harmful))
-
-    # 2. Stage 1, on intervened pairs.
-    if gather is None:
+    # 1. Stage 1, on intervened pairs.
+    def intervened_pairs() -> tuple[list[Pair], Counts]:
+        detector, triggers = detector_and_triggers(run, harmful)
         sampling = pair_sampling(run)
-
-        def gather() -> tuple[list[Pair], Counts]:
-            pairs, counts, _ = corrected_pairs(
-                session, harmful, triggers, detector, settings.plan, settings.pairs, sampling
-            )
-            return pairs, counts
-
-    pairs, counts = first_process_first(gather)
-    stage1, rows = train_first_stage(session, pairs, run.folder, settings.stage1, counts)
-
-    # 3. Stage 2, on what stage 1 refuses too much.
-    def refused_pairs() -> tuple[list[Pair], Counts]:
-        trained = run.adapted(stage1)
-        pairs, counts, _ = benign_pairs(
-            session, trained, benign, settings.pairs, settings.sampling, settings.stage2, triggers
+        pairs, counts, _ = corrected_pairs(
+            session, harmful, triggers, detector, settings.plan, settings.pairs, sampling
         )
         return pairs, counts
 
-    refused, reasons = first_process_first(refused_pairs)
+    pairs, counts = first_process_first(gather or intervened_pairs)
+    stage1, rows = train_first_stage(session, pairs, run.folder, settings.stage1, counts)
+
+    # 2. Stage 2, on what stage 1 refuses too much.
+    def refused_pairs() -> list[Pair]:
+        triggers = choose() if choose else detector_and_triggers(run, harmful)[1]
+        pairs, _, _ = benign_pairs(
+            session,
+            run.adapted(stage1),
+            benign,
+            settings.pairs,
+            settings.sampling,
+            settings.stage2,
+            triggers,
+        )
+        return pairs
+
+    refused = first_process_first(refused_pairs)
     stage2, _, message = train_second_stage(
         session, pairs, refused, run.folder, stage1, settings.stage2
     )
     message = margin_warning(rows) or message
-    return TrainedStages(stage1, stage2, len(pairs), counts, reasons, rows, message)
+    return TrainedStages(stage1, stage2, len(pairs), counts, rows, message)
 
 
 def first_process_first(work: Callable[[], Result]) -> Result:
@@ -241,7 +245,7 @@ def correct(
     active = [(rollout, rollout) for rollout in rollouts if cues[rollout.id] is not None]
     corrections: dict[str, Correction] = {}
     for number in range(1, plan.rounds + 1):
-        # 1. The first cue of each trace that is still to be corrected gives way to the trigger.
+        # 1. The trigger takes the place of the first cue of each trace still to be corrected.
         replacements = [
             Replacement(current, cues[current.id] or 0, trigger.id, trigger.text, number)
             for _, current in active

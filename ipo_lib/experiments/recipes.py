@@ -45,7 +45,7 @@ from ipo_lib.profiles.settings import (
     UNSHARED,
     Recipe,
 )
-from ipo_lib.records import TRACE, BadInput, Pair, Prompt, Rollout, by_id, digest, to_json
+from ipo_lib.records import BadInput, Pair, Prompt, Rollout, by_id, digest, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
     Prefix,
@@ -181,12 +181,18 @@ def gather_pairs(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[
     if recipe.data == TEACHER:
         pairs, counts = teacher_examples(run, prompts), dict[str, int]()
     elif recipe.data == NATURAL:
-        pairs, counts = natural_pairs(run, prompts, pair_sampling(run))
+        pairs, counts = natural_pairs(run, prompts, pipeline.pair_sampling(run))
     else:
         detector = make_detector(run, recipe.detector, prompts)
         triggers = choose_triggers(run, prompts, detector)
         pairs, counts, tried = pipeline.corrected_pairs(
-            session, prompts, triggers, detector, profile.plan, profile.pairs, pair_sampling(run)
+            session,
+            prompts,
+            triggers,
+            detector,
+            profile.plan,
+            profile.pairs,
+            pipeline.pair_sampling(run),
         )
         if recipe.weigh:
             losers = [correction.loser for correction in tried]
@@ -196,11 +202,6 @@ def gather_pairs(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[
     if recipe.pairs:
         pairs = random.Random(profile.seed).sample(pairs, min(recipe.pairs, len(pairs)))
     return pairs, counts | {"kept": len(pairs)}
-
-
-def pair_sampling(run: Run) -> Sampling:
-    """How both sides of a pair are sampled: to the end of the trace, or of the whole response."""
-    return run.thinking if run.profile.pairs.part == TRACE else run.profile.sampling
 
 
 def choose_triggers(run: Run, prompts: Sequence[Prompt], detector: CueDetector) -> list[Trigger]:
