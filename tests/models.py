@@ -18,7 +18,10 @@ SENTENCES = (
     "Bread needs flour, water, salt and time; the oven needs to be hot.",
     "How tall is a lighthouse? A tall one has sixty metres, a small one ten.",
 )
-TURN = "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+TURN = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
+)
 TEMPLATES = {
     "r1": TURN
     + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}",  # opens <think> itself

@@ -15,20 +15,20 @@ from ipo_lib.records import BadInput
 
 def command(*tasks: str, **options: object) -> list[str]:
     profile = read_profile("ds-8b")
-    return capability.lm_eval_command(profile, Path("/m"), tasks, Path("/o"), **options)  # type: ignore[arg-type]
+    return capability.lm_eval_command(profile, Path("m"), tasks, Path("o"), **options)  # type: ignore[arg-type]
 
 
 def test_the_call_has_the_model_the_adapter_and_the_profile_s_sampling() -> None:
-    words = command("math-500", "gsm8k", adapter=Path("/a"), limit=5)
+    words = command("math-500", "gsm8k", adapter=Path("a"), limit=5)
     assert words[:4] == [sys.executable, "-m", "lm_eval", "run"]
     text = " ".join(words)
-    assert " --model hf --model_args pretrained=/m,think_end_token=</think>,peft=/a" in text
+    assert " --model hf --model_args pretrained=m,think_end_token=</think>,peft=a" in text
     assert "--tasks minerva_math500,gsm8k_cot_zeroshot " in text
     sampling = "do_sample=True,temperature=0.6,top_p=0.95,max_gen_toks=8192"
     assert f"--gen_kwargs {sampling} " in text
     assert "--apply_chat_template" in words
     assert "--log_samples" in words
-    assert "--output_path /o " in text
+    assert "--output_path o " in text
     assert text.endswith("--limit 5")
     assert capability.ALLOW_CODE not in words
 

@@ -14,9 +14,10 @@ from models import tiny_tokenizer
 
 from ipo_lib.chat import Chat
 from ipo_lib.cli.arguments import parse_pairs
+from ipo_lib.csr import CsrSettings
 from ipo_lib.engines import lora
 from ipo_lib.judging import KeywordJudge
-from ipo_lib.profiles import reading, run, settings
+from ipo_lib.profiles import reading, settings
 from ipo_lib.profiles.reading import read_profile
 from ipo_lib.profiles.run import open_run
 from ipo_lib.profiles.settings import Profile
@@ -65,16 +66,16 @@ def test_shipped_profiles_read(name: str) -> None:
 
 
 def test_a_file_is_a_profile_with_the_defaults_of_the_records(tmp_path: Path) -> None:
-    settings = read_profile(write(tmp_path))
-    assert settings == Profile(
+    profile = read_profile(write(tmp_path))
+    assert profile == Profile(
         "small",
         SMALL["about"],
         settings.Model("nowhere"),
-        settings.prompts,
+        profile.prompts,
         settings.Component(SMALL["judge"]["use"]),
     )
-    assert settings.csr == run.CsrSettings()
-    assert settings.prompts["mine"].count == 2
+    assert profile.csr == CsrSettings()
+    assert profile.prompts["mine"].count == 2
 
 
 def test_overrides_reach_any_depth_and_nothing_else(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_numbers_may_be_written_with_an_exponent_alone(tmp_path: Path) -> None:
 
 def test_whole_settings_can_be_replaced(tmp_path: Path) -> None:
     changed = read_profile(write(tmp_path, csr={"draws": 5, "mu": 0.8}), {"csr": {"draws": 2}})
-    assert (changed.csr.draws, changed.csr.mu) == (2, run.CsrSettings().mu)
+    assert (changed.csr.draws, changed.csr.mu) == (2, CsrSettings().mu)
     assert (
         read_profile(write(tmp_path, detector={"use": "a:b"}), {"detector": None}).detector is None
     )
@@ -189,7 +190,7 @@ def test_outside_a_checkout_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     assert reading.checkout() == tmp_path / "clone"
 
 
-# the bench
+# open_run
 
 
 def folder(path: Path, **tokenizer: Any) -> Path:
@@ -200,7 +201,7 @@ def folder(path: Path, **tokenizer: Any) -> Path:
     return path
 
 
-def test_a_bench_opens_its_doors(tmp_path: Path) -> None:
+def test_an_open_run_has_what_the_profile_names(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         model={"folder": str(folder(tmp_path / "model", template="qwen3")), "prefill": "<think>\n"},
@@ -239,14 +240,9 @@ def test_a_world_has_a_narrow_and_a_wide_truth_about_cues(tmp_path: Path) -> Non
     assert plain.truth() is plain.wide_truth() is None
     for name in ("sandbox", "tiny", "tiny-null"):
         own = read_profile(name)
-        parts = {
-            "truth": to_json(own.extras["truth"]),
-            "wide_truth": to_json(own.extras["wide_truth"]),
-        }
-        narrow, wide = (
-            getattr(open_run(write(tmp_path, model=model, **parts)), truth)() for truth in parts
-        )
-        assert (narrow.wide, wide.wide) == (False, True)
+        named = {truth: to_json(own.extras[truth]) for truth in ("truth", "wide_truth")}
+        opened = open_run(write(tmp_path, model=model, extras=named))
+        assert (opened.truth().wide, opened.wide_truth().wide) == (False, True)
 
 
 @pytest.mark.parametrize(
