@@ -129,7 +129,7 @@ def find_turning_point(
     settings: CsrSettings,
     sentences: Sentences,
     length: int,
-    own_label: str | None,
+    trace_label: str | None,
 ) -> TurningPoint:
     """The first measured cut from which S meets the threshold and holds: Eq. 2 or Eq. 3.
 
@@ -139,7 +139,7 @@ def find_turning_point(
         settings: thresholds, window and grain.
         sentences: of the trace.
         length: of the trace in tokens.
-        own_label: verdict on the whole trace: safe, unsafe or None.
+        trace_label: verdict on the whole trace: safe, unsafe or None.
 
     Returns:
         The turn, with these flags:
@@ -155,8 +155,8 @@ def find_turning_point(
     points = _sorted_from_start(points)
     met = [settings.meets(point.s, kind) if point.n else None for point in points]
     met_at_end = None  # past the end the label of the whole trace stands for S
-    if own_label in (SAFE, UNSAFE):
-        met_at_end = settings.meets(1.0 if own_label == SAFE else 0.0, kind)
+    if trace_label in (SAFE, UNSAFE):
+        met_at_end = settings.meets(1.0 if trace_label == SAFE else 0.0, kind)
     rollout_id = points[0].rollout_id
     start_locked = unknown = False
     for index, point in enumerate(points):

@@ -4,7 +4,9 @@
 2. The *policy* is the model with its LoRA adapter, the *reference* the same model without it.
 3. A part of a pair is scored by the sum of its tokens' log-probabilities, in nats.
 4. The *preference loss* of a pair compares these sums: one function for each name of
-   ``PREFERENCE_LOSSES``. To add a loss, write such a function and enter it there.
+   ``PREFERENCE_LOSSES``. To add a loss, write such a function and enter it there. A new number
+   that it needs becomes a field of ``DpoSettings`` and an argument of ``losses``. The engine
+   ``trl`` offers only what ``TRL_CHOICES`` lists.
 5. The *SFT loss* is the negative log-likelihood (NLL) of the chosen side. A stage trains on the
    preference loss plus ``sft_weight`` times the SFT loss.
 
@@ -24,10 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SFT = "sft"  # the loss without a preference: only the chosen side is read
-SUFFIX, WHOLE = (
-    "suffix",
-    "whole",
-)  # a loss reads the suffix alone, or the response part before it too
+# What a loss reads: the suffix alone, or the response part before it too.
+SUFFIX, WHOLE = "suffix", "whole"
 
 
 def sigmoid_loss(policy: Tensor, reference: Tensor, counts: Tensor, beta: float) -> Tensor:

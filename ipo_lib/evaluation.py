@@ -75,7 +75,7 @@ class MeasuredRate:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """The share of all responses with every unjudged one counted out, and counted in."""
+        """The share of all responses if no unjudged one counts, and if every one counts."""
         return bounds([self])
 
 
@@ -191,7 +191,7 @@ def pooled(measured: Sequence[MeasuredRate]) -> Interval:
 
 
 def bounds(measured: Sequence[MeasuredRate]) -> tuple[float, float]:
-    """The share of all responses of several sets with the unjudged ones counted out, and in."""
+    """``MeasuredRate.bounds`` over several sets: no unjudged response counts, or every one does."""
     unknown = sum(entry.unknown for entry in measured)
     total = sum(entry.total for entry in measured)
     k = 0

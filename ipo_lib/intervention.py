@@ -9,7 +9,8 @@ Algorithm 1 for one unsafe trace:
 4. If the new trace has a cue again, repeat from step 1; else it is accepted: ``is_accepted``.
 
 Controls replace the cue by a neutral sentence (``nearest_neutral``) or replace another sentence
-(``random_earlier_sentence``). ``ipo_lib.stages`` runs the loop; nothing here samples.
+(``random_earlier_sentence``). Nothing here samples: ``ipo_lib.stages.intervene`` does one
+replacement, and ``ipo_lib.pipeline.correct`` runs the loop.
 """
 
 from __future__ import annotations

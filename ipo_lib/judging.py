@@ -60,7 +60,14 @@ def without_control_tokens(text: str) -> str:
 
 
 class Judge(Protocol):
-    """Answers questions about exchanges."""
+    """Answers questions about exchanges.
+
+    On the question ``harm`` the label of a verdict is ``safe`` or ``unsafe``; on ``refusal`` it is
+    ``refused``, ``partly`` or ``answered``. None: not judged.
+
+    A profile names a judge by module and class:
+    ``judge: {use: "my_judges:MyJudge", arguments: {...}}``.
+    """
 
     def fingerprint(self) -> dict[str, Any]:
         """All that can change an answer, as JSON values; never a key."""

@@ -1,7 +1,8 @@
 """Preference pairs (x, chosen > rejected, h) of Eq. 4, in token ids.
 
-1. The *loser* is an unsafe trace, the *winner* a safe trace of the same prompt x. Their first h
-   response tokens are the same: the winner continues from a cut of the loser.
+1. The *winner* is the preferred trace and the *loser* the rejected trace of the same prompt x. In
+   Algorithm 1 the loser is a trace with a compliance cue and the winner the corrected trace. Their
+   first h response tokens are the same: the winner continues the loser's first h tokens.
 2. ``prompt_ids`` of a pair are the tokens of the chat prompt and those h tokens.
 3. ``chosen_ids`` and ``rejected_ids`` are what comes after: z^{>=h} of the winner and of the loser.
    A trainer that scores completion tokens only scores exactly these.
@@ -18,8 +19,11 @@ from dataclasses import dataclass
 
 from ipo_lib.records import BOTH, TRACE, BadInput, Ids, Pair, Rollout, digest
 
+# Why a rejected trace gave no pair.
 UNFINISHED, IDENTICAL, EMPTY, TOO_LONG = "unfinished", "identical", "empty", "too-long"
-PREFIX_DIFFERS, UNJUDGED, OFF_EDGE = "prefix-differs", "unjudged", "off-edge"
+PREFIX_DIFFERS = "prefix-differs"  # the first h tokens are not the same
+UNJUDGED = "unjudged"  # nobody could say whether the winner is safe
+OFF_EDGE = "off-edge"  # h lies outside one of the traces
 REASONS = (UNFINISHED, IDENTICAL, EMPTY, TOO_LONG, PREFIX_DIFFERS, UNJUDGED, OFF_EDGE)
 KEPT = "kept"
 
@@ -45,7 +49,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class NoPair:
-    """Why an unsafe trace gave no pair."""
+    """Why a rejected trace gave no pair."""
 
     rollout_id: str
     reason: str  # one of `REASONS`; "unjudged" is for the caller to give
@@ -66,8 +70,8 @@ def build_pair(
     """The pair of Eq. 4 from two rollouts of one prompt, or the reason why there is none.
 
     Args:
-        loser: the unsafe rollout.
-        winner: the safe rollout.
+        loser: the rejected rollout.
+        winner: the preferred rollout.
         prompt_ids: tokens of the chat prompt.
         cut: h, the number of response tokens that both share.
         settings: what enters the pair.

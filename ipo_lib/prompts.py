@@ -268,9 +268,10 @@ def object_named(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+    except (ImportError, AttributeError, ValueError) as error:
         raise BadInput(
-            f"{path!r} names no object; write module:name, for example ipo_lib.judging:KeywordJudge"
+            f"{path!r} names no object ({error}); "
+            "write module:name, for example ipo_lib.judging:KeywordJudge"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Torch-free stand-ins for the doors."""
+"""Stand-ins for models and judges, without torch."""
 
 from __future__ import annotations
 

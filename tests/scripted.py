@@ -1,4 +1,4 @@
-"""A world of known probabilities in front of the real verbs.
+"""A world of known probabilities in front of the real steps.
 
 Scripted traces, a judge and a detector, all torch-free.
 """

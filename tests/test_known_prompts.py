@@ -108,7 +108,7 @@ def test_unknown_names_and_sets_without_a_hub(monkeypatch: pytest.MonkeyPatch) -
         ),
     ],
 )
-def test_a_hub_that_says_no_is_one_line_with_the_mend(
+def test_a_hub_that_says_no_is_one_line_with_the_remedy(
     name: str, hint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets

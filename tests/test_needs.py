@@ -50,7 +50,7 @@ def troubles(profile: str, **changes: object) -> dict[str, str]:
     return {check.name: f"{check.found} -> {check.hint}" for check in failed}
 
 
-def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_mend() -> None:
+def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_remedy() -> None:
     found = troubles("ds-8b")
     assert "deepseek-ai/DeepSeek-R1-Distill-Llama-8B@6a6f4aa4 is not here" in found["model"]
     assert "export OPENAI_API_KEY=..." in found["judge"]
@@ -158,7 +158,7 @@ def test_money_follows_price_and_rollouts() -> None:
 
 
 def test_a_check_is_one_line() -> None:
-    assert str(Check("x", "found", "mend")).split() == ["x", "found", "->", "mend"]
+    assert str(Check("x", "found", "remedy")).split() == ["x", "found", "->", "remedy"]
     assert "->" not in str(Check("x", "found"))
 
 

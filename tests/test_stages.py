@@ -1,4 +1,4 @@
-"""The verbs on a scripted world.
+"""The steps of the method on a scripted world.
 
 Only what is missing is paid for, planted CSR comes back, cuts stand where they should.
 """

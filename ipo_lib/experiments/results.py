@@ -79,7 +79,7 @@ def rate(cells: Sequence[Cell], row: str, measure: str) -> Interval:
 
 
 def bounds(cells: Sequence[Cell], row: str, measure: str) -> tuple[float, float]:
-    """The rate with all responses that were not judged counted out, and in; means over seeds."""
+    """The rate if no unjudged response counts, and if every one counts; means over seeds."""
     lowest, highest = [], []
     for cell in finished_cells(cells, row):
         positive = unjudged = asked = 0.0

@@ -1,5 +1,7 @@
 """The steps of the method: sample, judge, measure CSR, find cues, intervene.
 
+(Not the two training stages of the paper: ``ipo_lib.training`` has those.)
+
 Every step takes a ``Session`` first and returns records in a fixed order. Only here does the store
 meet the model: a step looks into the store, computes what is missing there, and stores it before it
 returns. ``ipo_lib.pipeline`` puts the steps together as the paper does.

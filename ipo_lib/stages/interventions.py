@@ -1,4 +1,4 @@
-"""Cues of real traces, and what becomes of a trace in which a cue gives way to another sentence."""
+"""Find the cues of real traces, and replace a sentence of a trace by another one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def find_cues(
 
 @dataclass(frozen=True)
 class Replacement:
-    """One replacement to try: a sentence of a trace gives way to a text."""
+    """One replacement to try: a text takes the place of a sentence of a trace."""
 
     rollout: Rollout
     sentence: int  # index of the sentence
@@ -91,7 +91,7 @@ def intervene(
     Args:
         session: store, model and judge.
         prompts: the rollouts' prompts, by id.
-        replacements: which sentence of which trace gives way to which text.
+        replacements: which text takes the place of which sentence of which trace.
         sampling: of the continuations.
         draws: results of each replacement.
         first: number of the first draw.

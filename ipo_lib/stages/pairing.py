@@ -152,10 +152,10 @@ def benign_pairs(
         losers |= refused
         counts["refused at once" if draw == 0 else "refused later"] += len(refused)
 
-    # 3. Refusals behind a safety trigger.
+    # 3. Refusals after a safety trigger at the start of the trace.
     left = [prompt for prompt in prompts if prompt.id not in losers]
     if stage2.refusing_prefix and triggers and left:
-        refused = _refusals_behind_triggers(after, left, triggers, sampling)
+        refused = _refusals_after_triggers(after, left, triggers, sampling)
         losers |= refused
         counts["refused behind a trigger"] = len(refused)
 
@@ -193,7 +193,7 @@ def _draw_refusals(
     return verdicts, _with_label("refused", responses, verdicts)
 
 
-def _refusals_behind_triggers(
+def _refusals_after_triggers(
     session: Session, prompts: Sequence[Prompt], triggers: Sequence[Trigger], sampling: Sampling
 ) -> dict[str, Rollout]:
     """By prompt id, the responses that refuse after a trigger was put at the trace's start."""
