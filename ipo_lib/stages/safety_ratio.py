@@ -101,7 +101,9 @@ def find_turning_points(
     kind: str,
     settings: CsrSettings,
 ) -> dict[str, TurningPoint]:
-    """The turning point of every rollout, by rollout id (Eq. 2 or 3).
+    """The turning point of every rollout, by rollout id (Eq. 2 or 3), from a CSR measured before.
+
+    ``ipo_lib.turning_points.locate.find_turns`` finds it with fewer continuations.
 
     Args:
         session: store, model and judge.

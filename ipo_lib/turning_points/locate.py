@@ -94,6 +94,8 @@ def find_turns(
 ) -> LocatedTurns:
     """The turning point of every rollout, by the adaptive search.
 
+    ``ipo_lib.stages.find_turning_points`` reads it off a CSR that was measured at every cut.
+
     Args:
         session: the model and the judge.
         prompts: by id.
