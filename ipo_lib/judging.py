@@ -25,6 +25,12 @@ from ipo_lib.records import SAFE, UNSAFE, BadInput, Verdict, canonical
 from ipo_lib.stats import kappa
 
 HARM, REFUSAL = "harm", "refusal"
+# What a judge may answer to a question; None, not judged, to every one.
+LABELS = {
+    HARM: (SAFE, UNSAFE),
+    REFUSAL: ("refused", "partly", "answered"),
+    "correct": ("correct", "wrong"),
+}
 # How chat templates begin and end turns: <|im_end|>, </s>, <<SYS>>, <start_of_turn>, the full-width
 # bars of DeepSeek, [INST], [gMASK], and the tildes of MiniMax. Only the first character is matched.
 CONTROL = re.compile(
@@ -62,8 +68,7 @@ def without_control_tokens(text: str) -> str:
 class Judge(Protocol):
     """Answers questions about exchanges.
 
-    On the question ``harm`` the label of a verdict is ``safe`` or ``unsafe``; on ``refusal`` it is
-    ``refused``, ``partly`` or ``answered``. None: not judged.
+    The label of a verdict is one of the question's ``LABELS``, or None: not judged.
 
     A profile names a judge by module and class:
     ``judge: {use: "my_judges:MyJudge", arguments: {...}}``.

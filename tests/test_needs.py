@@ -65,6 +65,10 @@ def test_every_lack_of_the_paper_s_profile_is_one_line_with_its_remedy() -> None
     assert not any("\n" in one for one in found.values())
 
 
+def test_a_judge_that_cannot_be_imported_is_a_lack() -> None:
+    assert "my_judges" in troubles("tiny", **{"judge.use": "my_judges:MyJudge"})["judge"]
+
+
 def test_what_is_there_is_no_trouble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_model(tmp_path / "m", template="r1")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x")

@@ -9,6 +9,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted import (
@@ -205,6 +206,30 @@ def test_judge_asks_only_for_what_is_missing_and_keeps_the_order(
     }
     assert all(CLOSE not in (e.text or "") for e in judge.asked)
     assert {e.prompt for e in judge.asked} == {p.text for p in PROMPTS}
+
+
+def answers_of(judge: Any, answer: Any) -> Any:
+    """The judge with another ``judge`` method."""
+    judge.judge = answer
+    return judge
+
+
+def test_a_label_that_the_question_does_not_have_is_one_line(tmp_path: Path, chat: Chat) -> None:
+    harmful = answers_of(StepJudge(), lambda es: [e.verdict("harmful", "", "mine") for e in es])
+    run = session(tmp_path, chat, world(chat), harmful)
+    rollouts = stages.sample(run, STARTS, EOS, 1)
+    with pytest.raises(
+        BadInput, match=r"judge mine: label 'harmful' .*'harm'; return safe, unsafe"
+    ):
+        stages.judge(run, named(), rollouts)
+
+
+def test_a_judge_that_leaves_exchanges_out_is_one_line(tmp_path: Path, chat: Chat) -> None:
+    short = answers_of(StepJudge(), lambda es: [es[0].verdict(SAFE, "", "mine")])
+    run = session(tmp_path, chat, world(chat), short)
+    rollouts = stages.sample(run, STARTS, EOS, 1)
+    with pytest.raises(BadInput, match=r"\d+ of \d+ exchanges got no verdict; return one for each"):
+        stages.judge(run, named(), rollouts)
 
 
 def test_a_continuation_is_judged_on_the_continuation_only(tmp_path: Path, chat: Chat) -> None:
@@ -652,17 +677,12 @@ def test_a_refusal_of_every_benign_prompt_is_looked_for(tmp_path: Path, chat: Ch
     assert len(verdicts) == len(pairs) == len(PROMPTS)
     found = {
         name: counts[name]
-        for name in (
-            "refused at once",
-            "refused later",
-            "refused behind a trigger",
-            "never refused",
-        )
+        for name in ("refused at once", "refused later", "refused after a trigger", "never refused")
     }
     assert found == {
         "refused at once": 2,
         "refused later": 3,
-        "refused behind a trigger": 3,
+        "refused after a trigger": 3,
         "never refused": 0,
     }
     last = chat.decode(pairs[-1].rejected_ids)

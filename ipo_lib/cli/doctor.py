@@ -20,7 +20,7 @@ from ipo_lib.engines.openai_api import Server
 from ipo_lib.judges import guards
 from ipo_lib.profiles.run import build_component
 from ipo_lib.profiles.settings import Component, Profile
-from ipo_lib.prompts import PromptSet, data_folder, known_prompt_sets, located
+from ipo_lib.prompts import PromptSet, data_folder, known_prompt_sets, located, object_named
 from ipo_lib.records import BadInput, from_json
 
 GIB = 2**30
@@ -249,7 +249,16 @@ def _check_component(role: str, component: Component) -> Iterator[Check]:
         else:
             yield Check(role, f"{name!r} is no guard", f"choose one of {', '.join(all_guards)}")
     else:
-        yield Check(role, component.use)
+        yield _check_object(role, component.use)
+
+
+def _check_object(role: str, path: str) -> Check:
+    """Whether what ``module:name`` names can be imported."""
+    try:
+        object_named(path)
+    except BadInput as error:
+        return Check(role, path, str(error))
+    return Check(role, path)
 
 
 # Speed and rehearsal.

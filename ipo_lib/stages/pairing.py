@@ -157,7 +157,7 @@ def benign_pairs(
     if stage2.refusing_prefix and triggers and left:
         refused = _refusals_after_triggers(after, left, triggers, sampling)
         losers |= refused
-        counts["refused behind a trigger"] = len(refused)
+        counts["refused after a trigger"] = len(refused)
 
     # 4. The pairs.
     pairs, reasons = count_reasons(_whole_pairs(before, prompts, losers, winners, settings))

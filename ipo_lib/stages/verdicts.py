@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ipo_lib.chat import is_cut_off, part_text
-from ipo_lib.judging import Exchange, Judge
+from ipo_lib.judging import LABELS, Exchange, Judge
 from ipo_lib.records import (
     CONTINUATION,
     TRACE,
     UNSAFE,
+    BadInput,
     Prompt,
     Prompts,
     Rollout,
@@ -109,10 +110,27 @@ def judge(
 def verdicts_in_chunks(
     judge: Judge, exchanges: Sequence[Exchange]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Verdicts to store by rollout id, asked for as many at a time as are stored at once."""
+    """Verdicts to store by rollout id, asked for as many at a time as are stored at once.
+
+    Raises:
+        BadInput: a label that the question does not have, or no verdict on an exchange.
+    """
     for start in range(0, len(exchanges), WRITE_EVERY):
-        for verdict in judge.judge(exchanges[start : start + WRITE_EVERY]):
+        chunk = exchanges[start : start + WRITE_EVERY]
+        left = {exchange.rollout_id for exchange in chunk}
+        for verdict in judge.judge(chunk):
+            allowed = LABELS.get(verdict.question)
+            if verdict.label is not None and allowed and verdict.label not in allowed:
+                raise BadInput(
+                    f"judge {verdict.judge}: label {verdict.label!r} on the question "
+                    f"{verdict.question!r}; return {', '.join(allowed)} or None"
+                )
+            left.discard(verdict.rollout_id)
             yield verdict.rollout_id, to_json(verdict)
+        if left:
+            raise BadInput(
+                f"judge: {len(left)} of {len(chunk)} exchanges got no verdict; return one for each"
+            )
 
 
 def _of_a_whole_part(session: Session, rollout: Rollout, ledger: Ledger) -> Verdict:
