@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,14 +61,14 @@ class CueDetector(Protocol):
         """
 
 
-class TraceReader:
+class TraceReader(ABC):
     """A detector that reads one trace at a time and asks nobody."""
 
     stored = False
 
+    @abstractmethod
     def first(self, rollout: Rollout, prompt: Prompt, texts: Sequence[str]) -> int | None:
         """Index of the first cue among the sentences of a trace; None if there is none."""
-        raise NotImplementedError
 
     def first_cues(self, prompts: Prompts, rollouts: Rollouts, texts: Texts) -> Answers:
         """Rollout id and index of the first cue, as ``first`` says."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ Examples = tuple[tuple[tuple[str, ...], int], ...]  # (sentences, number of the 
 
 
 @dataclass(frozen=True)
-class MovedCues:
+class MovedCues(ABC):
     """Another detector's cues, each moved to another sentence of its trace."""
 
     inner: CueDetector
@@ -54,9 +55,9 @@ class MovedCues:
         """As the inner detector's."""
         return self.inner.stored
 
+    @abstractmethod
     def move(self, key: str, index: int, length: int) -> int:
         """The new index of a cue in the trace ``key`` of ``length`` sentences."""
-        raise NotImplementedError
 
     def first_cues(self, prompts: Prompts, rollouts: Rollouts, texts: Texts) -> Answers:
         """The inner detector's cues, moved."""
