@@ -12,32 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from preferences import (
-    LOG2,
-    PLAIN,
-    make_pairs,
-    preference_loss,
-    side_mean,
-    suffix_logps,
-    write_small_llama,
-)
+from preferences import LOG2, PLAIN, make_pairs, preference_loss, side_mean, suffix_logps
 
 from ipo_lib import dpo, training
 from ipo_lib.dpo import Stage2Settings
 from ipo_lib.records import BadInput
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def stage1(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, float]]]:
-    folder = tmp_path_factory.mktemp("stage1")
-    return folder, training.train(make_pairs(8), model, replace(PLAIN, epochs=4), folder)
 
 
 def test_preference_loss_by_hand() -> None:

@@ -12,15 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from preferences import (
-    LOG2,
-    PLAIN,
-    make_pairs,
-    preference_loss,
-    side_mean,
-    suffix_logps,
-    write_small_llama,
-)
+from preferences import LOG2, PLAIN, make_pairs, preference_loss, side_mean, suffix_logps
 
 from ipo_lib import training
 from ipo_lib.dpo import Stage2Settings
@@ -28,19 +20,6 @@ from ipo_lib.records import BadInput, Pair
 from ipo_lib.store import Store
 
 WRITTEN = ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "training.json")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_llama(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def stage1(
-    model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, list[dict[str, float]]]:
-    folder = tmp_path_factory.mktemp("stage1")
-    return folder, training.train(make_pairs(8), model, replace(PLAIN, epochs=4), folder)
 
 
 def test_same_seed_same_bytes(model: Path, stage1: Any, tmp_path: Path) -> None:
