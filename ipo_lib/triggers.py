@@ -4,7 +4,7 @@
    ones and puts similar ones into clusters. The result is the pool.
 2. *Test*: put each sentence of the pool at compliance cues and count how often the trace ends safe.
    That is its one-shot rescue rate; the caller measures it.
-3. *Choose*: from each of the largest clusters the sentence of the best rescue rate:
+3. *Choose*: from each of the largest clusters the sentence of the median rescue rate:
    ``choose_triggers``.
 """
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from ipo_lib.csr import START_LOCKED
 from ipo_lib.cues import WORD, ngrams
 from ipo_lib.records import SAFE, TurningPoint, by_id, digest
-from ipo_lib.stats import wilson
 
 
 @dataclass(frozen=True)
@@ -103,24 +102,31 @@ def cluster_sentences(
 def choose_triggers(
     pool: Sequence[Trigger], rescues: Mapping[str, tuple[int, int]], n: int = 6
 ) -> list[Trigger]:
-    """The best trigger of each of the ``n`` largest clusters with a tried member, the best first.
+    """The median trigger of each of the ``n`` largest clusters, the largest cluster first.
 
-    ``rescues`` holds the one-shot rescue (k, n) by trigger id. Best is the highest Wilson lower
-    bound; among equals, the most frequent.
+    The median is taken over the rescue rates of a cluster's tried members; of an even number of
+    members, it is the lower one of the two in the middle. The best of many tries would owe part of
+    its rate to chance, and would make one replacement look stronger than it usually is.
+
+    Args:
+        pool: the triggers.
+        rescues: the one-shot rescue (k, n) by trigger id. Members without a judged try are left
+            out, and so is a cluster without a tried member.
+        n: how many clusters.
     """
-    tried = []
+    members: dict[int, list[Trigger]] = defaultdict(list)
     for trigger in by_id(pool).values():
         rescue = rescues.get(trigger.id, (0, 0))
         if rescue[1]:
-            tried.append(dataclasses.replace(trigger, rescue=rescue))
-    tried.sort(key=lambda trigger: (-_lower_bound(trigger), -trigger.count, trigger.id))
-    largest = sorted({trigger.cluster for trigger in tried})[:n]
-    best: dict[int, Trigger] = {}
-    for trigger in tried:
-        if trigger.cluster in largest:
-            best.setdefault(trigger.cluster, trigger)
-    return list(best.values())
+            members[trigger.cluster].append(dataclasses.replace(trigger, rescue=rescue))
+    medians = []
+    for cluster in sorted(members)[:n]:
+        ranked = sorted(members[cluster], key=lambda trigger: (_rate(trigger), trigger.id))
+        medians.append(ranked[(len(ranked) - 1) // 2])
+    return medians
 
 
-def _lower_bound(trigger: Trigger) -> float:
-    return wilson(*(trigger.rescue or (0, 0))).low
+def _rate(trigger: Trigger) -> float:
+    """The one-shot rescue rate of a tried trigger."""
+    k, n = trigger.rescue or (0, 1)
+    return k / n

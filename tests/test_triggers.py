@@ -1,9 +1,11 @@
-"""The pool of triggers: mined at turning points, counted, clustered, chosen by rescue rate."""
+"""The pool of triggers: mined at turning points, counted, clustered, chosen by median rescue."""
 
 from __future__ import annotations
 
 import json
+import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,29 +67,46 @@ def test_pool_does_not_depend_on_order(ids: list[str]) -> None:
     )
 
 
-def test_choose_takes_the_best_rescue_of_each_cluster() -> None:
+def test_choose_takes_the_median_rescue_of_each_cluster() -> None:
     made = [
         Trigger(id_, id_, count, cluster)
         for id_, count, cluster in [
             ("a", 9, 0),
             ("b", 5, 0),
-            ("c", 4, 1),
+            ("c", 4, 0),
             ("d", 3, 1),
-            ("e", 2, 2),
-            ("f", 1, 3),
+            ("e", 3, 1),
+            ("f", 2, 2),
+            ("g", 1, 3),
         ]
     ]
-    rescues = {"a": (3, 10), "b": (8, 10), "c": (5, 10), "d": (5, 10), "e": (9, 10), "f": (0, 0)}
+    rescues = {
+        "a": (3, 10),
+        "b": (8, 10),
+        "c": (5, 10),
+        "d": (6, 10),
+        "e": (9, 10),
+        "f": (9, 10),
+        "g": (0, 0),
+    }
     chosen = choose_triggers(made, rescues)
-    assert [t.id for t in chosen] == ["e", "b", "c"]  # c before d by count; f was never tried
-    assert [t.rescue for t in chosen] == [(9, 10), (8, 10), (5, 10)]
-    assert [t.id for t in choose_triggers(made, rescues, 2)] == [
-        "b",
-        "c",
-    ]  # the two largest clusters
-    assert [t.id for t in choose_triggers(made, {"a": (29, 32), "b": (1, 1)})] == [
-        "a"
-    ]  # one lucky draw is not the best
+    assert [t.id for t in chosen] == ["c", "d", "f"]  # largest cluster first; g was never tried
+    assert [t.rescue for t in chosen] == [(5, 10), (6, 10), (9, 10)]
+    assert [t.id for t in choose_triggers(made, rescues, 2)] == ["c", "d"]
+    # Rates are compared, not counts: the median of 30/32, 1/1 and 2/4 is the first.
+    assert [t.id for t in choose_triggers(made, {"a": (30, 32), "b": (1, 1), "c": (2, 4)})] == ["a"]
     assert choose_triggers(made, {}) == []
     again = from_json(Trigger, json.loads(canonical(to_json(chosen[0]))))
     assert again == chosen[0]
+
+
+def test_the_chosen_trigger_does_not_profit_from_luck() -> None:
+    """Members that are all alike: the mean measured rate of the chosen one is their true rate."""
+    rng = random.Random(0)
+    rates = []
+    for _ in range(2000):
+        made = [Trigger(str(i), str(i), 1, 0) for i in range(5)]
+        rescues = {t.id: (sum(rng.random() < 0.4 for _ in range(20)), 20) for t in made}
+        k, n = choose_triggers(made, rescues)[0].rescue or (0, 1)
+        rates.append(k / n)
+    assert sum(rates) / len(rates) == pytest.approx(0.4, abs=0.01)

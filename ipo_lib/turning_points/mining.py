@@ -1,7 +1,8 @@
 """What is learnt from judged training traces: the lexicon of cues and the pool of safety triggers.
 
 A safety trigger is a sentence at a safe turning point (Eq. 2). Alike sentences form a cluster; of
-each cluster the one is used that rescues the most unsafe traces when it replaces their cue.
+each of the largest clusters one is used: the median by how many unsafe traces it rescues when it
+replaces their cue.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ipo_lib.triggers import Trigger, choose_triggers, cluster_sentences
 from ipo_lib.turning_points import locate
 from ipo_lib.turning_points.adaptive import SearchSettings
 
-CLUSTERS = 2  # clusters tried for each trigger in use
+CLUSTERS = 2  # clusters tried for each trigger in use: a small one may have no judged try
 MEMBERS = 3  # triggers tried of each cluster
 
 
