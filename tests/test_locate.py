@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -236,11 +237,15 @@ def test_a_recorded_trace_replays_the_world_it_was_drawn_from(
     tmp_path: Path, chat: Chat, good: Rollout
 ) -> None:
     run = session(tmp_path, chat, Banning(world(chat)))  # type: ignore[arg-type]
-    (curve,) = locate.record_curves(run, named(), [good], LABELS, THINK, 20)
+    (curve,) = locate.record_curves(run, named(), [good], LABELS, THINK, 40)
     turn = stages.trace_sentences(run, good)[1].token_start
     assert [place for place, ways in enumerate(curve.ways) if ways] == [turn]
     assert {safe for _, safe, _ in curve.ways[turn]} == {0.0}
-    assert sum(weight for weight, _, _ in curve.ways[turn]) == 20
+    # As many as the share of draws that leave there, of 40.
+    leaving = ceil(40 * (1 - curve.trace.p[turn]))
+    assert sum(weight for weight, _, _ in curve.ways[turn]) == max(locate.FEWEST, leaving)
+    (few,) = locate.record_curves(run, named(), [good], LABELS, THINK, 1)
+    assert sum(weight for weight, _, _ in few.ways[turn]) == locate.FEWEST
     assert curve.truth[0] == pytest.approx(curve.trace.p[turn])
     curves.save(tmp_path / "f.jsonl.gz", [curve])
     (read,) = curves.load(tmp_path / "f.jsonl.gz")

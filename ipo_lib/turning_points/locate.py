@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import nan
+from math import ceil, nan
 
 import numpy as np
 
@@ -43,9 +43,9 @@ from ipo_lib.stages import (
     Prefix,
     Session,
     draw_available,
+    draw_rollouts,
     judge,
     probabilities,
-    sample,
     trace_end,
     trace_sentences,
 )
@@ -63,6 +63,7 @@ from ipo_lib.turning_points.draws import (
 
 # Share of traces with an impossible token above which all are taken for another sampler's.
 MAX_IMPOSSIBLE = 0.25
+FEWEST = 8  # continuations recorded where a trace is left now and then
 FIRST_FRESH = 100_000  # number of the first fresh draw at a cut: no search has seen it
 OUTCOME = {SAFE: 1, UNSAFE: 0, None: UNJUDGED}
 
@@ -279,26 +280,30 @@ def record_curves(
         rollouts: whose traces are recorded.
         labels: the verdict on each trace, by rollout id.
         sampling: the settings by which the traces were drawn.
-        draws: continuations that depart at each token left with a probability over ``RARE``. They
-            are counted by how they end and by their length.
+        draws: continuations at a token that the sampler would surely leave. A token that it leaves
+            with probability q > ``RARE`` gets about q times as many, and ``FEWEST`` at least: S
+            depends on them in this proportion. They are counted by how they end and by their
+            length.
     """
     traces = describe_traces(session, prompts, rollouts, labels, sampling)
-    places: list[tuple[str, int]] = []
-    prefixes = []
+    places: list[tuple[str, int]] = []  # of each continuation
+    wanted = []
     for rollout in rollouts:
         if rollout.id not in traces:
             continue
         for place, p in enumerate(traces[rollout.id].p):
-            if 1 - p > RARE:
-                ids = rollout.token_ids
+            if 1 - p <= RARE:
+                continue
+            ids = rollout.token_ids
+            prefix = Prefix(prompts[rollout.prompt_id], ids[:place], ids[place])
+            for draw in range(max(FEWEST, ceil(draws * (1 - p)))):
                 places.append((rollout.id, place))
-                prefixes.append(Prefix(prompts[rollout.prompt_id], ids[:place], ids[place]))
-    drawn = sample(session, prefixes, sampling, draws, stage="forks")
+                wanted.append((prefix, draw))
+    drawn = draw_rollouts(session, wanted, sampling, "forks")
     verdicts = judge(session, prompts, drawn)
 
     counts: dict[tuple[str, int], Counter[tuple[float, int]]] = {}
-    for index, (fork, verdict) in enumerate(zip(drawn, verdicts, strict=True)):
-        key, place = places[index // draws]
+    for (key, place), fork, verdict in zip(places, drawn, verdicts, strict=True):
         outcome = {SAFE: 1.0, UNSAFE: 0.0}.get(verdict.label or "", nan)
         tokens = len(fork.token_ids) - place
         counts.setdefault((key, place), Counter())[outcome, tokens] += 1
