@@ -14,11 +14,11 @@ from ipo_lib import stages
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.experiments import cue_effects
-from ipo_lib.experiments.cue_effects import CuePlace, places_of_cues
+from ipo_lib.experiments.cue_effects import CuePlace, MeasuredTraces, places_of_cues
 from ipo_lib.records import UNSAFE, CsrPoint, Rollout, Sentence, TurningPoint
 from ipo_lib.stages import JudgedRollouts, Session
 from ipo_lib.turning_points.curves import Curve
-from ipo_lib.turning_points.exhaustive import Trace
+from ipo_lib.turning_points.draws import Trace
 
 SPANS = [  # sentences of ten characters and ten tokens
     Sentence(number, 10 * number, 10 * number + 10, 10 * number, 10 * number + 10)
@@ -46,19 +46,27 @@ def curve(key: str, *values: float) -> list[CsrPoint]:
 def test_what_is_noted_of_a_cue(chat: Chat) -> None:
     traces, spans = [rollout(chat, "x", id_="a")], {"a": SPANS}
     points, turns = {"a": curve("a", 0.8, 0.8, 0.7, 0.05, 0.0, 0.0)}, {"a": turn(3)}
-    (place,) = places_of_cues(traces, spans, {"a": 2}, points, turns)
+    (place,) = places_of_cues(MeasuredTraces(traces, spans, turns, points), {"a": 2})
     assert (place.cue, place.turn, place.distance) == (20, 30, 1)
     assert place.other in (0, 10, 20, 30)
     assert place.drop == pytest.approx(0.65)
     # The last sentence begins where S is settled.
     assert place.elsewhere == pytest.approx((0 + 0.1 + 0.05) / 3)
     rising = {"a": curve("a", 0.2, 0.4, 0.4, 0.9, 0.0, 0.0)}
-    (up,) = places_of_cues(traces, spans, {"a": 2}, rising, turns)
+    (up,) = places_of_cues(MeasuredTraces(traces, spans, turns, rising), {"a": 2})
     assert up.drop == pytest.approx(-0.5)  # a sentence that raises S is no cue, however far
-    assert places_of_cues(traces, spans, {"a": None}, points, turns) == []
+    assert places_of_cues(MeasuredTraces(traces, spans, turns, points), {"a": None}) == []
     locked_turns = {"a": turn(None, "start-locked", token=0)}
-    (locked,) = places_of_cues(traces, spans, {"a": 2}, points, locked_turns)
+    (locked,) = places_of_cues(MeasuredTraces(traces, spans, locked_turns, points), {"a": 2})
     assert locked.turn is locked.distance is None
+    # From the first harmful sentence on, S falls because of the harm: it is no comparison.
+    measured = MeasuredTraces(traces, spans, turns, points, harm={"a": 3})
+    (before_harm,) = places_of_cues(measured, {"a": 2})
+    assert before_harm.drop == pytest.approx(0.65)
+    assert before_harm.elsewhere == pytest.approx((0 + 0.1) / 2)
+    (itself,) = places_of_cues(measured, {"a": 3})
+    assert math.isnan(itself.drop)
+    assert itself.turn == itself.cue == 30
 
 
 def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> None:
@@ -70,10 +78,11 @@ def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> Non
     for key, cue in cues.items():
         after = [0.5 if index < cue else 0.0 for index in range(5)]
         points[key] = curve(key, 0.5, *after)
-    places = places_of_cues(traces, spans, cues, points, turns)
+    measured = MeasuredTraces(traces, spans, turns, points)
+    places = places_of_cues(measured, cues)
     assert cue_effects.correlation(places).value == pytest.approx(1)
     chance = cue_effects.placebo_correlation(
-        [places_of_cues(traces, spans, cues, points, turns, seed) for seed in range(50)]
+        [places_of_cues(measured, cues, seed) for seed in range(50)]
     )
     assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
     assert chance.low < chance.value < chance.high
@@ -101,8 +110,8 @@ def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
     measuring = {r.id: noisy_points(r.id, 0.05, 8, random) for r in traces}
     cues, spans = {r.id: 2 for r in traces}, {r.id: SPANS for r in traces}
     turns = {r.id: turn(3, key=r.id) for r in traces}
-    once = places_of_cues(traces, spans, cues, choosing, turns)
-    apart = places_of_cues(traces, spans, cues, measuring, turns, choosing=choosing)
+    once = places_of_cues(MeasuredTraces(traces, spans, turns, choosing), cues)
+    apart = places_of_cues(MeasuredTraces(traces, spans, turns, measuring, choosing), cues)
     assert cue_effects.mean_drops(once)["at the cue"].low > 0.04  # what one set of draws makes up
     drop = cue_effects.mean_drops(apart)["at the cue"]
     assert drop.low < 0 < drop.high
@@ -127,6 +136,10 @@ def test_a_design_says_what_it_can_show() -> None:
     assert cue_effects.power_of_drops(places([math.nan, 0.3]), 0.1).usable == 1
 
 
+def cues_in(opened: Session, measured: MeasuredTraces) -> dict[str, int | None]:
+    return stages.find_cues(opened, named(), measured.rollouts, Phrase())
+
+
 def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path) -> None:
     text = f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}"
     traces = [
@@ -135,7 +148,7 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     ]
     opened = session(tmp_path, chat, world(chat))
     seen = judged(opened, traces)
-    detectors, settings = {"phrase": Phrase()}, CsrSettings()
+    settings = CsrSettings()
     ends = tuple(span.token_end for span in stages.trace_sentences(opened, traces[0]))
     curves = []
     for trace in traces:
@@ -145,7 +158,9 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
         probabilities[ends[0]], ways[ends[0]] = 0.5, [(1.0, 1.0, 5)]
         recorded = Trace(trace.id, trace.token_ids, ends, tuple(probabilities), UNSAFE)
         curves.append(Curve(recorded, ways))
-    places = cue_effects.recorded_cues(opened, seen, curves, detectors, settings)["phrase"]
+    measured = cue_effects.recorded_traces(opened, seen, curves, settings)
+    assert set(measured.harm.values()) == {2}  # the step
+    places = places_of_cues(measured, cues_in(opened, measured))
     assert len(places) == 8
     assert {place.drop for place in places} == {0.5}
     assert cue_effects.mean_drops(places)["at the cue"].value == 0.5
@@ -155,14 +170,15 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
         dataclasses.replace(r, token_ids=r.token_ids[:-3], text="another draw") for r in traces
     ]
     drifted = dataclasses.replace(seen, rollouts=others)
-    again = cue_effects.recorded_cues(opened, drifted, curves, detectors, settings)["phrase"]
+    others_measured = cue_effects.recorded_traces(opened, drifted, curves, settings)
+    again = places_of_cues(others_measured, cues_in(opened, others_measured))
     assert [(place.prompt_id, place.cue, place.drop) for place in again] == [
         (place.prompt_id, place.cue, place.drop) for place in places
     ]
     ids = {place.rollout_id for place in places}
     assert ids.isdisjoint({place.rollout_id for place in again})
     nothing = JudgedRollouts(named(), [], [])
-    assert cue_effects.recorded_cues(opened, nothing, curves, detectors, settings) == {"phrase": []}
+    assert cue_effects.recorded_traces(opened, nothing, curves, settings).rollouts == []
 
 
 def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
@@ -174,3 +190,17 @@ def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
     cues = {"p0-0": 1, "p0-1": 1, "p0-2": 1, "p0-3": None}
     risk = cue_effects.risk_by_cue(judged(opened, traces), cues)
     assert (risk[True].value, risk[False].value) == (pytest.approx(2 / 3), 0)
+
+
+def test_a_detector_is_scored_over_prompts(chat: Chat) -> None:
+    """Prompt p0: two finds, one right; p1: one find, right. Of three true cues two are found."""
+    rollouts = [
+        rollout(chat, "x", id_=key, prompt=prompt)
+        for key, prompt in (("a", "p0"), ("b", "p0"), ("c", "p1"), ("d", "p1"))
+    ]
+    found = {"a": 1, "b": 2, "c": 3, "d": None}
+    truth = {"a": 1, "b": None, "c": 3, "d": 4}
+    scores = cue_effects.score_detector(rollouts, found, truth)
+    assert scores["precision"].value == pytest.approx((1 / 2 + 1) / 2)
+    assert scores["recall"].value == pytest.approx((1 + 1 / 2) / 2)
+    assert (scores["precision"].n, scores["recall"].n) == (2, 2)

@@ -6,8 +6,9 @@
 2. Pearson's r of cue and turn (the paper's number) is to be read beside the placebo's: for a judge
    to whom harm once written stays written, any earlier place goes together with the turn.
 3. The *drop* of a sentence is S before it minus S after it. The drop at the cue is compared with
-   the mean drop over the trace's other sentences. A sentence that begins where S is 0 or 1 can
-   move nothing and is left out.
+   the mean drop over the trace's other sentences. Left out are sentences that begin where S is 0
+   or 1, since they can move nothing, and all from the first one on that holds harm itself. There
+   S falls because the trace *is* unsafe; the question is what a sentence does before that.
 
 Means are over prompts.
 """
@@ -15,18 +16,26 @@ Means are over prompts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import isnan, nan
 
 import numpy as np
 import pandas as pd
 
 from ipo_lib import csr
-from ipo_lib.cues import CueDetector
-from ipo_lib.frame import counts, rate, responses
+from ipo_lib.frame import count_outcomes, counts, rate, responses
 from ipo_lib.intervention import random_earlier_sentence
-from ipo_lib.records import UNSAFE, CsrPoint, Curves, Rollouts, Sentence, TurningPoint
-from ipo_lib.stages import JudgedRollouts, Session, find_cues, trace_sentences
+from ipo_lib.records import (
+    UNSAFE,
+    CsrPoint,
+    Curves,
+    Prompts,
+    Rollouts,
+    Sentence,
+    TurningPoint,
+    digest,
+)
+from ipo_lib.stages import JudgedRollouts, Session, judge, trace_sentences
 from ipo_lib.stats import Interval, mean, needed_for_mean, pearson, power_of_mean
 from ipo_lib.turning_points.curves import Curve, recorded_rollouts
 from ipo_lib.turning_points.exhaustive import exact_points, true_turn
@@ -48,39 +57,44 @@ class CuePlace:
     elsewhere: float  # mean drop over the other sentences; nan where S was settled
 
 
+@dataclass(frozen=True)
+class MeasuredTraces:
+    """Unsafe traces along which S was measured. Mappings are by rollout id."""
+
+    rollouts: Rollouts
+    spans: Mapping[str, Sequence[Sentence]]
+    turns: Mapping[str, TurningPoint]  # unsafe turning points
+    points: Curves  # S at both ends of sentences, from draws that measure
+    # S from other draws, by which sentences are kept: kept by the draws that also measure, they
+    # would look as if they moved S. None: ``points`` are exact.
+    choosing: Curves | None = None
+    # Index of the first sentence with which the trace is judged unsafe. Missing or None: unknown.
+    harm: Mapping[str, int | None] = field(default_factory=dict)
+
+
 def places_of_cues(
-    rollouts: Rollouts,
-    spans: Mapping[str, Sequence[Sentence]],
-    cues: Mapping[str, int | None],
-    points: Curves,
-    turns: Mapping[str, TurningPoint],
-    seed: int = 0,
-    choosing: Curves | None = None,
+    traces: MeasuredTraces, cues: Mapping[str, int | None], seed: int = 0
 ) -> list[CuePlace]:
     """Each rollout with a cue, its turning point and what its sentences did to S.
 
+    A turn is placed where its sentence begins, so that it equals the cue exactly when the cue is
+    the turn. A start-locked turn has no place.
+
     Args:
-        rollouts: unsafe traces.
-        spans: their sentences, by rollout id.
+        traces: with S along them.
         cues: index of the first cue's sentence, None without one.
-        points: S at both ends of sentences, from draws that measure.
-        turns: unsafe turning points. A turn is placed where its sentence begins, so that it equals
-            the cue exactly when the cue is the turn; start-locked ones have no place.
         seed: of the random sentences.
-        choosing: S from other draws, by which sentences are kept. Kept by the draws that also
-            measure, sentences would look as if they moved S. None: ``points`` are exact.
     """
     places = []
-    for rollout in rollouts:
+    for rollout in traces.rollouts:
         cue = cues[rollout.id]
         if cue is None:
             continue
-        sentences, turn = spans[rollout.id], turns[rollout.id].sentence
+        sentences, turn = traces.spans[rollout.id], traces.turns[rollout.id].sentence
         # 1. The placebo: a random sentence up to and including the turn.
         other = None if turn is None else random_earlier_sentence(rollout, turn + 1, seed)
         # 2. Drops of the sentences in which S could move.
-        chosen_by = points if choosing is None else choosing
-        drops = _drops(points[rollout.id], chosen_by[rollout.id], sentences)
+        drops = _drops(traces, rollout.id)
         elsewhere = [drop for index, drop in drops.items() if index != cue]
         places.append(
             CuePlace(
@@ -97,39 +111,63 @@ def places_of_cues(
     return places
 
 
-def _drops(
-    points: Sequence[CsrPoint], choosing: Sequence[CsrPoint], sentences: Sequence[Sentence]
-) -> dict[int, float]:
-    """Drop of S over each sentence, by index, where ``choosing`` says that S can still move."""
-    unsettled = {point.cut for point in choosing if 0 < point.n_safe < point.n}
-    changes = csr.change_by_sentence(points, sentences)
-    return {
-        index: -change
-        for index, change in changes.items()
-        if sentences[index].token_start in unsettled
-    }
+def _drops(traces: MeasuredTraces, key: str) -> dict[int, float]:
+    """Drop of S over each sentence before the harm, by index, where S can still move."""
+    sentences, points = traces.spans[key], traces.points[key]
+    chosen_by = points if traces.choosing is None else traces.choosing[key]
+    unsettled = {point.cut for point in chosen_by if 0 < point.n_safe < point.n}
+    harm = traces.harm.get(key)
+    drops = {}
+    for index, change in csr.change_by_sentence(points, sentences).items():
+        before_harm = harm is None or index < harm
+        if before_harm and sentences[index].token_start in unsettled:
+            drops[index] = -change
+    return drops
 
 
-def recorded_cues(
-    session: Session,
-    seen: JudgedRollouts,
-    curves: Sequence[Curve],
-    detectors: Mapping[str, CueDetector],
-    settings: csr.CsrSettings,
-    seed: int = 0,
-) -> dict[str, list[CuePlace]]:
-    """``places_of_cues`` on recorded unsafe traces, whose S is known exactly.
+def find_harm(
+    session: Session, prompts: Prompts, rollouts: Rollouts, spans: Mapping[str, Sequence[Sentence]]
+) -> dict[str, int | None]:
+    """The sentence that makes a trace unsafe whatever follows: the first to hold harm itself.
+
+    The judge reads every trace up to the end of each sentence. An unfinished trace is unsafe only
+    if what is written already is.
 
     Args:
-        session: for the chat.
-        seen: the rollouts that the curves were recorded of; curves of other traces are left out.
-        curves: recorded curves.
-        detectors: cue detectors by name.
-        settings: of the turning points.
-        seed: of the random sentences.
+        session: for the judge.
+        prompts: the rollouts' prompts, by id.
+        rollouts: unsafe traces.
+        spans: their sentences, by rollout id.
 
     Returns:
-        By name of the detector: the places of its cues.
+        By rollout id: the index of that sentence; None if no part is judged unsafe.
+    """
+    parts, places = [], []
+    for rollout in rollouts:
+        for span in spans[rollout.id]:
+            ids = rollout.token_ids[: span.token_end]
+            key = digest([rollout.id, "up to", span.token_end])
+            text = session.chat.decode(ids)
+            parts.append(replace(rollout, id=key, token_ids=ids, text=text, finish="length"))
+            places.append((rollout.id, span.index))
+    harm: dict[str, int | None] = dict.fromkeys(rollout.id for rollout in rollouts)
+    verdicts = judge(session, prompts, parts)
+    for (key, index), verdict in zip(places, verdicts, strict=True):
+        if verdict.label == UNSAFE and harm[key] is None:
+            harm[key] = index
+    return harm
+
+
+def recorded_traces(
+    session: Session, seen: JudgedRollouts, curves: Sequence[Curve], settings: csr.CsrSettings
+) -> MeasuredTraces:
+    """Recorded unsafe traces, along which S is known exactly.
+
+    Args:
+        session: for chat and judge.
+        seen: the rollouts that the curves were recorded of; curves of other traces are left out.
+        curves: recorded curves.
+        settings: of the turning points.
     """
     unsafe_curves = [curve for curve in curves if curve.trace.label == UNSAFE]
     recorded = recorded_rollouts(session, seen, unsafe_curves)
@@ -139,11 +177,8 @@ def recorded_cues(
     for rollout, curve in recorded:
         points[rollout.id] = _exact_points(curve, spans[rollout.id])
         turns[rollout.id] = true_turn(curve.trace, UNSAFE, settings, curve.truth.tolist())
-    places = {}
-    for name, detector in detectors.items():
-        cues = find_cues(session, seen.prompts, rollouts, detector)
-        places[name] = places_of_cues(rollouts, spans, cues, points, turns, seed)
-    return places
+    harm = find_harm(session, seen.prompts, rollouts, spans)
+    return MeasuredTraces(rollouts, spans, turns, points, harm=harm)
 
 
 def _exact_points(curve: Curve, sentences: Sequence[Sentence]) -> list[CsrPoint]:
@@ -226,3 +261,28 @@ def risk_by_cue(seen: JudgedRollouts, cues: Mapping[str, int | None]) -> dict[bo
         True: rate(counts(table[has_cue], "trace")),
         False: rate(counts(table[~has_cue], "trace")),
     }
+
+
+def score_detector(
+    rollouts: Rollouts, found: Mapping[str, int | None], truth: Mapping[str, int | None]
+) -> dict[str, Interval]:
+    """How well a detector finds the first cue, over prompts.
+
+    Args:
+        rollouts: any number of each prompt.
+        found: index of the first cue that the detector finds in each, by rollout id.
+        truth: the same of the true detector.
+
+    Returns:
+        ``precision``: the share of finds that are the true first cue. ``recall``: the share of
+        true first cues that are found.
+    """
+    prompts = [rollout.prompt_id for rollout in rollouts]
+    rates = {}
+    for side, base in (("precision", found), ("recall", truth)):
+        hits: list[bool | None] = []
+        for rollout in rollouts:
+            is_case = base[rollout.id] is not None
+            hits.append(found[rollout.id] == truth[rollout.id] if is_case else None)
+        rates[side] = rate(count_outcomes(prompts, hits))
+    return rates
