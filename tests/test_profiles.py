@@ -326,7 +326,7 @@ def test_in_a_world_without_causes_a_cause_is_refuted_by_no_difference() -> None
         (far, ("holds", "the other way round")),
     ):
         claims = [
-            run.cause("A trigger does more; {}", value, "cause of triggers")
+            run.cause("A trigger does more; {}", value, "one-shot rescue")
             for run in worlds.values()
         ]
         assert tuple(claim["verdict"] for claim in claims) == said

@@ -147,3 +147,10 @@ def test_common_sentences_come_by_frequency_then_text(tmp_path: Path, chat: Chat
     frequent = replacements.frequent_sentences(opened, rollouts, indices, 9)
     assert frequent == ["B here.", "A here."]
     assert replacements.frequent_sentences(opened, rollouts, indices, 1) == ["B here."]
+
+
+def test_few_texts_are_taken_in_turn() -> None:
+    assert replacements.repeat_to(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
+    assert replacements.repeat_to(["a", "b", "c"], 2) == ["a", "b", "c"]  # every text once
+    assert replacements.repeat_to([""], 2) == ["", ""]
+    assert replacements.repeat_to([], 3) == []

@@ -165,6 +165,15 @@ def run_controls(
     return counts
 
 
+def repeat_to(texts: Sequence[str], count: int) -> list[str]:
+    """``count`` texts, taken in turn, so that a kind of few texts gets as many draws as others.
+
+    There are more where the kind has more, and none where it has none.
+    """
+    rounds = -(-count // max(len(texts), 1))
+    return [*texts, *(list(texts) * rounds)[len(texts) : count]]
+
+
 def _replacements(
     places: Sequence[tuple[Rollout, int]], kind: str, texts: Sequence[str]
 ) -> list[Replacement]:
