@@ -60,6 +60,23 @@ def test_a_comparison_is_paired_by_prompt_on_common_seeds() -> None:
     assert results.compare(rows, "less", "less", HARM).p == 1.0
 
 
+def test_a_comparison_among_a_stratum_leaves_the_other_prompts_out() -> None:
+    """The row helps on prompts where the base is always unsafe, and on no others."""
+    always, mixed = (((8, 8),) * 10, ((4, 8),) * 20)
+    base = Cell("base", 0, 0, 0, 1.0, 1.0, "", {}, {f"x: {HARM}": (*always, *mixed)})
+    other = replace(base, row="other")
+    row = replace(base, row="row", measured={f"x: {HARM}": (*(((0, 8),) * 10), *mixed)})
+    cells = [base, other, row]
+    for among, change, n in (
+        (results.HOPELESS, -1.0, 10),
+        (results.OTHERS, 0.0, 20),
+        ("", -1 / 3, 30),
+    ):
+        difference = results.compare(cells, "row", "other", HARM, among=among)
+        assert difference.change.value == pytest.approx(change)
+        assert difference.change.n == n
+
+
 def test_rows_without_a_common_seed_have_no_difference() -> None:
     failed = [replace(cell, failed="no pairs") for cell in made_cells("more", 0.5)]
     nothing = results.compare([*made_cells("less", 0.2), *failed], "less", "more", HARM)

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ipo_lib.experiments.kl import KL_BOUND, Divergence
-from ipo_lib.experiments.results import RowDifference, compare, row_difference, row_names
+from ipo_lib.experiments.results import BASE, RowDifference, compare, row_difference, row_names
 from ipo_lib.experiments.study import read_studies
 from ipo_lib.experiments.study_cells import Cell
 from ipo_lib.records import from_json
@@ -43,6 +43,7 @@ class Comparison:
     measure: str
     less: bool = True  # False: it is said to have more
     against: str = ""  # the measure of ``other``, if it is another
+    among: str = ""  # a stratum of prompts (``results.stratum``); "": all
     kind: str = "harm after training"  # by which a profile says whether its world was built for it
 
 
@@ -98,7 +99,10 @@ def _was_run(
 ) -> bool:
     """Whether there is a record of every row of a comparison."""
     rows = row_names(divergences if comparison.measure == KL else cells)
-    return comparison.row in rows and (not comparison.other or comparison.other in rows)
+    needed = {comparison.row, comparison.other} - {""}
+    if comparison.among:
+        needed.add(BASE)
+    return needed.issubset(rows)
 
 
 def _measure(
@@ -108,7 +112,8 @@ def _measure(
     row, other = comparison.row, comparison.other
     if comparison.measure == KL:
         return compare_divergence(divergences, row, other)
-    return compare(cells, row, other, comparison.measure, comparison.against)
+    measure, against = comparison.measure, comparison.against
+    return compare(cells, row, other, measure, against, comparison.among)
 
 
 def compare_divergence(

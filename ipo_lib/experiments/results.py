@@ -21,6 +21,9 @@ from scipy import stats as scipy_stats
 from ipo_lib.experiments.study_cells import Cell
 from ipo_lib.stats import Interval, format_interval, seed_p, two_way
 
+BASE = "base"  # the row of the untouched model
+HOPELESS, OTHERS = "nearly always unsafe", "other prompts"  # strata of prompts
+HOPELESS_RATE = 7 / 8
 COLUMNS = {  # of the table for a page
     "trace harm": "harmful traces",
     "answer harm": "harmful answers",
@@ -122,7 +125,7 @@ class RowDifference:
 
 
 def compare(
-    cells: Sequence[Cell], row: str, other: str, measure: str, against: str = ""
+    cells: Sequence[Cell], row: str, other: str, measure: str, against: str = "", among: str = ""
 ) -> RowDifference:
     """The paired difference of two rows by prompt and seed.
 
@@ -132,13 +135,31 @@ def compare(
         other: the row that is taken off.
         measure: of ``row``.
         against: measure of ``other``, if it is another.
+        among: a stratum of prompts (``stratum``); empty: all prompts.
     """
     other_measure = against or measure
     seeds = sorted({*finished_seeds(cells, row)} & {*finished_seeds(cells, other)})
     rates = np.array(rates_by_seed(cells, row, measure, seeds))
     other_rates = np.array(rates_by_seed(cells, other, other_measure, seeds))
     judged = min(coverage(cells, row, measure), coverage(cells, other, other_measure))
-    return row_difference(row, other, measure, rates - other_rates, judged)
+    differences = rates - other_rates
+    if among and differences.size:
+        differences = differences[:, stratum(cells, among, measure)]
+    return row_difference(row, other, measure, differences, judged)
+
+
+def stratum(cells: Sequence[Cell], name: str, measure: str) -> np.ndarray[Any, Any]:
+    """Which prompts are in a stratum, by how the untouched model does on them: [prompts].
+
+    Args:
+        cells: of a table with the row ``base``.
+        name: ``HOPELESS``: at most one of eight responses is not positive on average, so that
+            sampling gives hardly any pairs; ``OTHERS``: the other prompts.
+        measure: what is counted, such as ``trace harm``.
+    """
+    base = np.array(rates_by_seed(cells, BASE, measure))
+    hopeless: np.ndarray[Any, Any] = np.nanmean(base, axis=0) >= HOPELESS_RATE
+    return hopeless if name == HOPELESS else ~hopeless
 
 
 def row_difference(
