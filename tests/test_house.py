@@ -54,6 +54,7 @@ HEAVY = (
     "accelerate",
     "datasets",
     "papermill",
+    "sklearn",
 )
 # They subclass what is heavy; imported at first use.
 TORCH = {"engines.decoding", "engines.prefix_sharing", "engines.trees", "engines.trl_trainer"}

@@ -188,6 +188,22 @@ class TransformersSampler:
                     scores.append(self._probabilities(text, text_states, sampling))
             yield from scores
 
+    def states(self, requests: Sequence[Request]) -> Iterator[Any]:
+        """For each request, the last hidden state that draws each of its ``prefix_ids``.
+
+        Returns:
+            Numpy arrays in float32, [tokens, width].
+        """
+        import torch
+
+        self._model.set_attn_implementation("sdpa")
+        for request in requests:
+            with torch.inference_mode():
+                (states,) = scoring.hidden_states(
+                    self._model, request.prompt_ids, [request.prefix_ids]
+                )
+            yield states.float().cpu().numpy()
+
     def _probabilities(self, text: Ids, states: Tensor, sampling: Sampling) -> list[float]:
         """The probability of each token of a text, from the hidden states that draw them."""
         import torch
