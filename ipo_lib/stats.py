@@ -302,20 +302,6 @@ def needed_for_correlation(r: float, other: float, power: float = 0.8) -> int | 
 # ---------------------------------------------------------------------- agreement
 
 
-def detection(found: Sequence[int | None], truth: Sequence[int | None]) -> dict[str, Interval]:
-    """How well a detector finds the one true place of each item, with Wilson intervals.
-
-    ``found`` and ``truth`` hold an index or None for each item; take one item per prompt.
-    ``precision``: the share of finds that are at the true place; ``recall``: the share of true
-    places that are found.
-    """
-    _check_lengths("detection", found, truth)
-    pairs = list(zip(found, truth, strict=True))
-    hits = sum(place == true_place for place, true_place in pairs if place is not None)
-    finds, places = len(found) - found.count(None), len(truth) - truth.count(None)
-    return {"precision": wilson(hits, finds), "recall": wilson(hits, places)}
-
-
 def kappa(a: Sequence[str], b: Sequence[str]) -> float:
     """Cohen's kappa of two labellings; nan if chance alone agrees everywhere, or without labels."""
     _check_lengths("kappa", a, b)

@@ -19,7 +19,6 @@ from ipo_lib.stats import (
     UNDECIDED,
     Interval,
     clopper_pearson,
-    detection,
     format_interval,
     kappa,
     mean,
@@ -271,20 +270,6 @@ def test_formatting() -> None:
     assert format_interval(i, percent=False) == "0.625 [0.551, 0.692], n=128"
     assert format_interval(Interval(-0.0001, -0.3, 0.0, 9, "t")) == "0.0 % [-30.0, 0.0], n=9"
     assert format_interval(wilson(0, 0)) == "unknown, n=0"
-
-
-def test_detection_counts_hits_at_the_true_place() -> None:
-    found, truth = [1, 2, None, 3, None, 0], [1, 3, 2, 3, None, None]
-    said = detection(found, truth)
-    assert (said["precision"].value, said["precision"].n) == (
-        2 / 4,
-        4,
-    )  # two of four finds stand at the true place
-    assert (said["recall"].value, said["recall"].n) == (2 / 4, 4)
-    assert said["recall"] == wilson(2, 4)
-    assert detection([0], [None])["recall"].n == 0
-    with pytest.raises(BadInput, match="2 values against 1"):
-        detection([1, 2], [1])
 
 
 def test_a_mean_is_a_pooled_rate_of_any_number() -> None:
