@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ipo_lib import prompts as prompt_sets
-from ipo_lib.cli import capability, cost, doctor, report, reproduce, train
+from ipo_lib.cli import capability, cost, doctor, findings, report, reproduce, train
 from ipo_lib.cli.arguments import RunPlan, model_settings, parse_pairs, plan_run, profile_family
 from ipo_lib.engines import processes
 from ipo_lib.experiments import study, study_cells
@@ -83,7 +83,10 @@ def reproduce_profile(
         f"{settings.name}: {len(plan.notebooks)} notebooks in {seconds:.0f} s; "
         f"figures in {plan.figures}"
     )
-    print(f"report: {page}\n{settings.about}")
+    print("\nThe paper's findings here (* calibrated: no finding):")
+    for line in findings.verdicts(settings.name, plan.figures):
+        print(line)
+    print(f"\nreport: {page}\n{settings.about}")
 
 
 def rehearse_run(plan: RunPlan, profile: str, given: bool) -> None:
@@ -260,6 +263,20 @@ def show_table(
             f"profile {profile!r} has no full run of {name!r}; run ipo reproduce {profile} --full"
         )
     print(f"`{profile}`, full run of {date}", "", *results.markdown(cells), sep="\n")
+
+
+@app.command("findings")
+def show_findings(
+    profiles: Annotated[list[str] | None, typer.Argument(help="profiles; default: three")] = None,
+    write: Annotated[bool, option("put the table into figures/README.md, too")] = False,
+) -> None:
+    """Print what the committed figures say of the paper's findings, as Markdown."""
+    figures = checkout() / "figures"
+    lines = findings.markdown(profiles or ["sandbox", "tiny", "tiny-null"], figures)
+    print("\n".join(lines))
+    if write:
+        page = figures / "README.md"
+        page.write_text(findings.replace_table(page.read_text("utf-8"), lines), "utf-8")
 
 
 @app.command("profiles")

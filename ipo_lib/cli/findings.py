@@ -1,0 +1,112 @@
+"""The paper's findings as one table, made from the sidecars of a profile's figures.
+
+``findings.yml`` lists the findings: for each, the figure and the words of the claim that answers
+it. A finding that a profile's figures do not answer has an empty cell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ipo_lib.records import from_json
+from ipo_lib.stats import Interval, format_interval
+
+PERCENT = "%"
+START, END = "<!-- ipo findings: begin -->", "<!-- ipo findings: end -->"  # around it on a page
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    finding: str
+    figure: str  # name of the figure's sidecar
+    claim: str  # pattern of words in the claim's sentence
+    paper: str = ""  # the paper's number, second-hand
+    unit: str = PERCENT  # "": the number is no share
+
+
+def read_findings() -> list[Finding]:
+    """All findings, in the order of the notebooks."""
+    text = resources.files(__package__).joinpath("findings.yml").read_text("utf-8")
+    return [from_json(Finding, line) for line in yaml.safe_load(text)]
+
+
+def find_claim(finding: Finding, profile: str, figures: Path) -> dict[str, Any] | None:
+    """The claim about a profile that answers a finding; None where its figures have none.
+
+    Args:
+        finding: what is asked.
+        profile: the profile's name.
+        figures: the folder of its figures.
+    """
+    sidecar = figures / f"{finding.figure}.json"
+    if not sidecar.is_file():
+        return None
+    pattern = re.compile(rf"Profile {re.escape(profile)}(?![\w-]).*{finding.claim}")
+    for claim in json.loads(sidecar.read_text("utf-8"))["claims"]:
+        if pattern.match(claim["claim"]):
+            found: dict[str, Any] = claim
+            return found
+    return None
+
+
+def describe(claim: dict[str, Any] | None, unit: str = PERCENT) -> str:
+    """A claim in short: number, interval, n, verdict; a star where it is calibrated."""
+    if claim is None:
+        return ""
+    value = float("nan") if claim["value"] is None else claim["value"]
+    low, high = claim["interval"]
+    interval = Interval(value, low, high, claim["n"], claim["method"])
+    text = format_interval(interval, percent=unit == PERCENT).replace(" %", "")
+    if claim["verdict"]:
+        text += f" **{claim['verdict']}**"
+    return text + ("*" if claim["origin"] == "calibrated" else "")
+
+
+def markdown(profiles: Sequence[str], figures: Path) -> list[str]:
+    """The table as lines of Markdown: one row for each finding, one column for each profile.
+
+    Args:
+        profiles: their names.
+        figures: the folder with a folder of figures for each.
+    """
+    head = ["in percent, or as said", "paper, second-hand", *(f"`{name}`" for name in profiles)]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for finding in read_findings():
+        claims = [find_claim(finding, name, figures / name) for name in profiles]
+        if any(claims):
+            cells = [describe(claim, finding.unit) for claim in claims]
+            lines.append(f"| {' | '.join([finding.finding, finding.paper, *cells])} |")
+    return lines
+
+
+def replace_table(page: str, lines: Sequence[str]) -> str:
+    """A page with the table between its two marks replaced by these lines."""
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    return "\n".join([f"{before}{START}", "", *lines, "", f"{END}{after}"])
+
+
+def verdicts(profile: str, figures: Path) -> list[str]:
+    """One line for each finding of a profile that has a verdict.
+
+    Args:
+        profile: its name.
+        figures: the folder of its figures.
+    """
+    lines = []
+    for finding in read_findings():
+        claim = find_claim(finding, profile, figures)
+        if claim and claim["verdict"]:
+            number = describe(claim | {"verdict": None}, finding.unit)
+            lines.append(f"{claim['verdict']:20} {finding.finding}: {number}")
+    return lines
