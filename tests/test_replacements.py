@@ -154,3 +154,15 @@ def test_few_texts_are_taken_in_turn() -> None:
     assert replacements.repeat_to(["a", "b", "c"], 2) == ["a", "b", "c"]  # every text once
     assert replacements.repeat_to([""], 2) == ["", ""]
     assert replacements.repeat_to([], 3) == []
+
+
+def test_a_few_unsafe_traces_of_every_prompt_may_be_taken(tmp_path: Path, chat: Chat) -> None:
+    opened = session(tmp_path, chat, world(chat))
+    traces = [
+        rollout(chat, f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}", id_=f"r{number}", prompt=prompt)
+        for number, prompt in enumerate(("p0", "p0", "p0", "p1"))
+    ]
+    seen = JudgedRollouts(named(), traces, stages.judge(opened, named(), traces))
+    cues = stages.find_cues(opened, named(), traces, Phrase())
+    for most, kept in ((1, ["r0", "r3"]), (2, ["r0", "r1", "r3"])):
+        assert [r.id for r in replacements.unsafe_with_cue(seen, cues, most)] == kept

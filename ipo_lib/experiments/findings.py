@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -35,6 +35,8 @@ from ipo_lib.stages import (
 )
 from ipo_lib.stats import Interval, clopper_pearson, wilson
 from ipo_lib.turning_points.adaptive import DIFFUSE
+from ipo_lib.turning_points.curves import Curve, recorded_rollouts
+from ipo_lib.turning_points.exhaustive import true_turn
 from ipo_lib.turning_points.wald import UNDECIDED
 
 SIDES = (SAFE, UNSAFE)
@@ -172,3 +174,30 @@ def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
         counts_by_kind.update(flags)
     kinds = ("turns", "before the end", csr.START_LOCKED, csr.RECROSSING, DIFFUSE, UNDECIDED)
     return {kind: wilson(counts_by_kind[kind], len(points)) for kind in kinds}
+
+
+def recorded_turns(
+    session: Session,
+    seen: JudgedRollouts,
+    curves: Sequence[Curve],
+    kind: str,
+    settings: csr.CsrSettings,
+) -> tuple[list[Rollout], dict[str, TurningPoint]]:
+    """Recorded traces of one label, as rollouts of this run, and where they turn by their exact S.
+
+    Args:
+        session: for its chat.
+        seen: the rollouts that the curves were recorded of.
+        curves: recorded curves.
+        kind: ``safe`` (Eq. 2 on safe traces) or ``unsafe`` (Eq. 3 on unsafe ones).
+        settings: the rule.
+
+    Returns:
+        The rollouts, and their turning points by rollout id.
+    """
+    of_kind = [curve for curve in curves if curve.trace.label == kind]
+    recorded = recorded_rollouts(session, seen, of_kind)
+    turns = {}
+    for rollout, curve in recorded:
+        turns[rollout.id] = true_turn(curve.trace, kind, settings, curve.truth.tolist())
+    return [rollout for rollout, _ in recorded], turns

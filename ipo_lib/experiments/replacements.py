@@ -1,6 +1,6 @@
 """Chains of interventions (Fig 6), with the controls that could refute them.
 
-1. One unsafe trace with a cue is taken from every prompt.
+1. Unsafe traces with a cue are taken, one or a few of every prompt.
 2. *Chain*: a text takes the place of the first cue, the model continues, and where the result is
    not safe the same is done again with its first cue.
 3. *Controls*: other texts take that place (a neutral sentence, nothing at all), and the trigger
@@ -36,7 +36,6 @@ from ipo_lib.stages import (
     Replacement,
     Session,
     find_cues,
-    first_of_each_prompt,
     intervene,
     judge,
     trace_texts,
@@ -45,18 +44,25 @@ from ipo_lib.stages import (
 Counts = dict[str, tuple[int, int]]  # (k, n) by prompt
 
 
-def unsafe_with_cue(seen: JudgedRollouts, cues: Mapping[str, int | None]) -> list[Rollout]:
-    """One unsafe trace with a cue of every prompt that has one.
+def unsafe_with_cue(
+    seen: JudgedRollouts, cues: Mapping[str, int | None], most: int = 1
+) -> list[Rollout]:
+    """Unsafe traces with a cue, the first ``most`` of every prompt that has one.
 
     Raises:
         BadInput: no prompt has one.
     """
-    with_cue = [rollout for rollout in seen.labelled(UNSAFE) if cues[rollout.id] is not None]
+    taken: Counter[str] = Counter()
+    with_cue = []
+    for rollout in seen.labelled(UNSAFE):
+        if cues[rollout.id] is not None and taken[rollout.prompt_id] < most:
+            taken[rollout.prompt_id] += 1
+            with_cue.append(rollout)
     if not with_cue:
         raise BadInput(
             f"no unsafe trace with a cue among {len(seen.rollouts)} rollouts; raise plan.draws"
         )
-    return first_of_each_prompt(with_cue)
+    return with_cue
 
 
 def chain_interventions(

@@ -13,13 +13,13 @@ from functools import partial
 import numpy as np
 
 from ipo_lib.csr import END, SENTENCE, START_LOCKED, TOKEN, CsrSettings
-from ipo_lib.records import SAFE, Prompts, Rollout, TurningPoint, by_id, from_json, to_json
+from ipo_lib.records import SAFE, Prompts, TurningPoint, by_id, from_json, to_json
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages import JudgedRollouts, Session
+from ipo_lib.stages import Session
 from ipo_lib.stats import Interval, clopper_pearson, format_interval, mean, wilson
 from ipo_lib.turning_points import locate
 from ipo_lib.turning_points.adaptive import SearchSettings, adaptive
-from ipo_lib.turning_points.curves import Curve, recorded_rollouts, run_on_curves
+from ipo_lib.turning_points.curves import Curve, run_on_curves
 from ipo_lib.turning_points.draws import Search, Trace
 from ipo_lib.turning_points.exhaustive import (
     PivotalSettings,
@@ -338,30 +338,14 @@ def vary_search(
     return table
 
 
-def recorded_turns(
-    session: Session, seen: JudgedRollouts, curves: Sequence[Curve], kind: str, csr: CsrSettings
-) -> tuple[list[Rollout], dict[str, TurningPoint]]:
-    """Recorded traces of one label, as rollouts of this run, and where they turn by their exact S.
-
-    Args:
-        session: for its chat.
-        seen: the rollouts that the curves were recorded of.
-        curves: recorded curves.
-        kind: ``safe`` (Eq. 2 on safe traces) or ``unsafe`` (Eq. 3 on unsafe ones).
-        csr: the rule.
-
-    Returns:
-        The rollouts, and their turning points by rollout id.
-    """
-    of_kind = [curve for curve in curves if curve.trace.label == kind]
-    recorded = recorded_rollouts(session, seen, of_kind)
-    turns = {rollout.id: _true_turn(curve, kind, csr) for rollout, curve in recorded}
-    return [rollout for rollout, _ in recorded], turns
+def true_turns(curves: Sequence[Curve], kind: str, csr: CsrSettings) -> list[TurningPoint]:
+    """The turning point of each curve by its exact S (Eq. 2 or 3)."""
+    return [_true_turn(curve, kind, csr) for curve in curves]
 
 
 def turning_share(curves: Sequence[Curve], kind: str, csr: CsrSettings) -> Interval:
     """Share of traces that meet Eq. 2 or 3 on their true curve before their own ending counts."""
-    return _share_before_end(_true_turn(curve, kind, csr) for curve in curves)
+    return _share_before_end(true_turns(curves, kind, csr))
 
 
 def _share_before_end(turns: Iterable[TurningPoint]) -> Interval:
