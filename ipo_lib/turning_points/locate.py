@@ -63,7 +63,7 @@ from ipo_lib.turning_points.draws import (
 
 # Share of traces with an impossible token above which all are taken for another sampler's.
 MAX_IMPOSSIBLE = 0.25
-FEWEST = 8  # continuations recorded where a trace is left now and then
+FEWEST = 4  # continuations recorded where a trace is left now and then
 FIRST_FRESH = 100_000  # number of the first fresh draw at a cut: no search has seen it
 OUTCOME = {SAFE: 1, UNSAFE: 0, None: UNJUDGED}
 

@@ -28,7 +28,6 @@ from ipo_lib.triggers import Trigger, choose_triggers, cluster_sentences
 from ipo_lib.turning_points import locate
 from ipo_lib.turning_points.adaptive import SearchSettings
 
-CLUSTERS = 2  # clusters tried for each trigger in use: a small one may have no judged try
 MEMBERS = 3  # triggers tried of each cluster
 
 
@@ -95,7 +94,7 @@ def mine_pool(
     # 2. Choose those that rescue unsafe traces.
     unsafe = [rollout for rollout in rollouts if labels[rollout.id] == UNSAFE]
     unsafe = random_subset(unsafe, plan.traces, session.seed)
-    candidates = _candidates(pool, CLUSTERS * plan.pool)
+    candidates = _candidates(pool, plan.pool)
     rescues = _count_rescues(session, prompts, unsafe, candidates, detector, sampling)
     return pool, choose_triggers(pool, rescues, plan.pool)
 
