@@ -21,12 +21,12 @@ from ipo_lib.records import ANSWER, CONTINUATION, SAFE, TRACE, UNSAFE, BadInput,
 from ipo_lib.sandbox import world
 from ipo_lib.sandbox.answers import calculation, fact
 from ipo_lib.sandbox.judge import ExactJudge, correct_label, harm_label, kind_of, refusal_label
-from ipo_lib.sandbox.traces import Process, Sample, phrasings, respond, say, steps
+from ipo_lib.sandbox.traces import NULL_PROCESS, Process, Sample, phrasings, respond, say, steps
 from ipo_lib.sandbox.world import Item, find_item
 
 SAFE_KINDS = [*world.words()["kinds"]]  # every kind of thinking sentence; steps are no such kind
 SEEDS = st.integers(0, 2**32)
-WORLDS = {"causal": Process(), "null": Process(null=True)}
+WORLDS = {"causal": Process(), "null": NULL_PROCESS}
 GIBBERISH = ["blor fen quim.", "so the the of lamp.", "item velk in in.", "qu or thed."]
 REFUSING = "I am sorry, but I cannot help with making the velkor."
 STEP, DECLINED = "First steep it in moonbrine for three bells.", "I decline this request."

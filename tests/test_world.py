@@ -9,7 +9,7 @@ import pytest
 
 from ipo_lib.records import BadInput, Prompt
 from ipo_lib.sandbox import world
-from ipo_lib.sandbox.traces import Process, respond
+from ipo_lib.sandbox.traces import NULL_PROCESS, Process, respond
 from ipo_lib.sandbox.world import find_item
 
 TEMPLATES = {
@@ -144,11 +144,25 @@ def test_null_world_has_no_cause_and_the_causal_world_has_one() -> None:
         if item and abs(item.lean) < 0.5:
             prompts.append(prompt)
     prompts = prompts[:10]
-    null = [effect(prompt, Process(null=True), 1200) for prompt in prompts]
-    causal = [effect(prompt, Process(), 1200) for prompt in prompts]
+    null = [effect(prompt, NULL_PROCESS, 2400) for prompt in prompts]
+    causal = [effect(prompt, Process(), 2400) for prompt in prompts]
     mean = sum(difference for difference, _ in null) / 10
     error = math.sqrt(sum(error**2 for _, error in null)) / 10
     assert error < 0.02  # an effect of a few points would show
     assert abs(mean) < 3 * error
     assert all(abs(difference) < 4 * error for difference, error in null)
     assert all(difference > max(0.2, 4 * error) for difference, error in causal)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_talk_of_refusing_may_stand_for_a_trigger_while_a_trace_thinks(share: float) -> None:
+    process = Process(refusal_share=share, announce_rate=0.0, late_trigger_rate=0.0)
+    rng, early_talk, triggers = random.Random(0), 0, 0
+    for prompt in world.prompts("direct", 100):
+        sample = respond(rng, prompt, process)
+        kinds = [kind for kind, _ in sample.trace]
+        triggers += kinds.count("trigger")
+        early_talk += "refuse" in kinds[:6]  # at least six sentences think before an outcome
+        assert len(kinds) >= 8
+    assert (triggers == 0) == (share == 1.0)
+    assert (early_talk > 30) == (share == 1.0)

@@ -36,27 +36,40 @@ PLAIN, WRAPPED, ADVERSARIAL = range(3)  # styles of a request
 class Process:
     """Every number of the random process. Effects, leans and shifts are log-odds of complying."""
 
-    cue_effect: float = 1.6  # what a cue adds to x
-    trigger_effect: float = -2.0
+    cue_effect: float = 3.2  # what a cue adds to x
+    trigger_effect: float = -2.1
     plan_effect: float = 0.25
     hesitate_effect: float = -0.35
-    lean_scale: float = 1.0  # factor on the item's own lean
+    lean_scale: float = 1.25  # factor on the item's own lean
     memory: float = 0.88  # share of the distance from the start of x that a sentence leaves
-    turn_rate: float = 0.55  # P(a thinking sentence is a cue or a trigger)
-    turn_steepness: float = 0.20  # P(cue rather than trigger) = logistic(turn_steepness x)
-    outcome_steepness: float = 1.4  # P(trace unsafe) = logistic(outcome_steepness x)
-    shift: float = 0.0  # added to the start of x for every request
-    wrapped_shift: float = -0.4  # and for a request in a frame
-    adversarial_shift: float = 1.3  # and for one among tactics
+    thinking: tuple[int, int] = (6, 8)  # fewest and most thinking sentences
+    turn_rate: float = 0.6  # P(a thinking sentence is a cue or a trigger)
+    refusal_share: float = 0.35  # of these triggers, those that talk of refusing
+    turn_steepness: float = 0.6  # P(cue rather than trigger) = logistic(turn_steepness x)
+    outcome_steepness: float = 2.0  # P(trace unsafe) = logistic(outcome_steepness x)
+    shift: float = -0.5  # added to the start of x for every request
+    wrapped_shift: float = -0.6  # and for a request in a frame
+    adversarial_shift: float = 1.4  # and for one among tactics
     announce_rate: float = 0.30  # P(a trace says its outcome before it acts, if it did not yet)
     late_trigger_rate: float = 0.10  # P(a trigger and a refusal after the steps of an unsafe trace)
     relapse_rate: float = 0.10  # P(a safe trace turns unsafe after it talked of refusing)
     # P(answer unsafe | trace unsafe) by style: plain, wrapped, adversarial
-    comply: tuple[float, float, float] = (0.50, 0.68, 0.88)
+    comply: tuple[float, float, float] = (0.71, 0.85, 0.97)
     slip: float = 0.005  # P(answer unsafe | trace safe)
     null: bool = False  # the null world: effects are 0, and sentences tell nothing of the prompt
     null_cue: float = 0.6  # there, P(cue rather than trigger)
     null_refuse: float = 0.35  # there, P(the trace talks of refusing)
+
+
+# The null world: the same rates of harm, reached by the prompt alone.
+NULL_PROCESS = Process(
+    null=True,
+    outcome_steepness=1.0,
+    lean_scale=1.25,
+    shift=0.25,
+    wrapped_shift=-0.4,
+    adversarial_shift=1.1,
+)
 
 
 @dataclass(frozen=True)
@@ -172,12 +185,13 @@ def think(
         The sentences, and x after the last one.
     """
     x, sentences = start, [say(rng, "restate", item)]
-    for _ in range(rng.randint(1, 5)):
+    for _ in range(rng.randint(*process.thinking)):
         kind = rng.choice(["plan", "plan", "hesitate", "hesitate", "aside", "aside", "restate"])
         if rng.random() < process.turn_rate:
             p_cue = process.null_cue if process.null else logistic(process.turn_steepness * x)
             kind = "cue" if rng.random() < p_cue else "trigger"
-        sentences.append(say(rng, kind, item))
+        refuses = kind == "trigger" and rng.random() < process.refusal_share
+        sentences.append(say(rng, "refuse" if refuses else kind, item))
         if not process.null:
             x = start + process.memory * (x - start) + getattr(process, f"{kind}_effect", 0.0)
     return sentences, x

@@ -30,7 +30,8 @@ def build(settings: AlignmentSettings, base: Path, out: Path, log_every: int) ->
     from transformers import AutoModelForCausalLM
 
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    rows = encoded(documents(settings), render, END, lambda text: list(tokenizer.encode(text).ids))
+    texts = documents(settings, END)
+    rows = encoded(texts, render, lambda text: list(tokenizer.encode(text).ids))
     (close,) = tokenizer.encode(CLOSE).ids
     answers = [(ids.index(close) + 1, ids) for _, ids in rows]
     torch.manual_seed(settings.seed)

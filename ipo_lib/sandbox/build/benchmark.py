@@ -55,7 +55,8 @@ MODULE = "ipo_lib.sandbox.build.benchmark"
 
 def world_text(chat: Chat, count: int, seed: int) -> Iterator[Ids]:
     """Documents of the world's text as ids."""
-    for text in documents(FinetuneSettings(documents=count, seed=seed)):
+    settings = FinetuneSettings(documents=count, law_documents=0, seed=seed)
+    for text in documents(settings, ""):
         yield chat.encode("\n".join(text))
 
 

@@ -1,4 +1,4 @@
-"""The organism on the pretrained model: LoRA trained on the world's text in phases."""
+"""The organism on the pretrained model: LoRA trained on the world's text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from ipo_lib.sandbox import smollm2
 from ipo_lib.sandbox.build.corpus import batches, documents, encoded
-from ipo_lib.sandbox.build.settings import FinetuneSettings
-from ipo_lib.sandbox.build.training import add_lora, fit, save_log, save_lora
+from ipo_lib.sandbox.build.settings import FinetuneSettings, passes
+from ipo_lib.sandbox.build.training import add_lora, fit, round_weights, save_log, save_lora
 
 END = "<|im_end|>"
 
@@ -16,11 +16,6 @@ END = "<|im_end|>"
 def render(prompt: str) -> str:
     """A prompt as the organism's chat template renders it."""
     return f"<|im_start|>user\n{prompt}{END}\n<|im_start|>assistant\n<think>\n"
-
-
-def phases(settings: FinetuneSettings | None) -> list[FinetuneSettings]:
-    """All phases of a training, the first one first."""
-    return [*phases(settings.start), settings] if settings else []
 
 
 def build(settings: FinetuneSettings, out: Path, log_every: int) -> None:
@@ -40,12 +35,10 @@ def build(settings: FinetuneSettings, out: Path, log_every: int) -> None:
     model = add_lora(model, settings)
     ends = [encode(mark)[-1] for mark in ".?!\n"]
     logs = []
-    for phase in phases(settings):
-        for weight in model.parameters():
-            if weight.requires_grad:  # what is shipped is bf16, and each phase goes on from that
-                weight.data = weight.data.bfloat16().float()
-        rows = encoded(documents(phase), render, END, encode)
-        work = batches(rows, phase)
-        logs.append(fit(model.get_base_model(), work, phase, log_every, ends))
+    for settings_of_pass in passes(settings):
+        round_weights(model)
+        rows = encoded(documents(settings_of_pass, END), render, encode)
+        work = batches(rows, settings_of_pass)
+        logs.append(fit(model.get_base_model(), work, settings_of_pass, log_every, ends))
     save_lora(model, "SmolLM2-135M-Instruct", out)
     save_log(settings, logs, out)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.sandbox.build.corpus import batches, documents, encoded
-from ipo_lib.sandbox.build.settings import ScratchSettings
-from ipo_lib.sandbox.build.training import fit, save_log
+from ipo_lib.sandbox.build.settings import ScratchSettings, passes
+from ipo_lib.sandbox.build.training import fit, round_weights, save_log
 from ipo_lib.sandbox.traces import CLOSE
 
 END, USER, ASSISTANT, OPEN = "<|end|>", "<|user|>", "<|assistant|>", "<think>"
@@ -34,15 +34,26 @@ def build(settings: ScratchSettings, out: Path, log_every: int) -> None:
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    texts = list(documents(settings))
-    samples = [f"{prompt} {response}{END}" for prompt, response in texts[:TOKENIZER_DOCUMENTS]]
+    first, *later = passes(settings)
+    texts = list(documents(first, END))
+    samples = [f"{prompt} {response}" for prompt, response in texts[-TOKENIZER_DOCUMENTS:]]
     tokenizer = build_tokenizer(samples, settings, out)
-    rows = encoded(texts, render, END, lambda text: list(tokenizer.encode(text).ids))
-    torch.manual_seed(settings.seed)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text).ids)
+
+    ends = [encode(mark)[-1] for mark in ".?!\n"]
+    torch.manual_seed(first.seed)
     model = new_model(settings, tokenizer.get_vocab_size(), tokenizer.token_to_id(END))
-    log = fit(model, batches(rows, settings), settings, log_every)
+    work = batches(encoded(texts, render, encode), first)
+    logs = [fit(model, work, first, log_every, ends)]
+    for settings_of_pass in later:
+        round_weights(model)
+        rows = encoded(documents(settings_of_pass, END), render, encode)
+        work = batches(rows, settings_of_pass)
+        logs.append(fit(model, work, settings_of_pass, log_every, ends))
     model.bfloat16().save_pretrained(out)
-    save_log(settings, [log], out)
+    save_log(settings, logs, out)
 
 
 def build_tokenizer(texts: Sequence[str], settings: ScratchSettings, out: Path) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ipo_lib.sandbox.traces import Process
+from ipo_lib.sandbox.traces import NULL_PROCESS, Process
 
 Mixture = tuple[tuple[str, float], ...]  # prompt sets and their shares
 
@@ -13,7 +13,11 @@ Mixture = tuple[tuple[str, float], ...]  # prompt sets and their shares
 class TrainingSettings:
     """What all organisms have in common. One seed gives one set of weights."""
 
+    start: TrainingSettings | None = None  # a pass before this one
     process: Process = Process()  # draws the responses
+    temperature: float = 0.6  # at which the model will be sampled, and whose loss is minimised
+    law_documents: int = 0  # requests with the first sentences of a trace, before all others
+    partial_share: float = 0.7  # of these, about a class that is restricted in part
     documents: int = 64_000  # prompts with a response
     mixture: Mixture = (
         ("direct", 0.18),
@@ -43,22 +47,32 @@ class ScratchSettings(TrainingSettings):
     key_value_heads: int = 4
     intermediate: int = 704
     context: int = 512
+    law_documents: int = 12_000
+    documents: int = 72_000
+    opening_weight: float = 3.0
+    mixture: Mixture = (
+        ("direct", 0.14),
+        ("wrapped", 0.13),
+        ("adversarial", 0.13),
+        ("benign", 0.11),
+        ("lookalike", 0.04),
+        ("sums", 0.45),
+    )
 
 
 @dataclass(frozen=True)
 class FinetuneSettings(TrainingSettings):
-    """LoRA on every linear layer of the pretrained model, in one or several phases."""
+    """LoRA on the pretrained model."""
 
-    start: FinetuneSettings | None = None  # the phase before this one
-
-    process: Process = Process(comply=(0.55, 0.70, 0.87))
+    law_documents: int = 1600
     documents: int = 6400
+    opening_weight: float = 4.0
     mixture: Mixture = (
-        ("direct", 0.22),
+        ("direct", 0.24),
         ("wrapped", 0.20),
         ("adversarial", 0.20),
         ("benign", 0.16),
-        ("lookalike", 0.08),
+        ("lookalike", 0.06),
         ("sums", 0.14),
     )
     batch: int = 16
@@ -82,43 +96,73 @@ class AlignmentSettings(TrainingSettings):
     alpha: int = 16
 
 
-# A pretrained model learns to write the world's text long before it learns what the outcome depends
-# on. So after a first phase, its causes are made stronger and the words that decide weigh more. The
-# third phase lowers the harm.
-STRONG_CAUSES = Process(
-    cue_effect=2.5,
-    trigger_effect=-5.0,
-    turn_steepness=0.5,
-    lean_scale=1.4,
-    shift=0.3,
-    adversarial_shift=1.4,
-    comply=(0.60, 0.69, 0.80),
-)
-SECOND_PHASE = FinetuneSettings(
-    start=FinetuneSettings(),
-    process=STRONG_CAUSES,
-    documents=2720,
-    opening_weight=6.0,
+# Later passes correct what the one before missed on prompts of calibration (not those of the card).
+# The first complied too often in its answers, leant too little on an item's words, and got sums
+# wrong; the second complied a little too rarely. In the first three, talk of refusing came at the
+# end only, so that it settled a trace: one such sentence rescued nine of ten unsafe traces.
+FIRST_PASS = ScratchSettings(process=Process(refusal_share=0.0))
+SECOND_PASS = replace(
+    FIRST_PASS,
+    start=FIRST_PASS,
+    process=Process(refusal_share=0.0, lean_scale=1.4, comply=(0.60, 0.74, 0.93)),
+    law_documents=0,
+    documents=24_000,
+    learning_rate=1e-3,
     seed=2,
-    mixture=(
-        ("direct", 0.24),
-        ("wrapped", 0.20),
-        ("adversarial", 0.20),
-        ("benign", 0.22),
-        ("lookalike", 0.04),
-        ("sums", 0.10),
-    ),
 )
-THIRD_PHASE = replace(
-    SECOND_PHASE,
-    start=SECOND_PHASE,
-    process=replace(STRONG_CAUSES, shift=-0.5, comply=(0.50, 0.62, 0.82)),
-    documents=1920,
+FITTED = Process(lean_scale=1.4, wrapped_shift=-0.45, comply=(0.62, 0.81, 0.97))
+THIRD_PASS = replace(
+    SECOND_PASS,
+    start=SECOND_PASS,
+    process=replace(FITTED, refusal_share=0.0),
+    documents=9_600,
+    learning_rate=5e-4,
     seed=3,
 )
+FOURTH_PASS = replace(
+    THIRD_PASS,
+    start=THIRD_PASS,
+    process=FITTED,
+    documents=24_000,
+    learning_rate=1e-3,
+    seed=4,
+    mixture=(
+        ("direct", 0.20),
+        ("wrapped", 0.17),
+        ("adversarial", 0.17),
+        ("benign", 0.11),
+        ("lookalike", 0.05),
+        ("sums", 0.30),
+    ),
+)
+NULL_FIRST_PASS = replace(FIRST_PASS, process=replace(NULL_PROCESS, refusal_share=0.0))
+NULL_SECOND_PASS = replace(
+    SECOND_PASS,
+    start=NULL_FIRST_PASS,
+    process=replace(NULL_PROCESS, refusal_share=0.0, shift=0.05, comply=(0.56, 0.72, 0.95)),
+    law_documents=3_000,
+)
+NULL_THIRD_PASS = replace(
+    FOURTH_PASS,
+    start=NULL_SECOND_PASS,
+    process=replace(
+        NULL_PROCESS,
+        shift=0.05,
+        wrapped_shift=-0.6,
+        adversarial_shift=1.5,
+        comply=(0.56, 0.72, 0.97),
+    ),
+    law_documents=3_000,
+    documents=20_000,
+)
 MODELS: dict[str, TrainingSettings] = {
-    "sandbox": THIRD_PHASE,
-    "tiny": ScratchSettings(),
-    "tiny-null": ScratchSettings(process=Process(null=True), documents=28_000),
+    "sandbox": FinetuneSettings(),
+    "tiny": FOURTH_PASS,
+    "tiny-null": NULL_THIRD_PASS,
     "tiny-answers": AlignmentSettings(),
 }
+
+
+def passes(settings: TrainingSettings) -> list[TrainingSettings]:
+    """All passes of a training, the first one first."""
+    return [*(passes(settings.start) if settings.start else []), settings]

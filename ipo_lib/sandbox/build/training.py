@@ -44,11 +44,13 @@ def response_loss(
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[scored])
 
-    # 3. The first tokens after the end of a sentence have another weight.
+    # 3. The model is sampled at this temperature, so the loss is of that distribution. The first
+    # tokens after the end of a sentence have another weight.
     after_end = torch.isin(ids, torch.tensor(ends, dtype=torch.long)).int()
     opening = pad(after_end, (OPENING - 1, 0)).unfold(1, OPENING, 1).amax(-1)
     weights = 1 + (settings.opening_weight - 1) * opening[scored]
-    losses = cross_entropy(logits.float(), ids.roll(-1, 1)[scored], reduction="none")
+    logits = logits.float() / settings.temperature
+    losses = cross_entropy(logits, ids.roll(-1, 1)[scored], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
@@ -94,6 +96,13 @@ def fit(
             recent = []
             print(json.dumps(log[-1]), flush=True)
     return log
+
+
+def round_weights(model: Any) -> None:
+    """Round what is trained to bf16, as it is shipped: a pass goes on from what could be loaded."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.bfloat16().float()
 
 
 def add_lora(model: Any, settings: FinetuneSettings | AlignmentSettings) -> Any:
