@@ -39,7 +39,7 @@ def test_a_wide_cue_is_the_first_sentence_that_commits_to_helping() -> None:
             first = commits.index(True) if True in commits else None
             assert wide.first(ROLLOUT, prompt, texts) == first
             differences += narrow.first(ROLLOUT, prompt, texts) != first
-    assert differences > 3  # a relapse without a word: the procedure itself begins
+    assert differences > 0  # a relapse without a word: the procedure itself begins
 
 
 @pytest.mark.parametrize(

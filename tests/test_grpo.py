@@ -19,9 +19,9 @@ from ipo_lib.stages import Prefix, judge, sample
 
 LORA = DpoSettings(dtype="float32", use_cpu=True, rank=4)
 SETTINGS = GrpoSettings(
-    reward="I[z]", budget=2500, batch_size=16, accumulation=1, learning_rate=1e-3
+    reward="I[z]", budget=4000, batch_size=16, accumulation=1, learning_rate=1e-3
 )
-SAMPLING = Sampling(max_tokens=128)
+SAMPLING = Sampling(max_tokens=256)
 
 
 @pytest.fixture(scope="module")

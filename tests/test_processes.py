@@ -15,9 +15,9 @@ from ipo_lib.engines import lora, processes
 from ipo_lib.records import BadInput
 
 SMALL = (
-    "prompts.train_harmful.count=6",
+    "prompts.train_harmful.count=10",
     "prompts.train_benign.count=4",
-    "plan.pool=2",
+    "plan.pool=4",
     "plan.draws=2",
     "stage2.min_refusals=1000",
     "stage2.refusing_prefix=false",
@@ -25,7 +25,7 @@ SMALL = (
     "stage1.keep=0",
     "stage1.epochs=1",
     "stage1.batch_size=4",
-    "sampling.max_tokens=120",
+    "sampling.max_tokens=256",
 )
 
 

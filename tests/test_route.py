@@ -191,7 +191,7 @@ try:
 finally:
     print("torch" in sys.modules)
 """
-SHORT = {"train_harmful": 8, "train_benign": 4, "direct": 4, "lookalike": 4, "sums": 4}
+SHORT = {"train_harmful": 12, "train_benign": 4, "direct": 4, "lookalike": 4, "sums": 4}
 
 
 def short_profile(folder: Path) -> Path:
@@ -237,6 +237,8 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
         "candidates": 8,
         "group": 4,
         "safe_traces": 2,
+        "losers": 1,
+        "reverse_traces": 2,
         "unsafe_traces": 3,
         "placements": 5,
         "rounds": 1,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_study import open_small_run
+from small_study import COUNT, open_small_run
 
 from ipo_lib.experiments import study
 from ipo_lib.experiments.study_cells import Cell, make_cell, settings_json
@@ -56,7 +56,7 @@ def test_rows_of_table_2(run: Run, row: str) -> None:
     if cell.failed:
         assert row.endswith("stage 2")
         assert cell.failed.startswith("stage 2 skipped")
-    assert {len(counts) for counts in cell.measured.values()} == {4}
+    assert {len(counts) for counts in cell.measured.values()} == {COUNT}
     assert sum(n for _, n in cell.measured["direct: trace harm"]) > 0
     assert cell.answer_tokens > 20
     assert bool(cell.adapter) is (row != "intervention at inference")

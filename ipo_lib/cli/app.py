@@ -268,15 +268,13 @@ def show_table(
 @app.command("findings")
 def show_findings(
     profiles: Annotated[list[str] | None, typer.Argument(help="profiles; default: three")] = None,
-    write: Annotated[bool, option("put the table into figures/README.md, too")] = False,
+    write: Annotated[bool, option("put the table into the pages README.md, too")] = False,
 ) -> None:
     """Print what the committed figures say of the paper's findings, as Markdown."""
-    figures = checkout() / "figures"
-    lines = findings.markdown(profiles or ["sandbox", "tiny", "tiny-null"], figures)
-    print("\n".join(lines))
+    names = profiles or ["sandbox", "tiny", "tiny-null"]
+    print("\n".join(findings.markdown(names, checkout() / "figures")))
     if write:
-        page = figures / "README.md"
-        page.write_text(findings.replace_table(page.read_text("utf-8"), lines), "utf-8")
+        findings.write_pages(names, checkout())
 
 
 @app.command("profiles")

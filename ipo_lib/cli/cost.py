@@ -25,6 +25,7 @@ from ipo_lib.records import BadInput
 RESPONSES, TRACES, CORRECTIONS = "whole responses", "traces", "corrections"
 CONTINUATIONS, SEARCHES = "continuations", "searches"
 STAGES = 2  # trained models that are evaluated beside the base model
+CONTROLS = 5  # kinds of text that notebook 05 puts in the place of a cue, or before it
 BARRED_ROUNDS = 3  # in which sentences with a trigger are drawn again, at most
 GUARD = "ipo_lib.judges.guards:guard"  # a judge that may run in this process
 HOURS_FROM = 180  # minutes
@@ -117,10 +118,11 @@ class Bounds:
         count = draws * self.prompts("harmful_set") + self.data(stages=0) + largest("kl_traces")
         count += largest("candidates") * largest("draws", having="candidates")
         yield Draws(TRACES, count, trace)
-        first_round = 2 * plan.pool + len(self.settings.neutral) + 4
-        count = self.prompts("rounds") * (first_round + largest("rounds"))
+        once = CONTROLS * largest("losers") * largest("draws", having="losers")
+        chains = 2 * (plan.pool + largest("rounds"))
+        count = self.prompts("rounds") * (once + chains)
         with_cues = largest("reverse_draws") * (1 + largest("cues"))
-        count += largest("safe_traces") * with_cues + self.data() * plan.rounds
+        count += largest("reverse_traces") * with_cues + self.data() * plan.rounds
         yield Draws(CORRECTIONS, count, trace / 2)
 
     def continuations(self) -> Iterator[Draws]:
@@ -142,6 +144,8 @@ class Bounds:
         prompts = sum(settings.prompts[name].size for name in settings.evaluation.harmful)
         yield Draws(CONTINUATIONS, 2 * prompts * largest("swap_draws"), expected.answer)
         count = largest("safe_traces") * search["safe"]
+        if not settings.extras.get("forks"):
+            count += largest("reverse_traces") * search["safe"]
         count += largest("unsafe_traces", having="probes") * search["none"]
         count += largest("unsafe_traces", having="move_draws") * search["unsafe"]
         if settings.triggers is None and largest("harmful_set"):  # they are mined

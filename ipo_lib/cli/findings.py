@@ -32,6 +32,7 @@ class Finding:
     claim: str  # pattern of words in the claim's sentence
     paper: str = ""  # the paper's number, second-hand
     unit: str = PERCENT  # "": the number is no share
+    front: bool = False  # whether README.md shows it, too
 
 
 def read_findings() -> list[Finding]:
@@ -72,16 +73,19 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT) -> str:
     return text + ("*" if claim["origin"] == "calibrated" else "")
 
 
-def markdown(profiles: Sequence[str], figures: Path) -> list[str]:
+def markdown(profiles: Sequence[str], figures: Path, front: bool = False) -> list[str]:
     """The table as lines of Markdown: one row for each finding, one column for each profile.
 
     Args:
         profiles: their names.
         figures: the folder with a folder of figures for each.
+        front: only the findings that README.md shows.
     """
     head = ["in percent, or as said", "paper, second-hand", *(f"`{name}`" for name in profiles)]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for finding in read_findings():
+        if front and not finding.front:
+            continue
         claims = [find_claim(finding, name, figures / name) for name in profiles]
         if any(claims):
             cells = [describe(claim, finding.unit) for claim in claims]
@@ -94,6 +98,18 @@ def replace_table(page: str, lines: Sequence[str]) -> str:
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     return "\n".join([f"{before}{START}", "", *lines, "", f"{END}{after}"])
+
+
+def write_pages(profiles: Sequence[str], house: Path) -> None:
+    """Put the table into figures/README.md and its front rows into README.md.
+
+    Args:
+        profiles: their names.
+        house: the checkout.
+    """
+    for page, front in ((house / "figures" / "README.md", False), (house / "README.md", True)):
+        lines = markdown(profiles, house / "figures", front)
+        page.write_text(replace_table(page.read_text("utf-8"), lines), "utf-8")
 
 
 def verdicts(profile: str, figures: Path) -> list[str]:
