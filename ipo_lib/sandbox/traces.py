@@ -190,7 +190,10 @@ def think(
         if rng.random() < process.turn_rate:
             p_cue = process.null_cue if process.null else logistic(process.turn_steepness * x)
             kind = "cue" if rng.random() < p_cue else "trigger"
-        refuses = kind == "trigger" and rng.random() < process.refusal_share
+        # Without a share nothing is drawn, so that such a process writes the texts that it wrote
+        # before there was one: the first passes of the shipped models were trained on them.
+        may_refuse = kind == "trigger" and process.refusal_share > 0
+        refuses = may_refuse and rng.random() < process.refusal_share
         sentences.append(say(rng, "refuse" if refuses else kind, item))
         if not process.null:
             x = start + process.memory * (x - start) + getattr(process, f"{kind}_effect", 0.0)
