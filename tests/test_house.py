@@ -42,7 +42,7 @@ ROOMS = (
         "stages",
     ),
     *("training", "turning_points", "evaluation", "plots", "viewer", "profiles", "pipeline"),
-    *("experiments", "cli", "sandbox"),
+    *("experiments", "explorer", "cli", "sandbox"),
 )
 HEAVY = (
     "torch",

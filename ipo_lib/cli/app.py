@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from ipo_lib.cli import capability, cost, doctor, findings, report, reproduce, t
 from ipo_lib.cli.arguments import RunPlan, model_settings, parse_pairs, plan_run, profile_family
 from ipo_lib.engines import processes
 from ipo_lib.experiments import study, study_cells
+from ipo_lib.explorer.page import write_page
+from ipo_lib.explorer.stored import read_traces
 from ipo_lib.profiles.reading import checkout, profile_names, read_profile
 from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput
@@ -25,6 +28,7 @@ app = typer.Typer(
 )
 DEFAULT = "sandbox"  # the profile of a command that names none
 OWN_MODEL = "plain"  # the profile of a model without one
+TRAINING_FIGURE = "06-training"  # names the adapters of the training notebook
 
 ProfileName = Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")]
 Pairs = Annotated[
@@ -155,6 +159,37 @@ def check_machine(
     failed = sum(bool(check.hint) for check in checks)
     if failed:
         raise BadInput(f"{failed} of {len(checks)} checks failed; each line above says what to do")
+
+
+@app.command("view")
+def view_traces(
+    profile: ProfileName = DEFAULT,
+    parameter: Pairs = None,
+    prompt_set: Annotated[
+        list[str] | None, typer.Option("--set", help="a prompt set; default: all of the profile")
+    ] = None,
+    limit: Annotated[int, option("traces of each kind at most")] = 500,
+    out: Annotated[str, option("the HTML file; default <profile>-traces.html")] = "",
+    store: StoreFolder = "",
+    figures: FigureFolder = "",
+) -> None:
+    """Write a page to walk through the traces that the store holds.
+
+    It is one HTML file with their sentences, S, continuations, and what was made of them. Nothing
+    is drawn or judged for it.
+    """
+    run = open_run(profile, parse_pairs(parameter or []), store, figures)
+    adapters = {}
+    try:
+        adapters = run.trained_adapters(TRAINING_FIGURE)
+    except BadInput as error:
+        print(f"without trained models: {error}")
+    traces = read_traces(run, prompt_set or (), limit, adapters)
+    path = Path(out or f"{run.profile.name}-traces.html").expanduser()
+    write_page(path, run.profile, traces)
+    kinds = Counter(trace.kind for trace in traces)
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    print(f"{path}: {listed}; open it in a browser")
 
 
 @app.command("train")

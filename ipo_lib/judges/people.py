@@ -1,6 +1,7 @@
 """How well a judge agrees with people, on published sets of labelled answers.
 
-1. ``people.yml`` says where each set lies under ``$IPO_DATA`` and what its columns mean.
+1. ``people.yml`` says where each set lies under ``$IPO_DATA`` and what its columns mean. A file of
+   labels saved by the page of ``ipo view`` is a set, too, named by its path.
 2. Every judge labels the answers; its labels are kept in the store. Labels of published judges that
    a set brings along are compared, too.
 3. A ``Score`` holds Cohen's kappa, sensitivity and specificity, with intervals over prompts, since
@@ -24,7 +25,7 @@ import yaml
 from ipo_lib.frame import count_outcomes, counts, rate
 from ipo_lib.judging import HARM, REFUSAL, Exchange, Judge
 from ipo_lib.prompts import data_folder, read_rows
-from ipo_lib.records import ANSWER, UNSAFE, BadInput, digest, from_json
+from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, digest, from_json
 from ipo_lib.stats import Interval, kappa
 from ipo_lib.store import Store
 
@@ -32,6 +33,7 @@ SETS_FILE = Path(__file__).with_name("people.yml")
 POSITIVE = {HARM: UNSAFE, REFUSAL: "refused"}  # by question: the label that sensitivity is about
 RESAMPLES = 1000
 VERSION = 1  # of what is stored
+OWN_LABELS = ".jsonl"  # ends the path of a set of one's own
 CHUNK = 64  # answers judged at a time
 FEW = 10  # a category with fewer answers gets no score
 LICENCE = (
@@ -61,6 +63,7 @@ class LabelledSet:
     label: Mapping[str, str]  # label by value of that column
     category: str = ""  # column; empty: none
     half: int | None = None  # take only prompts whose hash has this parity
+    part: str = ANSWER  # what people read
     others: PublishedJudges | None = None
 
 
@@ -96,12 +99,29 @@ def labelled_sets() -> dict[str, LabelledSet]:
     return {name: from_json(LabelledSet, settings) for name, settings in data.items()}
 
 
-def load(name: str) -> list[LabelledAnswer]:
-    """The answers of a set. BadInput: no such set, or no ``$IPO_DATA`` that holds it."""
+def labelled_set(name: str) -> LabelledSet:
+    """A set of ``people.yml`` by its name, or one's own labels of traces by their file."""
+    if name.endswith(OWN_LABELS):
+        labels = {label: label for label in (SAFE, UNSAFE)}
+        about = "labelled in the page of ipo view"
+        return LabelledSet(about, name, HARM, "prompt", "prompt", "label", labels, part=TRACE)
     if name not in labelled_sets():
         choices = ", ".join(labelled_sets())
-        raise BadInput(f"labelled set {name!r} is unknown; choose one of {choices}")
-    spec, folder = labelled_sets()[name], data_folder()
+        raise BadInput(
+            f"labelled set {name!r} is unknown; choose one of {choices}, or a file that ends in "
+            f"{OWN_LABELS}"
+        )
+    return labelled_sets()[name]
+
+
+def load(name: str) -> list[LabelledAnswer]:
+    """The answers of a set.
+
+    Raises:
+        BadInput: no such set, no ``$IPO_DATA`` that holds it, or a label that it may not hold.
+    """
+    spec = labelled_set(name)
+    folder = Path() if name.endswith(OWN_LABELS) else data_folder()
     if not folder:
         raise BadInput(f"labelled set {name!r}: set IPO_DATA to the folder that holds {spec.file}")
     answers = []
@@ -110,8 +130,13 @@ def load(name: str) -> list[LabelledAnswer]:
         if spec.half is not None and _parity(prompt) != spec.half:
             continue
         text, response = str(row[spec.prompt]), str(row["response"])
-        exchange = Exchange(f"{name}/{number}", text, response, ANSWER, spec.question)
-        label = spec.label[str(row[spec.column])]
+        exchange = Exchange(f"{name}/{number}", text, response, spec.part, spec.question)
+        if (verdict := str(row[spec.column])) not in spec.label:
+            raise BadInput(
+                f"labelled set {name!r}, answer {number + 1}: label {verdict!r}; give one of "
+                f"{', '.join(spec.label)}"
+            )
+        label = spec.label[verdict]
         category = str(row[spec.category]) if spec.category else ""
         others = _published_labels(spec, row)
         answers.append(LabelledAnswer(exchange, label, prompt, category, others))
@@ -183,7 +208,7 @@ def score_categories(
             "judge": pd.Series(labels, dtype=object),
         }
     )
-    positive = POSITIVE[labelled_sets()[name].question]
+    positive = POSITIVE[labelled_set(name).question]
     scores = [score(judge, name, "", table, positive)]
     for category, rows in table.groupby("category", sort=False):
         if category and len(rows) >= FEW:

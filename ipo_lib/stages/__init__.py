@@ -7,7 +7,14 @@ meet the model: a step looks into the store, computes what is missing there, and
 returns. ``ipo_lib.pipeline`` puts the steps together as the paper does.
 """
 
-from ipo_lib.stages.drawing import Prefix, draw_available, draw_rollouts, probabilities, sample
+from ipo_lib.stages.drawing import (
+    Prefix,
+    draw_available,
+    draw_rollouts,
+    probabilities,
+    sample,
+    stored_draws,
+)
 from ipo_lib.stages.interventions import (
     CorrectionSettings,
     CuesByRollout,
@@ -41,7 +48,7 @@ from ipo_lib.stages.traces import (
     trace_sentences,
     trace_texts,
 )
-from ipo_lib.stages.verdicts import JudgedRollouts, judge, sample_and_judge
+from ipo_lib.stages.verdicts import JudgedRollouts, judge, sample_and_judge, stored_labels
 
 __all__ = [
     "FRESH",
@@ -76,6 +83,8 @@ __all__ = [
     "random_subset",
     "sample",
     "sample_and_judge",
+    "stored_draws",
+    "stored_labels",
     "trace_end",
     "trace_sentences",
     "trace_texts",

@@ -107,13 +107,7 @@ def draw_available(
         One rollout per draw, in order; None for a draw that still goes on.
     """
     # 1. The ledger is named by all that decides a draw, the draw in it by prefix and number.
-    chat_fingerprint = session.chat.fingerprint()
-    spec = {
-        "sampler": session.sampler.fingerprint(),
-        "chat": chat_fingerprint,
-        "sampling": to_json(sampling),
-        "seed": session.seed,
-    }
+    spec = _spec(session, sampling)
     name = digest(spec)
     ledger = session.store.ledger(stage, SAMPLE_VERSION, spec)
     prefixes = dict.fromkeys(prefix for prefix, _ in wanted)
@@ -139,6 +133,31 @@ def draw_available(
     rollouts = [from_json(Rollout, ledger[key]) if key in ledger else None for key in keys]
     _record_usage(session, [rollout for rollout in rollouts if rollout is not None])
     return rollouts
+
+
+def _spec(session: Session, sampling: Sampling) -> dict[str, Any]:
+    """All that decides a draw but its prefix and its number."""
+    return {
+        "sampler": session.sampler.fingerprint(),
+        "chat": session.chat.fingerprint(),
+        "sampling": to_json(sampling),
+        "seed": session.seed,
+    }
+
+
+def stored_draws(session: Session, sampling: Sampling, stage: str) -> dict[str, list[Rollout]]:
+    """All draws of a stage that the store holds, by the ``Prefix.key`` from which they begin.
+
+    Args:
+        session: store and model. Nothing is drawn.
+        sampling: with which they were drawn.
+        stage: kind of draw, which names the folder in the store.
+    """
+    ledger = session.store.ledger(stage, SAMPLE_VERSION, _spec(session, sampling))
+    draws: dict[str, list[Rollout]] = {}
+    for key, record in ledger.items():
+        draws.setdefault(key.rpartition("/")[0], []).append(from_json(Rollout, record))
+    return {key: sorted(of_key, key=lambda rollout: rollout.draw) for key, of_key in draws.items()}
 
 
 def _answers(

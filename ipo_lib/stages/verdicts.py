@@ -89,13 +89,7 @@ def judge(
         One verdict per rollout. A part that was cut off has the label None unless it is unsafe
         already, since its rest is not known; the store keeps what the judge said of it.
     """
-    spec = {
-        "judge": session.judge.fingerprint(),
-        "part": part,
-        "question": question,
-        "opened": session.chat.opened,
-    }
-    ledger = session.store.ledger("verdicts", JUDGE_VERSION, spec)
+    ledger = _ledger(session, part, question)
     rollouts_by_id = by_id(rollouts)
     exchanges = []
     for key in ledger.missing(rollouts_by_id):
@@ -105,6 +99,26 @@ def judge(
         exchanges.append(Exchange(key, prompts[rollout.prompt_id].text, text, part, question))
     ledger.collect(verdicts_in_chunks(session.judge, exchanges), WRITE_EVERY)
     return [_of_a_whole_part(session, rollout, ledger) for rollout in rollouts]
+
+
+def stored_labels(
+    session: Session, rollouts: Rollouts, part: str = TRACE, question: str = "harm"
+) -> dict[str, str | None]:
+    """The labels that the store holds, by rollout id, as ``judge`` would give them."""
+    ledger = _ledger(session, part, question)
+    judged = [rollout for rollout in rollouts if rollout.id in ledger]
+    return {rollout.id: _of_a_whole_part(session, rollout, ledger).label for rollout in judged}
+
+
+def _ledger(session: Session, part: str, question: str) -> Ledger:
+    """The verdicts of the session's judge on a part."""
+    spec = {
+        "judge": session.judge.fingerprint(),
+        "part": part,
+        "question": question,
+        "opened": session.chat.opened,
+    }
+    return session.store.ledger("verdicts", JUDGE_VERSION, spec)
 
 
 def verdicts_in_chunks(
