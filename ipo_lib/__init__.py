@@ -45,6 +45,7 @@ _MODULES = {
     "pipeline": ("corrected_pairs", "run_pipeline"),
     "evaluation": ("evaluate",),
     "profiles.claims": ("claim", "estimate"),
+    "experiments.asking": ("csr_table", "compare_sentences", "before_and_after"),
     "viewer": ("show",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

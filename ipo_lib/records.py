@@ -209,6 +209,45 @@ def by_id(items: Iterable[Identified]) -> dict[str, Identified]:
     return unique
 
 
+OWN = "own"  # source of a prompt that was given as text
+
+
+def as_prompts(prompts: Prompt | str | Iterable[Prompt | str]) -> list[Prompt]:
+    """One prompt or several, each a ``Prompt`` or its text, as a list.
+
+    A text becomes a prompt of the source ``own``, and its id comes from the text.
+    """
+    listed = [prompts] if isinstance(prompts, Prompt | str) else prompts
+    return [_as_prompt(prompt) for prompt in listed]
+
+
+def _as_prompt(prompt: Prompt | str) -> Prompt:
+    if isinstance(prompt, Prompt):
+        return prompt
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BadInput(f"a prompt is {prompt!r:.60}; give a Prompt or its text")
+    return Prompt(f"{OWN}-{digest(prompt)}", prompt, OWN, harm=True)
+
+
+def as_rollouts(rollouts: Rollout | Iterable[Rollout]) -> list[Rollout]:
+    """One rollout or several as a list."""
+    listed = list(rollouts) if isinstance(rollouts, Iterable) else [rollouts]
+    for rollout in listed:
+        if not isinstance(rollout, Rollout):
+            raise BadInput(f"a rollout is {rollout!r:.60}; give a Rollout or a list of them")
+    return listed
+
+
+def prompt_of(rollout: Rollout, prompts: Prompts) -> Prompt:
+    """The prompt of a rollout. BadInput: it is not among these."""
+    if rollout.prompt_id not in prompts:
+        raise BadInput(
+            f"prompt {rollout.prompt_id!r} of rollout {rollout.id} is not among the {len(prompts)} "
+            "given; give all prompts by id, as in `prompts` of judged rollouts"
+        )
+    return prompts[rollout.prompt_id]
+
+
 def to_json(record: Any) -> dict[str, Any]:
     """The fields of a record, tuples as lists; a SPARSE field at its default is left out."""
     values = {}

@@ -67,6 +67,22 @@ def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(k / n if n else math.nan, low, high, n, "clopper-pearson")
 
 
+def newcombe(before: tuple[int, int], after: tuple[int, int]) -> Interval:
+    """The difference of two rates, ``after`` minus ``before``, of independent draws.
+
+    Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, method 10).
+
+    Args:
+        before: (k, n) of the one.
+        after: (k, n) of the other.
+    """
+    one, two = wilson(*before), wilson(*after)
+    value = two.value - one.value
+    below = math.hypot(two.value - two.low, one.high - one.value)
+    above = math.hypot(two.high - two.value, one.value - one.low)
+    return Interval(value, value - below, value + above, min(one.n, two.n), "newcombe")
+
+
 # ---------------------------------------------------------------------- over prompts
 
 

@@ -1,8 +1,9 @@
 """A trace as coloured text in a notebook, with marks at its cue, trigger and turning point.
 
-Each sentence is tinted by a number between 0 (unsafe) and 1 (safe): the safety ratio after it, or a
-verdict. A click on a sentence unfolds the continuations drawn after it. The page is plain HTML
-without scripts. Words are blacked out unless ``reveal`` is set.
+Each sentence is tinted by a number between 0 (unsafe) and 1 (safe): the safety ratio S after it,
+printed with its counts and its interval, or a verdict. A click on a sentence unfolds the
+continuations drawn after it. The page is plain HTML without scripts. Words are blacked out unless
+``reveal`` is set.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import functools
 import html
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ipo_lib.plots import NEUTRAL_COLOUR, SAFE_COLOUR, UNSAFE_COLOUR
-from ipo_lib.records import SAFE, UNSAFE, Rollout, Sentence
+from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Rollout, Sentence
+from ipo_lib.stats import wilson
 
 MARK_COLOURS = {"cue": UNSAFE_COLOUR, "trigger": SAFE_COLOUR, "turning point": "#7B3294"}
 LABEL_COLOURS = {SAFE: SAFE_COLOUR, UNSAFE: UNSAFE_COLOUR}
@@ -28,7 +31,7 @@ Draws = Sequence[tuple[str | None, str]]  # (label or None, text) of each contin
 def show(
     rollout: Rollout,
     spans: Sequence[Sentence],
-    values: Mapping[int, float],
+    values: Mapping[int, float | CsrPoint],
     *,
     marks: Mapping[str, int | None] | None = None,
     draws: Mapping[int, Draws] | None = None,
@@ -40,7 +43,8 @@ def show(
     Args:
         rollout: holds the trace.
         spans: its sentences.
-        values: by sentence index a number from 0 (unsafe) to 1 (safe), which gives the colour.
+        values: by sentence index a number from 0 (unsafe) to 1 (safe), or the counts behind S. They
+            give the colour.
         marks: by word, such as ``cue`` or ``trigger``, the sentence index where it stands, or None.
         draws: by sentence index the continuations after it, as (label, text).
         name: what ``values`` are; ``S`` is the safety ratio after a sentence.
@@ -52,14 +56,16 @@ def show(
         text = html.escape(shown(rollout.text[span.char_start : span.char_end], reveal))
         title, colour = _value_title(values.get(span.index), name)
         style = f'title="{title}" style="background:{colour}"'
+        measured = isinstance(values.get(span.index), CsrPoint)
+        number = f'<span class="n">{title}</span>' if measured else ""
         words = [word for word, index in marks.items() if index == span.index]
         chips = [_chip(word, MARK_COLOURS.get(word, NEUTRAL_COLOUR)) for word in words]
-        piece = f'{"".join(chips)}<span class="s" {style}>{text}</span>'
+        piece = f'{"".join(chips)}<span class="s" {style}>{text}</span>{number}'
         if draws.get(span.index):
             piece = _unfolding(piece, title, draws[span.index], reveal)
         pieces.append(piece)
     # The page is complete: neither a server nor a script is needed to open it.
-    key = _colour_key(name, bool(draws), reveal)
+    key = _colour_key(name if values else "", bool(draws), reveal)
     body = f'<div class="ipo">{" ".join(pieces)}<div class="k">{key}</div></div>'
     return _html_object(f"<style>\n{_style_sheet()}</style>{body}")
 
@@ -72,13 +78,27 @@ def shown(text: str, reveal: bool) -> str:
 
 
 def tint(value: float) -> str:
-    """A CSS colour between unsafe (0) and safe (1)."""
-    channels = []
-    for start in (1, 3, 5):  # red, green and blue in "#RRGGBB"
-        low = int(UNSAFE_COLOUR[start : start + 2], 16)
-        high = int(SAFE_COLOUR[start : start + 2], 16)
-        channels.append(str(round((1 - value) * low + value * high)))
-    return f"rgba({','.join(channels)},0.30)"
+    """A CSS colour from unsafe (0) over white (1/2) to safe (1)."""
+    end = UNSAFE_COLOUR if value < 0.5 else SAFE_COLOUR
+    channels = [str(int(end[start : start + 2], 16)) for start in (1, 3, 5)]
+    return f"rgba({','.join(channels)},{0.55 * abs(2 * value - 1):.2f})"
+
+
+def side_by_side(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:
+    """Several traces beside each other, as an HTML object that a notebook displays.
+
+    Args:
+        rows: of each row its heading, and by title what ``show`` returned.
+    """
+    parts = []
+    for heading, views in rows:
+        columns = [
+            f'<div style="flex:1"><b>{html.escape(title)}</b>{view.data}</div>'
+            for title, view in views.items()
+        ]
+        parts.append(f"<p><b>{html.escape(heading)}</b></p>")
+        parts.append(f'<div style="display:flex;gap:1em">{"".join(columns)}</div>')
+    return _html_object("".join(parts))
 
 
 @functools.cache
@@ -86,29 +106,41 @@ def _style_sheet() -> str:
     return Path(__file__).with_name("viewer.css").read_text("utf-8").rstrip()
 
 
-def _value_title(value: float | None, name: str) -> tuple[str, str]:
-    """What a sentence's tooltip says, and its colour."""
-    if value is None or math.isnan(value):
+def _value_title(value: float | CsrPoint | None, name: str) -> tuple[str, str]:
+    """What is said of a sentence's value, and its colour."""
+    if isinstance(value, CsrPoint) and value.n:
+        interval = wilson(value.n_safe, value.n)
+        counts = f"{value.n_safe} of {value.n} [{interval.low:.2f}, {interval.high:.2f}]"
+        return f"{name} = {value.s:.2f}, {counts}", tint(value.s)
+    if value is None or isinstance(value, CsrPoint) or math.isnan(value):
         return "not measured", NOT_MEASURED_COLOUR
     return f"{name} = {value:.2f}", tint(value)
 
 
 def _colour_key(name: str, has_draws: bool, reveal: bool) -> str:
-    """The line below the trace that explains it."""
-    meaning = ", the share of continuations that end safe" if name == CSR else ""
-    key = f"colour: {name}{meaning}, from orange (0) to blue (1); grey: not measured"
+    """The line below the trace that explains it; ``name``: of the values, if there are any."""
+    parts = []
+    if name:
+        meaning = ", the share of continuations that end safe" if name == CSR else ""
+        scale = "from orange (0) over white (1/2) to blue (1)"
+        parts.append(f"colour: {name}{meaning}, {scale}; grey: not measured")
     if has_draws:
-        key += "; click a sentence for the draws behind it"
-    return key if reveal else f"{key}; text redacted"
+        parts.append("click a sentence for the draws behind it")
+    if not reveal:
+        parts.append("text redacted")
+    return "; ".join(parts)
 
 
 def _unfolding(sentence: str, title: str, draws: Draws, reveal: bool) -> str:
     """A sentence that unfolds its continuations on a click."""
     rows = []
-    for label, text in draws:
+    for label, text in sorted(draws, key=lambda draw: (draw[0] != UNSAFE, draw[0] != SAFE)):
         chip = _chip(label or "not judged", LABEL_COLOURS.get(label or "", NEUTRAL_COLOUR))
         rows.append(f"<div>{chip}{html.escape(shown(text, reveal))}</div>")
-    unfolded = f'<div class="d">{title}, {len(draws)} draws<br>{"".join(rows)}</div>'
+    labels = Counter(label or "not judged" for label, _ in draws)
+    kinds = [label for label in (UNSAFE, SAFE, "not judged") if labels[label]]
+    counts = ", ".join(f"{labels[label]} {label}" for label in kinds)
+    unfolded = f'<div class="d">{title}; draws: {counts}<br>{"".join(rows)}</div>'
     return f"<details><summary>{sentence}</summary>{unfolded}</details>"
 
 

@@ -103,7 +103,7 @@ def test_a_click_in_a_browser_unfolds_the_draws(tmp_path: Path) -> None:
         assert not unfolded.is_displayed()
         browser.find_element("css selector", "summary").click()
         assert unfolded.is_displayed()
-        lines = ["S = 0.10, 2 draws", "unsafeThen heat it.", "safeNo, I stop here."]
+        lines = ["S = 0.10; draws: 1 unsafe, 1 safe", "unsafeThen heat it.", "safeNo, I stop here."]
         assert unfolded.text.splitlines() == lines
         mark = browser.find_element("css selector", ".m")
         assert mark.value_of_css_property("background-color") == "rgba(213, 94, 0, 1)"

@@ -28,7 +28,6 @@ app = typer.Typer(
 )
 DEFAULT = "sandbox"  # the profile of a command that names none
 OWN_MODEL = "plain"  # the profile of a model without one
-TRAINING_FIGURE = "06-training"  # names the adapters of the training notebook
 
 ProfileName = Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")]
 Pairs = Annotated[
@@ -181,7 +180,7 @@ def view_traces(
     run = open_run(profile, parse_pairs(parameter or []), store, figures)
     adapters = {}
     try:
-        adapters = run.trained_adapters(TRAINING_FIGURE)
+        adapters = run.trained_adapters()
     except BadInput as error:
         print(f"without trained models: {error}")
     traces = read_traces(run, prompt_set or (), limit, adapters)

@@ -38,7 +38,7 @@ from ipo_lib.records import (
     to_json,
 )
 from ipo_lib.sampling import Sampler, Sampling
-from ipo_lib.stages import Session
+from ipo_lib.stages import JudgedRollouts, Session, sample_and_judge
 from ipo_lib.stats import Interval, wilson
 from ipo_lib.store import Store
 from ipo_lib.triggers import Trigger
@@ -46,6 +46,7 @@ from ipo_lib.turning_points import curves
 from ipo_lib.turning_points.curves import Curve
 from ipo_lib.turning_points.mining import learn_lexicon, mine_pool
 
+TRAINING = "06-training"  # the figure that names the adapters of the training notebook
 FEW_CLOSED = 0.5  # share of closed traces under which nothing is claimed about traces
 
 
@@ -82,6 +83,21 @@ class Run:
         for other in prompt_sets[name].apart:
             others += load_prompts(other, prompt_sets[other])
         return without_overlap(prompts, others) if others else prompts
+
+    def ask(
+        self,
+        prompts: Prompt | str | Sequence[Prompt | str],
+        draws: int = 8,
+        session: Session | None = None,
+    ) -> JudgedRollouts:
+        """Sample traces of prompts of one's own, and judge them.
+
+        Args:
+            prompts: one or several, each a prompt or its text.
+            draws: traces of each prompt.
+            session: of another model; None: the profile's.
+        """
+        return sample_and_judge(session or self.session, prompts, self.thinking, draws)
 
     # Detector, triggers and what only some worlds have.
 
@@ -187,11 +203,13 @@ class Run:
                 judges[f"{name}, {component.use.rpartition(':')[2]}"] = build_component(component)
         return judges
 
-    def trained_adapters(self, figure: str) -> dict[str, Path]:
+    def trained_adapters(self, figure: str = TRAINING) -> dict[str, Path]:
         """The adapters that a training figure names: after stage 1, and stage 2 where it ran."""
         sidecar = self.figures / f"{figure}.json"
         if not sidecar.is_file():
-            raise BadInput(f"{sidecar} is missing; run the training notebook first")
+            raise BadInput(
+                f"{sidecar} is missing; run notebook 06_ipo_training first: it trains the adapter"
+            )
         artifacts = json.loads(sidecar.read_text("utf-8"))["artifacts"]
         root = self.session.store.root / "adapters"
         adapters = {}
@@ -201,7 +219,7 @@ class Run:
                 adapters[f"after {stage}"] = folder
         if "after stage 1" not in adapters:
             raise BadInput(
-                f"{sidecar} names an adapter that is not in {root}; run the training notebook "
+                f"{sidecar} names an adapter that is not in {root}; run notebook 06_ipo_training "
                 "again with this store"
             )
         return adapters

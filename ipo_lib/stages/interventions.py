@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 from ipo_lib.cues import UNREAD, CueDetector
 from ipo_lib.intervention import cut_and_text
-from ipo_lib.records import Intervention, Prompts, Rollout, Rollouts, by_id
+from ipo_lib.records import (
+    BadInput,
+    Intervention,
+    Prompts,
+    Rollout,
+    Rollouts,
+    as_rollouts,
+    by_id,
+    prompt_of,
+)
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages.drawing import Prefix, sample
 from ipo_lib.stages.session import JUDGE_VERSION, WRITE_EVERY, Session
@@ -41,18 +50,18 @@ class CuesByRollout(dict[str, "int | None"]):
 
 
 def find_cues(
-    session: Session, prompts: Prompts, rollouts: Rollouts, detector: CueDetector
+    session: Session, prompts: Prompts, rollouts: Rollout | Rollouts, detector: CueDetector
 ) -> CuesByRollout:
     """The first compliance cue of every rollout.
 
     Args:
         session: store, model and judge.
         prompts: the rollouts' prompts, by id.
-        rollouts: traces.
+        rollouts: one trace or several.
         detector: is never the judge itself. What it finds is stored where ``detector.stored`` says
             so, as for a detector behind a server, which costs money.
     """
-    rollouts_by_id = by_id(rollouts)
+    rollouts_by_id = by_id(as_rollouts(rollouts))
     texts = {key: trace_texts(session, rollout) for key, rollout in rollouts_by_id.items()}
     if detector.stored:
         spec = {"detector": detector.fingerprint(), "opened": session.chat.opened}
@@ -100,11 +109,16 @@ def intervene(
     for replacement in replacements:
         rollout = replacement.rollout
         spans = trace_sentences(session, rollout)
+        if not 0 <= replacement.sentence < len(spans):
+            raise BadInput(
+                f"replacement: sentence {replacement.sentence} of rollout {rollout.id}, which has "
+                f"{len(spans)}; give an index from 0 to {len(spans) - 1}"
+            )
         is_last = replacement.sentence == len(spans) - 1
         span = spans[replacement.sentence]
         cut, text = cut_and_text(rollout, span, replacement.text, last=is_last)
         prefix_ids = rollout.token_ids[:cut] + session.chat.encode(text)
-        prefixes.append(Prefix(prompts[rollout.prompt_id], prefix_ids))
+        prefixes.append(Prefix(prompt_of(rollout, prompts), prefix_ids))
         cuts += [(replacement, cut)] * draws
     drawn = sample(session, prefixes, sampling, draws, first=first, stage="interventions")
     results = []

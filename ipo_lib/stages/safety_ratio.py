@@ -11,7 +11,17 @@ from collections.abc import Mapping
 
 from ipo_lib import csr
 from ipo_lib.csr import CsrSettings
-from ipo_lib.records import Curves, Labels, Prompts, Rollout, Rollouts, TurningPoint, by_id
+from ipo_lib.records import (
+    Curves,
+    Labels,
+    Prompts,
+    Rollout,
+    Rollouts,
+    TurningPoint,
+    as_rollouts,
+    by_id,
+    prompt_of,
+)
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages.drawing import Prefix, sample
 from ipo_lib.stages.session import FRESH, Continuations, Session
@@ -22,7 +32,7 @@ from ipo_lib.stages.verdicts import judge
 def measure_csr(
     session: Session,
     prompts: Prompts,
-    rollouts: Rollouts,
+    rollouts: Rollout | Rollouts,
     settings: CsrSettings,
     sampling: Sampling,
 ) -> Curves:
@@ -31,7 +41,7 @@ def measure_csr(
     Args:
         session: store, model and judge.
         prompts: the rollouts' prompts, by id.
-        rollouts: traces.
+        rollouts: one trace or several.
         settings: continuations per cut, and where the cuts are.
         sampling: of the continuations.
 
@@ -48,7 +58,7 @@ def measure_csr(
 def continuations(
     session: Session,
     prompts: Prompts,
-    rollouts: Rollouts,
+    rollouts: Rollout | Rollouts,
     settings: CsrSettings,
     sampling: Sampling,
 ) -> dict[str, dict[int, Continuations]]:
@@ -57,18 +67,19 @@ def continuations(
     Args:
         session: store, model and judge.
         prompts: the rollouts' prompts, by id.
-        rollouts: traces.
+        rollouts: one trace or several.
         settings: continuations per cut, and where the cuts are.
         sampling: of the continuations.
     """
     places = []
+    rollouts = as_rollouts(rollouts)
     for rollout in rollouts:
         spans = trace_sentences(session, rollout)
         places += [
             (rollout, cut) for cut in csr.cuts_to_measure(trace_length(spans), spans, settings)
         ]
     prefixes = [
-        Prefix(prompts[rollout.prompt_id], rollout.token_ids[:cut]) for rollout, cut in places
+        Prefix(prompt_of(rollout, prompts), rollout.token_ids[:cut]) for rollout, cut in places
     ]
     draws = settings.draws
     drawn = sample(session, prefixes, sampling, draws, first=FRESH, stage="continuations")
@@ -95,7 +106,7 @@ def continuations_by_sentence(
 
 def find_turning_points(
     session: Session,
-    rollouts: Rollouts,
+    rollouts: Rollout | Rollouts,
     points: Curves,
     labels: Labels,
     kind: str,
@@ -107,14 +118,14 @@ def find_turning_points(
 
     Args:
         session: store, model and judge.
-        rollouts: traces.
+        rollouts: one trace or several.
         points: CSR along them, as ``measure_csr`` returns it.
         labels: the traces' labels, which stand for S at their ends.
         kind: ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3).
         settings: thresholds and window.
     """
     turns = {}
-    for key, rollout in by_id(rollouts).items():
+    for key, rollout in by_id(as_rollouts(rollouts)).items():
         spans = trace_sentences(session, rollout)
         length = trace_length(spans)
         turns[key] = csr.find_turning_point(points[key], kind, settings, spans, length, labels[key])

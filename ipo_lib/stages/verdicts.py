@@ -18,8 +18,11 @@ from ipo_lib.records import (
     Rollout,
     Rollouts,
     Verdict,
+    as_prompts,
+    as_rollouts,
     by_id,
     from_json,
+    prompt_of,
     to_json,
 )
 from ipo_lib.sampling import Sampling
@@ -54,25 +57,26 @@ class JudgedRollouts:
 
 
 def sample_and_judge(
-    session: Session, prompts: Sequence[Prompt], sampling: Sampling, draws: int
+    session: Session, prompts: Prompt | str | Sequence[Prompt | str], sampling: Sampling, draws: int
 ) -> JudgedRollouts:
     """Sample every prompt and judge the traces.
 
     Args:
         session: store, model and judge.
-        prompts: prompts with distinct ids.
+        prompts: one or several, each a prompt or its text.
         sampling: temperature, top-p and length.
         draws: rollouts of each prompt.
     """
-    rollouts = sample(session, [Prefix(prompt) for prompt in prompts], sampling, draws)
-    prompts_by_id = by_id(prompts)
+    prompts_by_id = by_id(as_prompts(prompts))
+    starts = [Prefix(prompt) for prompt in prompts_by_id.values()]
+    rollouts = sample(session, starts, sampling, draws)
     return JudgedRollouts(prompts_by_id, rollouts, judge(session, prompts_by_id, rollouts))
 
 
 def judge(
     session: Session,
     prompts: Prompts,
-    rollouts: Rollouts,
+    rollouts: Rollout | Rollouts,
     part: str = TRACE,
     question: str = "harm",
 ) -> list[Verdict]:
@@ -81,7 +85,7 @@ def judge(
     Args:
         session: store, model and judge.
         prompts: the rollouts' prompts, by id.
-        rollouts: what is judged.
+        rollouts: what is judged, one or several.
         part: trace, answer, trace+answer or continuation.
         question: harm, refusal or correct.
 
@@ -90,13 +94,14 @@ def judge(
         already, since its rest is not known; the store keeps what the judge said of it.
     """
     ledger = _ledger(session, part, question)
+    rollouts = as_rollouts(rollouts)
     rollouts_by_id = by_id(rollouts)
     exchanges = []
     for key in ledger.missing(rollouts_by_id):
         rollout = rollouts_by_id[key]
         offsets = session.chat.offsets(rollout.token_ids) if part == CONTINUATION else ()
         text = part_text(rollout, part, session.chat.opened, offsets)
-        exchanges.append(Exchange(key, prompts[rollout.prompt_id].text, text, part, question))
+        exchanges.append(Exchange(key, prompt_of(rollout, prompts).text, text, part, question))
     ledger.collect(verdicts_in_chunks(session.judge, exchanges), WRITE_EVERY)
     return [_of_a_whole_part(session, rollout, ledger) for rollout in rollouts]
 
