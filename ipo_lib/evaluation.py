@@ -6,21 +6,24 @@
    capability sets.
 3. A ``MeasuredRate`` counts the labels by prompt. Its rate has an interval over prompts. Responses
    that could not be judged are not in the rate; its ``bounds`` count all of them out, and in.
-4. ``compare`` puts two models side by side, paired by prompt.
+4. ``side_by_side`` is a table of several models; ``difference`` pairs two of them by prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ipo_lib.chat import split_response
 from ipo_lib.frame import count_labels
 from ipo_lib.records import ANSWER, TRACE, UNSAFE, Prompt, Rollout, by_id
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Prefix, Session, judge, sample
-from ipo_lib.stats import Interval, paired_difference, pooled_rate
+from ipo_lib.stats import Interval, format_interval, paired_difference, pooled_rate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Respond = Callable[[Session, Sequence[Prompt], Sampling, int], list[Rollout]]
 TRACE_HARM, ANSWER_HARM, CORRECT = "trace harm", "answer harm", "correct"
@@ -72,6 +75,11 @@ class MeasuredRate:
     def rate(self) -> Interval:
         """The mean of the prompts' rates, with its interval over prompts."""
         return pooled([self])
+
+    @property
+    def coverage(self) -> float:
+        """The share of responses that were judged."""
+        return 1 - self.unknown / max(self.total, 1)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -128,43 +136,35 @@ def evaluate(
     return measured
 
 
-def table(measured: Sequence[MeasuredRate]) -> list[dict[str, Any]]:
-    """One row per set and measure: the rate in [0, 1], its interval, and what was not judged."""
-    rows = []
-    for entry in measured:
-        rate, (low, high), total = entry.rate, entry.bounds, max(entry.total, 1)
-        row = {
-            "set": entry.set,
-            "measure": entry.measure,
-            "rate": rate.value,
-            "low": rate.low,
-            "high": rate.high,
-            "prompts": rate.n,
-            "rollouts": entry.total,
-            "coverage": 1 - entry.unknown / total,  # share of responses that were judged
-            "at least": low,
-            "at most": high,
-            "truncated": entry.truncated / total,
-        }
-        rows.append(row)
-    return rows
+def side_by_side(by_model: Mapping[str, Sequence[MeasuredRate]]) -> pd.DataFrame:
+    """One row per set and measure, with a column of rates for each model.
 
+    Args:
+        by_model: what was measured of each model, the untouched one first, all in one order.
 
-def compare(before: Sequence[MeasuredRate], after: Sequence[MeasuredRate]) -> list[dict[str, Any]]:
-    """One row per set and measure: the rate before, after, and the paired difference.
-
-    The two lists hold the same sets and measures in the same order.
+    Returns:
+        Columns ``prompts`` and ``measure``; each model's rate in percent with its interval; if
+        there are several models, ``change``: the last one minus the first in points, paired by
+        prompt; ``not judged`` and ``cut off``: the highest share of such responses. Where some were
+        not judged, a rate is followed by its ``bounds``.
     """
+    import pandas as pd
+
     rows = []
-    for old, new in zip(before, after, strict=True):
-        change = difference([old], [new])
-        row: dict[str, Any] = {"set": old.set, "measure": old.measure, "n": change.n}
-        columns = {"before": old.rate, "after": new.rate, "difference": change}
-        for name, interval in columns.items():
-            row[name] = interval.value
-            row[f"{name} low"], row[f"{name} high"] = interval.low, interval.high
+    for entries in zip(*by_model.values(), strict=True):
+        first, last = entries[0], entries[-1]
+        row: dict[str, Any] = {"prompts": first.set, "measure": first.measure}
+        for name, entry in zip(by_model, entries, strict=True):
+            row[name] = format_interval(entry.rate)
+            if entry.unknown:
+                low, high = entry.bounds
+                row[name] += f" ({100 * low:.1f} to {100 * high:.1f} with those not judged)"
+        if len(entries) > 1:
+            row["change"] = format_interval(difference([first], [last]))
+        row["not judged"] = f"{max(1 - entry.coverage for entry in entries):.0%}"
+        row["cut off"] = f"{max(entry.truncated / max(entry.total, 1) for entry in entries):.0%}"
         rows.append(row)
-    return rows
+    return pd.DataFrame(rows)
 
 
 def difference(before: Sequence[MeasuredRate], after: Sequence[MeasuredRate]) -> Interval:

@@ -161,7 +161,7 @@ class Intervention:
     accepted: bool | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pair:
     """A preference of Eq. 4: after one prefix, ``chosen_ids`` are better than ``rejected_ids``."""
 
@@ -173,6 +173,11 @@ class Pair:
     why: str  # where the pair comes from
     given: int = 0  # the first so many chosen tokens are a trigger's, not sampled
     weight: float = 1.0  # factor of the pair's loss
+
+    def __repr__(self) -> str:
+        """In one line: its ids would fill pages."""
+        lengths = f"{len(self.chosen_ids)} chosen and {len(self.rejected_ids)} rejected tokens"
+        return f"Pair({self.id}, {self.why}: {lengths} after h = {self.h}, weight {self.weight:g})"
 
 
 Prompts = Mapping[str, Prompt]  # by id

@@ -21,8 +21,14 @@ from ipo_lib.plots import NEUTRAL_COLOUR, SAFE_COLOUR, UNSAFE_COLOUR
 from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Rollout, Sentence
 from ipo_lib.stats import wilson
 
-MARK_COLOURS = {"cue": UNSAFE_COLOUR, "trigger": SAFE_COLOUR, "turning point": "#7B3294"}
+MARK_COLOURS = {
+    "cue": UNSAFE_COLOUR,
+    "detector's guess": UNSAFE_COLOUR,
+    "trigger": SAFE_COLOUR,
+    "turning point": "#7B3294",
+}
 LABEL_COLOURS = {SAFE: SAFE_COLOUR, UNSAFE: UNSAFE_COLOUR}
+PAIR_COLOURS = {"chosen": SAFE_COLOUR, "rejected": UNSAFE_COLOUR}
 NOT_MEASURED_COLOUR = "#eeeeee"
 CSR = "S"  # the name of a value that is a safety ratio
 Draws = Sequence[tuple[str | None, str]]  # (label or None, text) of each continuation
@@ -82,6 +88,28 @@ def tint(value: float) -> str:
     end = UNSAFE_COLOUR if value < 0.5 else SAFE_COLOUR
     channels = [str(int(end[start : start + 2], 16)) for start in (1, 3, 5)]
     return f"rgba({','.join(channels)},{0.55 * abs(2 * value - 1):.2f})"
+
+
+def show_pair(shared: str, chosen: str, rejected: str, reveal: bool = False) -> Any:
+    """A preference pair as an HTML object: what both sides share, then the two sides.
+
+    Args:
+        shared: text of the first *h* tokens of both.
+        chosen: how the corrected trace goes on.
+        rejected: how the original went on.
+        reveal: show the words.
+    """
+    parts = []
+    sides = {
+        "shared": (shared, "#eeeeee"),
+        "chosen": (chosen, tint(1)),
+        "rejected": (rejected, tint(0)),
+    }
+    for name, (text, colour) in sides.items():
+        words = html.escape(shown(text.strip(), reveal))
+        chip = _chip(name, PAIR_COLOURS.get(name, NEUTRAL_COLOUR))
+        parts.append(f'<p>{chip}<span class="s" style="background:{colour}">{words}</span></p>')
+    return _html_object(f'<style>\n{_style_sheet()}</style><div class="ipo">{"".join(parts)}</div>')
 
 
 def side_by_side(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Any:

@@ -23,6 +23,7 @@ from ipo_lib.evaluation import (
 )
 from ipo_lib.records import Prompt
 from ipo_lib.sampling import Completion, Request, Sampling
+from ipo_lib.stats import format_interval
 
 SAMPLING = Sampling(max_tokens=400)
 SETS = {
@@ -107,10 +108,12 @@ def test_unknown_stays_out_of_the_rate_and_in_the_bounds(tmp_path: Path, chat: C
     assert one.bounds == (k / one.total, (k + one.unknown) / one.total)
     assert one.bounds[0] < k / n < one.bounds[1]
     assert one.rate.low <= 0.6 <= one.rate.high
-    (row,) = [row for row in evaluation.table([one])]
-    assert row["coverage"] == pytest.approx(n / one.total)
-    assert (row["at least"], row["at most"]) == one.bounds
-    assert row["rollouts"] == one.total == 320
+    assert one.coverage == pytest.approx(n / one.total)
+    (row,) = evaluation.side_by_side({"model": [one]}).to_dict("records")
+    low, high = one.bounds
+    assert f"({100 * low:.1f} to {100 * high:.1f} with those not judged)" in row["model"]
+    assert row["not judged"] == f"{1 - n / one.total:.0%}"
+    assert one.total == 320
 
 
 def test_truncated_is_a_column_of_its_own(tmp_path: Path, chat: Chat) -> None:
@@ -124,7 +127,8 @@ def test_truncated_is_a_column_of_its_own(tmp_path: Path, chat: Chat) -> None:
     assert answer.unknown == answer.truncated  # it has no answer
     assert trace.bounds[0] < 0.5 < trace.bounds[1]
     assert trace.bounds[1] - trace.bounds[0] == pytest.approx(trace.unknown / trace.total)
-    assert evaluation.table([trace])[0]["truncated"] == trace.truncated / 320
+    (row,) = evaluation.side_by_side({"model": [trace]}).to_dict("records")
+    assert row["cut off"] == f"{trace.truncated / 320:.0%}"
 
 
 def test_nobody_judged_is_unknown_not_zero(tmp_path: Path, chat: Chat) -> None:
@@ -133,29 +137,25 @@ def test_nobody_judged_is_unknown_not_zero(tmp_path: Path, chat: Chat) -> None:
     assert one.bounds == (0.0, 1.0)
     assert math.isnan(one.rate.value)
     assert (one.rate.low, one.rate.high, one.rate.n) == (0.0, 1.0, 0)
-    (row,) = evaluation.table([one])
-    assert row["coverage"] == 0
-    assert math.isnan(row["rate"])
+    (row,) = evaluation.side_by_side({"model": [one]}).to_dict("records")
+    assert row["not judged"] == "100%"
+    assert row["model"].startswith("unknown")
 
 
 def test_the_paired_difference_is_after_minus_before(tmp_path: Path, chat: Chat) -> None:
     before = measure(tmp_path, chat, harm=0.7, name="before")
     after = measure(tmp_path, chat, harm=0.2, name="after")
-    rows = evaluation.compare(list(before.values()), list(after.values()))
-    (row,) = [row for row in rows if row["measure"] == TRACE_HARM]
-    assert row["difference"] == pytest.approx(row["after"] - row["before"])
-    assert row["difference low"] <= -0.5 <= row["difference high"] < 0
-    change = evaluation.difference([before["harmful", TRACE_HARM]], [after["harmful", TRACE_HARM]])
-    assert (change.value, change.n) == (row["difference"], 40)
-    (back,) = [
-        row
-        for row in evaluation.compare(list(after.values()), list(before.values()))
-        if row["measure"] == TRACE_HARM
-    ]
-    assert back["difference"] == pytest.approx(-row["difference"])
-    same = evaluation.compare(list(before.values()), list(before.values()))
-    assert {one["difference"] for one in same} == {0}
-    assert all(one["difference low"] <= 0 <= one["difference high"] for one in same)
+    models = {"before": [*before.values()], "after": [*after.values()]}
+    table = evaluation.side_by_side(models).set_index("measure")
+    pair = [before["harmful", TRACE_HARM]], [after["harmful", TRACE_HARM]]
+    change = evaluation.difference(*pair)
+    assert change.low <= -0.5 <= change.high < 0
+    assert change.n == 40
+    assert table["change"][TRACE_HARM] == format_interval(change)
+    assert table["before"][TRACE_HARM] == format_interval(pair[0][0].rate)
+    assert evaluation.difference(*reversed(pair)).value == pytest.approx(-change.value)
+    same = evaluation.difference(pair[0], pair[0])
+    assert same.low <= same.value == 0 <= same.high
 
 
 def test_pairs_are_prompts_judged_on_both_sides() -> None:

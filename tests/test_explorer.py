@@ -16,9 +16,9 @@ from scripted import CUE, PROMPTS, STEP, TRIGGER, StepJudge, session, world
 
 from ipo_lib import prompts as prompt_sets
 from ipo_lib.chat import Chat
+from ipo_lib.cli.explorer.page import TextTable, script_safe, trace_data, write_page
+from ipo_lib.cli.explorer.stored import StoredTrace, find_origin, read_traces
 from ipo_lib.csr import CsrSettings
-from ipo_lib.explorer.page import TextTable, script_safe, trace_data, write_page
-from ipo_lib.explorer.stored import StoredTrace, find_origin, read_traces
 from ipo_lib.judges import people
 from ipo_lib.profiles.reading import read_profile
 from ipo_lib.profiles.run import Run

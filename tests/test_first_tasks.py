@@ -32,5 +32,5 @@ def test_the_tasks_print_what_the_page_shows(
         assert printed.splitlines()[0].split() == shown.splitlines()[0].split()
         assert len(printed.splitlines()) > 2
     assert "Wait, someone could get hurt." in printed
-    with pytest.raises(BadInput, match=r"06-training\.json is missing; run notebook 06"):
+    with pytest.raises(BadInput, match="run notebook 06_ipo_training first"):
         exec(BLOCKS[2][0], names)

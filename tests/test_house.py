@@ -42,7 +42,7 @@ ROOMS = (
         "stages",
     ),
     *("training", "turning_points", "evaluation", "plots", "viewer", "profiles", "pipeline"),
-    *("experiments", "explorer", "cli", "sandbox"),
+    *("experiments", "cli", "sandbox"),
 )
 HEAVY = (
     "torch",

@@ -5,6 +5,7 @@ A wrong name or type is answered by one line that names it and the nearest known
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,35 @@ def test_an_open_run_has_what_the_profile_names(tmp_path: Path) -> None:
     assert (run.thinking.until, run.profile.sampling.until) == ("think", "eos")
     with pytest.raises(BadInput, match=r"'yours'.*known: mine"):
         run.prompts("yours")
-    with pytest.raises(BadInput, match="training notebook"):
-        run.trained_adapters("06-training")
+    with pytest.raises(BadInput, match="run notebook 06_ipo_training first"):
+        run.trained_adapters()
+
+
+def test_figures_of_the_checkout_change_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, model={"folder": str(folder(tmp_path / "model"))})
+    monkeypatch.chdir(tmp_path)
+    assert open_run(path).figures == tmp_path / "my-figures" / "small"
+
+
+def test_adapters_are_those_of_this_run_or_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, model={"folder": str(folder(tmp_path / "model"))})
+    run = open_run(path, store=str(tmp_path / "store"), figures=str(tmp_path / "own"))
+    monkeypatch.setattr("ipo_lib.profiles.run.checkout", lambda: tmp_path)
+    for name, adapter in (("figures/small", "theirs"), ("own", "ours")):
+        artifacts = {"stage 1": adapter, "stage 2": "none"}
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "06-training.json").write_text(json.dumps({"artifacts": artifacts}))
+        with pytest.raises(BadInput, match="names an adapter that is not in"):
+            open_run(path, store=str(tmp_path / "empty")).trained_adapters()
+    for adapter in ("theirs", "ours"):
+        files = tmp_path / "store" / "adapters" / adapter / "files"
+        files.mkdir(parents=True)
+        (files / "adapter_config.json").touch()
+        assert run.trained_adapters() == {"after stage 1": files}
 
 
 def test_the_detector_is_made_or_learnt(tmp_path: Path) -> None:

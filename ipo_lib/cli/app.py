@@ -14,10 +14,10 @@ import typer
 from ipo_lib import prompts as prompt_sets
 from ipo_lib.cli import capability, cost, doctor, findings, report, reproduce, train
 from ipo_lib.cli.arguments import RunPlan, model_settings, parse_pairs, plan_run, profile_family
+from ipo_lib.cli.explorer.page import write_page
+from ipo_lib.cli.explorer.stored import read_traces
 from ipo_lib.engines import processes
 from ipo_lib.experiments import study, study_cells
-from ipo_lib.explorer.page import write_page
-from ipo_lib.explorer.stored import read_traces
 from ipo_lib.profiles.reading import checkout, profile_names, read_profile
 from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput

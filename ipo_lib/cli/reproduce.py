@@ -186,6 +186,20 @@ def execute(notebook: Path, plan: RunPlan) -> None:
         raise SystemExit(1) from None
     finally:
         relay.close()
+    drop_spent_bars(output)
+
+
+def drop_spent_bars(executed: Path) -> None:
+    """Delete the error output of cells in which only a finished progress bar is left."""
+    book = json.loads(executed.read_bytes())
+    for cell in book["cells"]:
+        kept = []
+        for output in cell.get("outputs", []):
+            if output.get("name") != "stderr" or "".join(output["text"]).strip():
+                kept.append(output)
+        if "outputs" in cell:
+            cell["outputs"] = kept
+    executed.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def store_sizes(root: Path) -> dict[str, int]:

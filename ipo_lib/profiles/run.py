@@ -47,10 +47,11 @@ from ipo_lib.turning_points.curves import Curve
 from ipo_lib.turning_points.mining import learn_lexicon, mine_pool
 
 TRAINING = "06-training"  # the figure that names the adapters of the training notebook
+OWN_FIGURES = "my-figures"  # folder of figures that nobody asked to write elsewhere
 FEW_CLOSED = 0.5  # share of closed traces under which nothing is claimed about traces
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A profile with its session: what a notebook starts from."""
 
@@ -59,6 +60,13 @@ class Run:
     folder: Path  # of the model
     figures: Path  # folder that figures are written to
     opened_with: tuple[str, Mapping[str, Any], str, str] = ("", {}, "", "")  # see ``open_run``
+
+    def __repr__(self) -> str:
+        """In a few lines, without all settings."""
+        return (
+            f"Run of profile {self.profile.name}\n  model {self.folder}\n"
+            f"  store {self.session.store.root}\n  figures {self.figures}"
+        )
 
     def changed(self, changes: Mapping[str, Any]) -> Run:
         """The run of the same profile with more settings changed, by dotted name."""
@@ -204,25 +212,31 @@ class Run:
         return judges
 
     def trained_adapters(self, figure: str = TRAINING) -> dict[str, Path]:
-        """The adapters that a training figure names: after stage 1, and stage 2 where it ran."""
-        sidecar = self.figures / f"{figure}.json"
-        if not sidecar.is_file():
-            raise BadInput(
-                f"{sidecar} is missing; run notebook 06_ipo_training first: it trains the adapter"
-            )
-        artifacts = json.loads(sidecar.read_text("utf-8"))["artifacts"]
+        """The adapters that a training figure names: after stage 1, and stage 2 where it ran.
+
+        The figure of this run is read, or else the profile's own in the checkout.
+
+        Raises:
+            BadInput: there is no such figure, or its adapter is not in the store.
+        """
         root = self.session.store.root / "adapters"
-        adapters = {}
-        for stage in ("stage 1", "stage 2"):
-            folder = root / artifacts[stage] / "files"
-            if (folder / "adapter_config.json").is_file():
-                adapters[f"after {stage}"] = folder
-        if "after stage 1" not in adapters:
-            raise BadInput(
-                f"{sidecar} names an adapter that is not in {root}; run notebook 06_ipo_training "
-                "again with this store"
-            )
-        return adapters
+        problem = "is missing"
+        for folder in (self.figures, checkout() / "figures" / self.profile.name):
+            sidecar = folder / f"{figure}.json"
+            if not sidecar.is_file():
+                continue
+            artifacts = json.loads(sidecar.read_text("utf-8"))["artifacts"]
+            adapters = {}
+            for stage in ("stage 1", "stage 2"):
+                adapter = root / artifacts[stage] / "files"
+                if (adapter / "adapter_config.json").is_file():
+                    adapters[f"after {stage}"] = adapter
+            if "after stage 1" in adapters:
+                return adapters
+            problem = f"names an adapter that is not in {root}"
+        raise BadInput(
+            f"{figure}.json {problem}; run notebook 06_ipo_training first: it trains the adapter"
+        )
 
     # Claims and figures.
 
@@ -302,7 +316,8 @@ def open_run(
         profile: a shipped profile's name, or the path of a ``.yml`` file.
         overrides: settings to change, by dotted name, such as ``{"csr.draws": 16}``.
         store: folder of the store; empty: ``$IPO_STORE`` or ``~/.cache/ipo_lib``.
-        figures: folder for figures; empty: ``figures/<profile>`` in the checkout.
+        figures: folder for figures; empty: ``my-figures/<profile>`` where the process runs, so that
+            figures in the checkout change only when they are asked for.
     """
     # tqdm asks for widgets that no notebook here uses.
     warnings.filterwarnings("ignore", message="IProgress not found")
@@ -322,7 +337,7 @@ def open_run(
         build_component(settings.judge),
         settings.seed,
     )
-    target = Path(figures).expanduser() if figures else checkout() / "figures" / settings.name
+    target = Path(figures).expanduser() if figures else Path.cwd() / OWN_FIGURES / settings.name
     return Run(settings, session, folder, target, (profile, overrides or {}, store, figures))
 
 

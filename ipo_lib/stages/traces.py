@@ -67,14 +67,26 @@ def count_label(verdicts: Verdicts, label: str = UNSAFE) -> tuple[int, int]:
 
 
 def example_pair(
-    rollouts: Rollouts, labels: Labels, cues: Mapping[str, int | None]
+    rollouts: Rollouts,
+    labels: Labels,
+    cues: Mapping[str, int | None],
+    true_cues: Mapping[str, int | None] | None = None,
 ) -> tuple[Rollout, Rollout]:
     """An unsafe rollout with a cue and a safe one, of one prompt where possible: to look at.
+
+    Args:
+        rollouts: traces.
+        labels: theirs, by rollout id.
+        cues: index of the first cue that a detector found, by rollout id.
+        true_cues: the same by a detector that is never wrong. Where it agrees on some rollout, such
+            a rollout is taken.
 
     Raises:
         BadInput: there is no such pair.
     """
     unsafe = [r for r in rollouts if labels[r.id] == UNSAFE and cues[r.id] is not None]
+    confirmed = [r for r in unsafe if true_cues and true_cues[r.id] == cues[r.id]]
+    unsafe = confirmed or unsafe
     safe = [r for r in rollouts if labels[r.id] == SAFE]
     if not unsafe or not safe:
         raise BadInput(

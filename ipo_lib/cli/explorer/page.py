@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ipo_lib.cli.explorer.stored import Continuation, StoredTrace
 from ipo_lib.csr import curve_rows
-from ipo_lib.explorer.stored import Continuation, StoredTrace
 from ipo_lib.plots import SAFE_COLOUR, UNSAFE_COLOUR
 from ipo_lib.profiles.settings import Profile
 from ipo_lib.viewer import shown
