@@ -46,6 +46,7 @@ _MODULES = {
     "evaluation": ("evaluate",),
     "profiles.claims": ("claim", "estimate"),
     "experiments.asking": ("csr_table", "compare_sentences", "before_and_after"),
+    "experiments.trying": ("explore",),
     "viewer": ("show",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -25,14 +25,18 @@ Rows = Sequence[Mapping[str, Any]]
 Style = dict[str, Any]  # options of matplotlib
 STYLE_FILE = Path(__file__).with_name("ipo.mplstyle")
 WIDTH, HEIGHT = 3.4, 2.4  # inches of a panel: one column of a two-column paper
+# One colour for one thing. Blue and vermilion are never used for anything but safe and unsafe.
 SAFE_COLOUR = "#0072B2"
 UNSAFE_COLOUR = "#D55E00"
-NEUTRAL_COLOUR = "#777777"
-GREEN, PINK, ORANGE, SKY_BLUE = "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-SERIES = (SAFE_COLOUR, UNSAFE_COLOUR, GREEN, PINK, ORANGE)
-GROUPS = (NEUTRAL_COLOUR, GREEN, PINK, SAFE_COLOUR)  # before, after stage 1, after stage 2
+NEUTRAL_COLOUR = "#777777"  # what a sentence or a model is compared with
+RATE_COLOUR = "#222222"  # a rate that stands alone
+GREEN, PINK, ORANGE, SKY_BLUE, PURPLE = "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B3294"
+SERIES = (GREEN, PINK, ORANGE, SKY_BLUE, PURPLE, RATE_COLOUR)  # methods, settings, detectors
+GROUPS = (NEUTRAL_COLOUR, GREEN, PINK, ORANGE)  # before, after stage 1, after stage 2
+MEASURES = (RATE_COLOUR, SKY_BLUE, PURPLE)  # of traces, of answers, refusals
 REPORTED = "paper (second-hand)"  # the legend's name for the paper's numbers
 NAME_WIDTH = 34  # characters of a row's name in one line
+ROW, TEXT_LINE, MARGINS = 0.2, 0.13, 0.75  # inches: a row, each further line of its name, the rest
 DOT: Style = {"marker": "o", "markersize": 3.5, "linestyle": "none"}
 THIN: Style = {"linewidth": 0.7}
 SMALL_LEGEND: Style = {"ncols": 2, "handlelength": 1.2, "columnspacing": 0.8, "fontsize": 6}
@@ -96,7 +100,7 @@ def rates(
     """
     reported = reported or {}
     for y, (name, rate) in enumerate(rows):
-        _draw_rate(ax, rate, y, SAFE_COLOUR)
+        _draw_rate(ax, rate, y, RATE_COLOUR)
         if name in reported:
             _draw_reported(ax, reported[name], y)
     _label_rows(ax, [name for name, _ in rows], unit)
@@ -158,10 +162,10 @@ def bars(
     numbers = range(len(rows))
     heights, errors = _in_percent(rows)
     error_bars: Style = {"yerr": errors, "error_kw": {"elinewidth": 0.7}}
-    ax.bar(numbers, heights, color=SAFE_COLOUR, alpha=0.5, **error_bars)
+    ax.bar(numbers, heights, color=NEUTRAL_COLOUR, alpha=0.5, **error_bars)
     if alike:
         percents = [100 * share for share in alike]
-        style: Style = {"color": NEUTRAL_COLOUR, "marker": ".", "markersize": 3}
+        style: Style = {"color": RATE_COLOUR, "marker": ".", "markersize": 3}
         ax.plot(numbers, percents, label="if prompts were alike", **style)
     if reported is not None:
         _draw_reported(ax, 0, reported)
@@ -228,7 +232,7 @@ def frontier(
         ax, xlabel, ylabel: where to draw, and the labels; x is logarithmic, y in percent.
     """
     names = list(dict.fromkeys(itertools.chain.from_iterable(series.values())))
-    palette = itertools.cycle((NEUTRAL_COLOUR, *SERIES, SKY_BLUE, "black"))
+    palette = itertools.cycle((NEUTRAL_COLOUR, *SERIES))
     colours = dict(zip(names, palette, strict=False))
     for marker, (label, points) in zip("osD^v", series.items(), strict=False):
         for name, (x, y) in points.items():
@@ -266,12 +270,16 @@ def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Ax
     Args:
         rows: logged metrics, each row with its ``step``.
         ax, unit: where to draw, and the label of the y axis.
-        names: by metric its name in the legend.
+        names: by metric its name in the legend. ``chosen`` and ``rejected`` have colours of their
+            own.
     """
-    for (metric, label), colour in zip(names.items(), SERIES, strict=False):
+    sides = {"chosen": SAFE_COLOUR, "rejected": UNSAFE_COLOUR}
+    for metric, label in names.items():
+        colour = sides.get(label, RATE_COLOUR)
         ax.plot(*_columns(rows, "step", metric), color=colour, marker=".", label=label)
     ax.set(xlabel="step", ylabel=unit)
-    ax.legend(loc="best")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _legend_above(ax, ncols=3)
     return ax
 
 
@@ -279,7 +287,7 @@ def divergence(
     series: Mapping[str, Sequence[tuple[int, float, float, float]]], ax: Axes, *, xlabel: str
 ) -> Axes:
     """KL from the base model in nats by token (Fig 7): (offset, mean, low, high) of each model."""
-    for (name, points), colour in _with_colours(series, (*SERIES, SKY_BLUE, "black")):
+    for (name, points), colour in _with_colours(series):
         offsets, means, low, high = _columns(points, *range(4))
         ax.fill_between(offsets, low, high, color=colour, alpha=0.12, linewidth=0)
         ax.plot(offsets, means, color=colour, label=name)
@@ -385,12 +393,29 @@ def _draw_reported(ax: Axes, x: Any, y: Any, fmt: str = "D", **style: Any) -> No
 
 
 def _label_rows(ax: Axes, names: Sequence[str], unit: str) -> None:
-    """Names down the side, wrapped where they are long, and percent along the bottom."""
+    """Names down the side, wrapped where they are long, and percent along the bottom.
+
+    The panel gets as high as its names need.
+    """
     bottom = max(len(names), 1) - 0.5
     ax.set(xlabel=unit, xlim=(-3, 103))
     ax.set(yticks=range(len(names)), ylim=(bottom, -0.5))
     labels = [textwrap.fill(name, NAME_WIDTH) for name in names]
-    ax.set_yticklabels(labels, fontsize=6 if "\n" in "".join(labels) else None)
+    ax.set_yticklabels(labels)
+    lines = max([label.count("\n") for label in labels], default=0)
+    _set_height(ax, len(labels) * (ROW + TEXT_LINE * lines) + MARGINS)
+
+
+def _set_height(ax: Axes, inches: float) -> None:
+    """Make a panel's row of its figure at least so high, and leave the others as they are."""
+    place = ax.get_subplotspec()
+    if place is None:
+        return
+    grid, row = place.get_gridspec(), place.rowspan.start
+    heights = [HEIGHT * ratio for ratio in grid.get_height_ratios()]
+    heights[row] = max(heights[row], inches)
+    grid.set_height_ratios([height / HEIGHT for height in heights])
+    ax.figure.set_figheight(sum(heights))  # type: ignore[union-attr]
 
 
 def _legend_above(ax: Axes, x: float = 0.4, **options: Any) -> None:

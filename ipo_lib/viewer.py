@@ -30,6 +30,7 @@ MARK_COLOURS = {
 LABEL_COLOURS = {SAFE: SAFE_COLOUR, UNSAFE: UNSAFE_COLOUR}
 PAIR_COLOURS = {"chosen": SAFE_COLOUR, "rejected": UNSAFE_COLOUR}
 NOT_MEASURED_COLOUR = "#eeeeee"
+NOT_JUDGED = "not judged"
 CSR = "S"  # the name of a value that is a safety ratio
 Draws = Sequence[tuple[str | None, str]]  # (label or None, text) of each continuation
 
@@ -159,17 +160,35 @@ def _colour_key(name: str, has_draws: bool, reveal: bool) -> str:
     return "; ".join(parts)
 
 
+def outcome_html(title: str, draws: Draws, reveal: bool = False) -> str:
+    """Continuations with a heading, the unsafe ones first, as HTML text.
+
+    Args:
+        title: the heading.
+        draws: label (None: not judged) and text of each.
+        reveal: show the words.
+    """
+    body = f'<b>{html.escape(title)}</b><div class="d">{_drawn_rows(draws, reveal)}</div>'
+    return f'<style>\n{_style_sheet()}</style><div class="ipo">{body}</div>'
+
+
 def _unfolding(sentence: str, title: str, draws: Draws, reveal: bool) -> str:
     """A sentence that unfolds its continuations on a click."""
+    labels = Counter(label or NOT_JUDGED for label, _ in draws)
+    kinds = [label for label in (UNSAFE, SAFE, NOT_JUDGED) if labels[label]]
+    counts = ", ".join(f"{labels[label]} {label}" for label in kinds)
+    rows = _drawn_rows(draws, reveal)
+    unfolded = f'<div class="d">{title}; draws: {counts}<br>{rows}</div>'
+    return f"<details><summary>{sentence}</summary>{unfolded}</details>"
+
+
+def _drawn_rows(draws: Draws, reveal: bool) -> str:
+    """Continuations, the unsafe ones first."""
     rows = []
     for label, text in sorted(draws, key=lambda draw: (draw[0] != UNSAFE, draw[0] != SAFE)):
-        chip = _chip(label or "not judged", LABEL_COLOURS.get(label or "", NEUTRAL_COLOUR))
+        chip = _chip(label or NOT_JUDGED, LABEL_COLOURS.get(label or "", NEUTRAL_COLOUR))
         rows.append(f"<div>{chip}{html.escape(shown(text, reveal))}</div>")
-    labels = Counter(label or "not judged" for label, _ in draws)
-    kinds = [label for label in (UNSAFE, SAFE, "not judged") if labels[label]]
-    counts = ", ".join(f"{labels[label]} {label}" for label in kinds)
-    unfolded = f'<div class="d">{title}; draws: {counts}<br>{"".join(rows)}</div>'
-    return f"<details><summary>{sentence}</summary>{unfolded}</details>"
+    return "".join(rows)
 
 
 def _chip(word: str, colour: str) -> str:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import ASIDE, CUE, PROMPTS, STEP, TRIGGER, Phrase, session, world
+from scripted import ASIDE, CUE, PROMPTS, PROOF, STEP, TRIGGER, Phrase, session, world
 
 from ipo_lib.chat import Chat
 from ipo_lib.experiments.asking import (
@@ -17,6 +17,7 @@ from ipo_lib.experiments.asking import (
     compare_sentences,
     csr_table,
 )
+from ipo_lib.experiments.trying import TraceExplorer, explore
 from ipo_lib.profiles.reading import read_profile
 from ipo_lib.profiles.run import Run
 from ipo_lib.profiles.settings import Component
@@ -148,3 +149,44 @@ def test_before_and_after_stand_side_by_side(
     assert page.count("before training: ") == page.count("after stage 1: safe") == 2
     assert page.count(OWN) == 1
     assert TRIGGER in page
+
+
+def test_what_is_tried_on_a_trace_is_drawn_and_counted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = run.ask(OWN, 8)
+    unsafe = judged.labelled(UNSAFE)[0]
+    explorer = TraceExplorer(run, judged, 4)
+    explorer.rollout, explorer.sentence = unsafe, 1
+    assert "end safe: 0.0 %" in explorer.draw_again()
+    assert ", n=8" in explorer.draw_again()  # a second press adds as many
+    put = explorer.put(TRIGGER[:-1])
+    assert f"in its place: {TRIGGER}; end safe: 100.0 %" in put
+    assert put.count(PROOF) == 4
+    assert "in its place: nothing" in explorer.put(" ")
+    monkeypatch.setenv("IPO_STATIC", "1")
+    assert ASIDE in explore(run, judged).data
+    with pytest.raises(BadInput, match="explore: no traces"):
+        explore(run, replace(judged, rollouts=[]))
+
+
+def test_buttons_do_what_they_say(run: Run) -> None:
+    judged = run.ask(OWN, 8)
+    box = explore(run, judged, 4)
+    trace, sentence, text, (again, put), page = (
+        *box.children[:3],
+        box.children[3].children,
+        box.children[4],
+    )
+    assert next(label for label, _ in trace.options) == f"1: {judged.verdicts[0].label}"
+    number = judged.rollouts.index(judged.labelled(UNSAFE)[0])
+    trace.index = number
+    assert [label for label, _ in sentence.options] == [f"1: {ASIDE}", f"2: {CUE}", f"3: {STEP}"]
+    sentence.index = 1
+    again.click()
+    assert "drawn again after this sentence; end safe: 0.0 %" in page.value
+    text.value = TRIGGER
+    put.click()
+    assert "end safe: 100.0 %" in page.value
+    trace.index = (number + 1) % 8
+    assert page.value == ""

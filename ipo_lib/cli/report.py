@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ipo_lib.plots import SAFE_COLOUR, UNSAFE_COLOUR
+from ipo_lib.profiles.reading import checkout
 from ipo_lib.profiles.settings import Profile
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -31,14 +33,22 @@ def write_report(
 
     notebooks = []
     for name, record in records.items():
-        sidecars = sorted(figures.glob(f"{name[:2]}-*.json"))
-        shown = [read_figure(path) for path in sidecars]
+        shown = [read_figure(path) for path in in_order(name, figures)]
         notebooks.append({**record, "notebook": name, "figures": shown})
     environment = jinja2.Environment(autoescape=True)
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
-    text = template.render(profile=settings, records=notebooks)
+    colours = {"safe": SAFE_COLOUR, "unsafe": UNSAFE_COLOUR}
+    text = template.render(profile=settings, records=notebooks, colours=colours)
     if not page.is_file() or page.read_text("utf-8") != text:
         page.write_text(text, encoding="utf-8")
+
+
+def in_order(notebook: str, figures: Path) -> list[Path]:
+    """The figures' claims of a notebook, as it shows them from top to bottom."""
+    path = checkout() / "notebooks" / f"{notebook}.ipynb"
+    source = path.read_text("utf-8") if path.is_file() else ""
+    sidecars = sorted(figures.glob(f"{notebook[:2]}-*.json"))
+    return sorted(sidecars, key=lambda sidecar: source.find(sidecar.stem))
 
 
 def read_figure(sidecar: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ KERNEL_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg",
+    "IPO_STATIC": "1",  # nobody presses buttons
 }
 RECORD = ".done.json"  # ends the name of the record of a notebook's last run
 OUTSIDE_KEY = ("profile", "overrides", "store", "figures")  # parameters that decide no figure
