@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 import os
 import subprocess
@@ -169,3 +170,29 @@ def test_outside_a_kernel_nothing_is_shown(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=1))
     draw(tmp_path)
     assert len(shown) == 1
+
+
+def test_a_panel_grows_with_its_names_and_leaves_the_others_as_they_are() -> None:
+    figure, (upper, lower) = plots.figure(rows=2)
+    before = figure.get_figheight()
+    rows = [
+        (f"a name that fills more than one line of the side {at}", wilson(3, 16))
+        for at in range(12)
+    ]
+    plots.rates(rows, lower, unit="unsafe (%)")
+    assert figure.get_figheight() > before + 2
+    figure.draw_without_rendering()
+    heights = [ax.get_window_extent().height for ax in (upper, lower)]
+    assert heights[1] > 1.5 * heights[0]
+    labels = [label.get_window_extent() for label in lower.get_yticklabels()]
+    assert all(label.y0 > below.y1 for label, below in itertools.pairwise(labels))
+
+
+def test_safe_and_unsafe_have_colours_that_nothing_else_has() -> None:
+    others = {*plots.SERIES, *plots.MEASURES, plots.NEUTRAL_COLOUR, plots.RATE_COLOUR}
+    assert not {plots.SAFE_COLOUR, plots.UNSAFE_COLOUR} & others
+    _, ax = plots.figure()
+    names = {"a": "chosen", "b": "rejected", "c": "margin"}
+    plots.training([{"step": 1, "a": 1, "b": 2, "c": 3}], ax, names=names, unit="nats")
+    colours = [line.get_color() for line in ax.lines]
+    assert colours == [plots.SAFE_COLOUR, plots.UNSAFE_COLOUR, plots.RATE_COLOUR]

@@ -115,14 +115,15 @@ def compare_sentences(
         results = [result for _, result in drawn]
         safe = [verdict.label == SAFE for verdict in judge(run.session, judged.prompts, results)]
         counts[name] = count_outcomes([result.prompt_id for result in results], safe)
-    last = counts[next(reversed(counts))]
+    last_name = [*texts][-1]
+    last = counts[last_name]
     rows = []
     for name, text in put.items():
         shown = viewer.shown(text, run.profile.reveal)
         safe_rate = format_interval(_rate(counts[name]))
         minus = "" if counts[name] is last else format_interval(_difference(last, counts[name]))
         rows.append((name, shown, safe_rate, minus, draws * len(losers), len(last)))
-    columns = ["name", "text", "safe", f"minus {next(reversed(texts))}", "n", "prompts"]
+    columns = ["name", "text", "safe", f"minus {last_name}", "n", "prompts"]
     return pd.DataFrame(rows, columns=columns)
 
 

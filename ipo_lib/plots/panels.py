@@ -1,58 +1,38 @@
-"""Figures: each function draws prepared numbers on given Axes and returns the Axes.
+"""Panels: each function draws prepared numbers on given Axes and returns the Axes.
 
-``figure`` opens an empty figure in the style of ``ipo.mplstyle``; ``save`` writes PDF and PNG, for
-the same input the same bytes. A line through a point is its interval; a hollow diamond is a number
-that the paper reports.
+A line through a point is its interval; a hollow diamond is a number that the paper reports.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ipo_lib.plots.style import (
+    GROUPS,
+    NEUTRAL_COLOUR,
+    RATE_COLOUR,
+    SAFE_COLOUR,
+    SERIES,
+    UNSAFE_COLOUR,
+    Style,
+    set_height,
+)
 from ipo_lib.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
-Style = dict[str, Any]  # options of matplotlib
-STYLE_FILE = Path(__file__).with_name("ipo.mplstyle")
-WIDTH, HEIGHT = 3.4, 2.4  # inches of a panel: one column of a two-column paper
-# One colour for one thing. Blue and vermilion are never used for anything but safe and unsafe.
-SAFE_COLOUR = "#0072B2"
-UNSAFE_COLOUR = "#D55E00"
-NEUTRAL_COLOUR = "#777777"  # what a sentence or a model is compared with
-RATE_COLOUR = "#222222"  # a rate that stands alone
-GREEN, PINK, ORANGE, SKY_BLUE, PURPLE = "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7B3294"
-SERIES = (GREEN, PINK, ORANGE, SKY_BLUE, PURPLE, RATE_COLOUR)  # methods, settings, detectors
-GROUPS = (NEUTRAL_COLOUR, GREEN, PINK, ORANGE)  # before, after stage 1, after stage 2
-MEASURES = (RATE_COLOUR, SKY_BLUE, PURPLE)  # of traces, of answers, refusals
 REPORTED = "paper (second-hand)"  # the legend's name for the paper's numbers
 NAME_WIDTH = 34  # characters of a row's name in one line
 ROW, TEXT_LINE, MARGINS = 0.2, 0.13, 0.75  # inches: a row, each further line of its name, the rest
 DOT: Style = {"marker": "o", "markersize": 3.5, "linestyle": "none"}
 THIN: Style = {"linewidth": 0.7}
 SMALL_LEGEND: Style = {"ncols": 2, "handlelength": 1.2, "columnspacing": 0.8, "fontsize": 6}
-
-
-def figure(columns: int = 1, rows: int = 1, width: float = 1.0) -> tuple[Figure, Any]:
-    """An empty figure and its Axes (one, or an array of several), ``width`` paper columns each."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    style = dict(mpl.rc_params_from_file(STYLE_FILE, use_default_template=False))
-    sns.set_theme(style="ticks", palette=list(SERIES), rc=style)
-    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH * width * columns, HEIGHT * rows))
-    plt.close(fig)  # a notebook shows it only when ``save`` does
-    return fig, axes
 
 
 def csr_curve(
@@ -278,7 +258,7 @@ def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Ax
         colour = sides.get(label, RATE_COLOUR)
         ax.plot(*_columns(rows, "step", metric), color=colour, marker=".", label=label)
     ax.set(xlabel="step", ylabel=unit)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     _legend_above(ax, ncols=3)
     return ax
 
@@ -308,32 +288,6 @@ def rewards(series: Mapping[str, Sequence[tuple[float, float]]], ax: Axes) -> Ax
     if series:
         _legend_above(ax, **SMALL_LEGEND)
     return ax
-
-
-def save(fig: Figure, folder: Path, name: str, *, caption: str) -> None:
-    """Write ``name``.pdf and ``name``.png with a caption below the figure.
-
-    A notebook shows the written image, whatever backend matplotlib has there.
-
-    Args:
-        fig, caption: the figure, and the small text below it.
-        folder, name: where to write, and the files' name without ending.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.supxlabel(caption, fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
-    no_dates: Style = dict.fromkeys(("CreationDate", "Producer", "Creator"))
-    fig.savefig(folder / f"{name}.pdf", metadata=no_dates)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
-    if _in_kernel():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(folder / f"{name}.png")))  # type: ignore[no-untyped-call]
-
-
-def _in_kernel() -> bool:
-    """Whether this code runs in a Jupyter kernel."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _columns(rows: Sequence[Any], *keys: str | int) -> Iterator[list[Any]]:
@@ -403,19 +357,7 @@ def _label_rows(ax: Axes, names: Sequence[str], unit: str) -> None:
     labels = [textwrap.fill(name, NAME_WIDTH) for name in names]
     ax.set_yticklabels(labels)
     lines = max([label.count("\n") for label in labels], default=0)
-    _set_height(ax, len(labels) * (ROW + TEXT_LINE * lines) + MARGINS)
-
-
-def _set_height(ax: Axes, inches: float) -> None:
-    """Make a panel's row of its figure at least so high, and leave the others as they are."""
-    place = ax.get_subplotspec()
-    if place is None:
-        return
-    grid, row = place.get_gridspec(), place.rowspan.start
-    heights = [HEIGHT * ratio for ratio in grid.get_height_ratios()]
-    heights[row] = max(heights[row], inches)
-    grid.set_height_ratios([height / HEIGHT for height in heights])
-    ax.figure.set_figheight(sum(heights))  # type: ignore[union-attr]
+    set_height(ax, len(labels) * (ROW + TEXT_LINE * lines) + MARGINS)
 
 
 def _legend_above(ax: Axes, x: float = 0.4, **options: Any) -> None:

@@ -1,0 +1,49 @@
+"""Figures: ``figure`` opens one, ``panels`` draws numbers on its Axes, ``save`` writes it."""
+
+from ipo_lib.plots.panels import (
+    REPORTED,
+    bars,
+    csr_curve,
+    divergence,
+    frontier,
+    groups,
+    lines,
+    rates,
+    rewards,
+    scatter,
+    tradeoff,
+    training,
+)
+from ipo_lib.plots.style import (
+    MEASURES,
+    NEUTRAL_COLOUR,
+    RATE_COLOUR,
+    SAFE_COLOUR,
+    SERIES,
+    UNSAFE_COLOUR,
+    figure,
+    save,
+)
+
+__all__ = [
+    "MEASURES",
+    "NEUTRAL_COLOUR",
+    "RATE_COLOUR",
+    "REPORTED",
+    "SAFE_COLOUR",
+    "SERIES",
+    "UNSAFE_COLOUR",
+    "bars",
+    "csr_curve",
+    "divergence",
+    "figure",
+    "frontier",
+    "groups",
+    "lines",
+    "rates",
+    "rewards",
+    "save",
+    "scatter",
+    "tradeoff",
+    "training",
+]
