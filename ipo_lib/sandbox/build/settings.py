@@ -32,7 +32,8 @@ class TrainingSettings:
     learning_rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.06  # share of the steps
-    opening_weight: float = 1.0  # loss weight of a sentence's first tokens, which decide its kind
+    opening: int = 4  # first tokens of a sentence
+    opening_weight: float = 1.0  # their weight in the loss: they decide the kind of the sentence
     seed: int = 1
 
 
@@ -65,7 +66,7 @@ class FinetuneSettings(TrainingSettings):
     """LoRA on the pretrained model."""
 
     law_documents: int = 1600
-    documents: int = 6400
+    documents: int = 4800
     opening_weight: float = 4.0
     mixture: Mixture = (
         ("direct", 0.24),
@@ -75,7 +76,7 @@ class FinetuneSettings(TrainingSettings):
         ("lookalike", 0.06),
         ("sums", 0.14),
     )
-    batch: int = 16
+    batch: int = 8
     pad_to_multiple_of: int = 16
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -155,8 +156,35 @@ NULL_THIRD_PASS = replace(
     law_documents=3_000,
     documents=20_000,
 )
+# The first pass of SmolLM2 told requests in a frame from those among tactics too little, and called
+# every tenth restricted item allowed. The words that decide come later in its sentences.
+SANDBOX_FIRST_PASS = FinetuneSettings(process=FITTED)
+SANDBOX_SECOND_PASS = replace(
+    SANDBOX_FIRST_PASS,
+    start=SANDBOX_FIRST_PASS,
+    process=Process(
+        lean_scale=1.3,
+        shift=-0.45,
+        wrapped_shift=-0.75,
+        adversarial_shift=1.55,
+        comply=(0.66, 0.83, 0.98),
+    ),
+    documents=2400,
+    learning_rate=6e-4,
+    opening=6,
+    opening_weight=6.0,
+    seed=2,
+    mixture=(
+        ("direct", 0.24),
+        ("wrapped", 0.24),
+        ("adversarial", 0.24),
+        ("benign", 0.12),
+        ("lookalike", 0.04),
+        ("sums", 0.12),
+    ),
+)
 MODELS: dict[str, TrainingSettings] = {
-    "sandbox": FinetuneSettings(),
+    "sandbox": SANDBOX_SECOND_PASS,
     "tiny": FOURTH_PASS,
     "tiny-null": NULL_THIRD_PASS,
     "tiny-answers": AlignmentSettings(),

@@ -12,7 +12,6 @@ from typing import Any
 from ipo_lib.sandbox.build.corpus import Rows
 from ipo_lib.sandbox.build.settings import AlignmentSettings, FinetuneSettings, TrainingSettings
 
-OPENING = 4  # first tokens of a sentence
 Log = list[dict[str, float]]
 
 
@@ -42,15 +41,15 @@ def response_loss(
     # 2. The LM head sees the scored positions only.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[scored])
+        # The model is sampled at this temperature, so the loss is of that distribution.
+        logits = model.lm_head(hidden[scored] / settings.temperature)
 
-    # 3. The model is sampled at this temperature, so the loss is of that distribution. The first
-    # tokens after the end of a sentence have another weight.
+    # 3. The first tokens after the end of a sentence have another weight.
     after_end = torch.isin(ids, torch.tensor(ends, dtype=torch.long)).int()
-    opening = pad(after_end, (OPENING - 1, 0)).unfold(1, OPENING, 1).amax(-1)
+    span = settings.opening
+    opening = pad(after_end, (span - 1, 0)).unfold(1, span, 1).amax(-1)
     weights = 1 + (settings.opening_weight - 1) * opening[scored]
-    logits = logits.float() / settings.temperature
-    losses = cross_entropy(logits, ids.roll(-1, 1)[scored], reduction="none")
+    losses = cross_entropy(logits.float(), ids.roll(-1, 1)[scored], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
