@@ -22,7 +22,7 @@ from models import tiny_tokenizer
 from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ipo_lib import stages
-from ipo_lib.cli import app, arguments, doctor, reproduce
+from ipo_lib.cli import app, arguments, doctor, report, reproduce
 from ipo_lib.engines import openai_api
 from ipo_lib.profiles import reading
 from ipo_lib.profiles.run import open_run
@@ -504,7 +504,10 @@ def test_the_report_holds_every_figure_and_claim(
     assert "data:image/png;base64,aW1hZ2U=" in page
     assert "1,234 tokens" in page
     assert "A profile of the tests." in page
-    assert "http" not in page
+    assert re.findall(r'https?://[^"]*', page) == ["https://arxiv.org/abs/2509.24393"]
+    assert '<a href="#ab_small">' in page
+    assert '<a href="#ab-figure">' in page
+    assert 'id="ab-figure"' in page
 
 
 def test_the_report_keeps_the_notebooks_that_a_run_did_not_ask_for(
@@ -519,16 +522,39 @@ def test_the_report_keeps_the_notebooks_that_a_run_did_not_ask_for(
         page = Path(
             re.search(r"report: (.*)", ipo(*small, "-p", f"notebooks=[{asked}]")[1])[1]
         ).read_text()  # type: ignore[index]
-        return re.findall(r"<h2>(\w+)</h2>", page), page
+        return re.findall(r'<h2 id="(\w+)">', page), page
 
     assert sections("ac_last")[0] == ["ac_last"]
     assert sections("ab_small", "aa_first")[0] == ["aa_first", "ab_small", "ac_last"]
     names, page = sections("ab_small")
     assert names == ["aa_first", "ab_small", "ac_last"]
-    assert [page.count(f'<img alt="{name}-figure"') for name in ("aa", "ab", "ac")] == [1, 1, 1]
+    assert [page.count(f'<img id="{name}-figure"') for name in ("aa", "ab", "ac")] == [1, 1, 1]
     assert page.count("draws 2 &lt;b&gt;") == 3
     (tmp_path / "figures" / "ac-figure.png").unlink()
     assert "The image of ac-figure is missing" in sections("ab_small")[1]
+
+
+def test_figures_of_the_report_stand_in_the_order_of_their_notebook(tmp_path: Path) -> None:
+    names = ["01-fig3-joint", "01-fig2-gap"]  # as notebook 01 saves them
+    for name in names:
+        (tmp_path / f"{name}.json").touch()
+    found = report.in_order("01_reasoning_vs_response", tmp_path)
+    assert [path.stem for path in found] == names
+
+
+def test_bars_that_have_ended_leave_nothing_in_the_notebook(tmp_path: Path) -> None:
+    output = nbformat.v4.new_output
+    cell = nbformat.v4.new_code_cell("x")
+    cell.outputs = [
+        output("stream", name="stderr", text=" " * 60 + "\r"),
+        output("stream", name="stderr", text="a warning"),
+        output("stream", name="stdout", text=" "),
+    ]
+    book = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_markdown_cell("y")])
+    nbformat.write(book, tmp_path / "book.ipynb")
+    reproduce.drop_spent_bars(tmp_path / "book.ipynb")
+    read = nbformat.read(tmp_path / "book.ipynb", as_version=4)
+    assert [one.text for one in read.cells[0].outputs] == ["a warning", " "]
 
 
 def test_generated_counts_the_new_tokens_of_the_store(tmp_path: Path) -> None:
