@@ -188,6 +188,16 @@ def test_a_panel_grows_with_its_names_and_leaves_the_others_as_they_are() -> Non
     assert all(label.y0 > below.y1 for label, below in itertools.pairwise(labels))
 
 
+def test_a_curve_shows_its_thresholds_and_places() -> None:
+    rows = [{"cut": cut, "s": 0.5, "low": 0.3, "high": 0.7, "n": 8} for cut in (0, 10, 20)]
+    _, ax = plots.figure()
+    plots.csr_curve(rows, ax, thresholds=(0.9, 0.1), places={"cue": 10, "turn": None})
+    dotted = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert [set(line.get_ydata()) for line in dotted[:2]] == [{0.9}, {0.1}]
+    assert [set(line.get_xdata()) for line in dotted[2:]] == [{10}]
+    assert [text.get_text().strip() for text in ax.texts] == ["cue"]
+
+
 def test_safe_and_unsafe_have_colours_that_nothing_else_has() -> None:
     others = {*plots.SERIES, *plots.MEASURES, plots.NEUTRAL_COLOUR, plots.RATE_COLOUR}
     assert not {plots.SAFE_COLOUR, plots.UNSAFE_COLOUR} & others

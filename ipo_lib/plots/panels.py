@@ -43,6 +43,8 @@ def csr_curve(
     label: str = "",
     marker: str = "o",
     min_draws: int = 1,
+    thresholds: Sequence[float] = (),
+    places: Mapping[str, int | None] | None = None,
 ) -> Axes:
     """The safety ratio S_i against the cut (Fig 5a), with its interval as a band.
 
@@ -52,12 +54,20 @@ def csr_curve(
         label: the line's name in the legend; empty for none.
         marker: of each point; empty for a line only.
         min_draws: the line goes only through cuts with at least this many judged draws.
+        thresholds: values of S to draw as dotted lines, such as those of Eq. 2 and 3.
+        places: by name a cut to mark, such as that of the first cue; None: it is left out.
     """
     cuts, low, high = _columns(rows, "cut", "low", "high")
     ax.fill_between(cuts, low, high, color=colour, alpha=0.15, linewidth=0)
     measured = [row for row in rows if row["n"] >= min_draws]
     style: Style = {"color": colour, "marker": marker, "markersize": 2.5}
     ax.plot(*_columns(measured, "cut", "s"), label=label or None, **style)
+    for value in thresholds:
+        ax.axhline(value, color=NEUTRAL_COLOUR, linestyle=":", **THIN)
+    for name, cut in (places or {}).items():
+        if cut is not None:
+            ax.axvline(cut, color=colour, linestyle=":", **THIN)
+            ax.text(cut, 1.0, f" {name}", color=colour, fontsize=6, rotation=90, va="top")
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
         _legend_above(ax, x=0.5, ncols=2)
