@@ -53,3 +53,17 @@ def test_every_finding_is_answered_by_a_profile() -> None:
     for finding in findings.read_findings():
         claims = [findings.find_claim(finding, name, figures / name) for name in PROFILES]
         assert any(claims), finding.finding
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_page_of_a_profile_holds_all_its_figures_and_claims(profile: str) -> None:
+    folder = checkout() / "figures" / profile
+    page = findings.profile_page(profile, folder)
+    assert (folder / "README.md").read_text("utf-8") == page, "run: ipo findings --write"
+    figures = sorted(path.stem for path in folder.glob("*.png"))
+    assert (
+        sorted(line[2:].partition("]")[0] for line in page.splitlines() if line[:2] == "![")
+        == figures
+    )
+    claims = [json.loads(path.read_bytes())["claims"] for path in folder.glob("[0-9]*-*.json")]
+    assert sum(line.startswith("- ") for line in page.splitlines()) == sum(map(len, claims))

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from ipo_lib.cli.report import in_order
+from ipo_lib.profiles.reading import checkout
 from ipo_lib.records import from_json
 from ipo_lib.stats import Interval, format_interval
 
@@ -103,6 +105,8 @@ def replace_table(page: str, lines: Sequence[str]) -> str:
 def write_pages(profiles: Sequence[str], house: Path) -> None:
     """Put the table into figures/README.md and its front rows into README.md.
 
+    Every profile's folder of figures gets a page of its own.
+
     Args:
         profiles: their names.
         house: the checkout.
@@ -110,6 +114,35 @@ def write_pages(profiles: Sequence[str], house: Path) -> None:
     for page, front in ((house / "figures" / "README.md", False), (house / "README.md", True)):
         lines = markdown(profiles, house / "figures", front)
         page.write_text(replace_table(page.read_text("utf-8"), lines), "utf-8")
+    for name in profiles:
+        folder = house / "figures" / name
+        if any(folder.glob("*.png")):
+            (folder / "README.md").write_text(profile_page(name, folder), "utf-8")
+
+
+def profile_page(profile: str, figures: Path) -> str:
+    """All figures of a profile with what each claims, as a page of Markdown.
+
+    Args:
+        profile: its name.
+        figures: the folder of its figures.
+    """
+    lines = [
+        f"# Figures of `{profile}`",
+        "",
+        "`ipo findings --write` makes this page. [The page of all results](../README.md) explains "
+        "them, and [the notebooks' page](../../notebooks/README.md) their words. A claim that ends "
+        "in no verdict only states a number.",
+    ]
+    for notebook in sorted((checkout() / "notebooks").glob("*.ipynb")):
+        for number, sidecar in enumerate(in_order(notebook.stem, figures)):
+            if not number:
+                lines += ["", f"## [{notebook.stem}](../../notebooks/{notebook.name})"]
+            lines += ["", f"![{sidecar.stem}]({sidecar.stem}.png)", ""]
+            for claim in json.loads(sidecar.read_text("utf-8"))["claims"]:
+                words = claim["claim"].replace("<", "&lt;").replace(">", "&gt;")
+                lines.append(f"- {words}")
+    return "\n".join(lines) + "\n"
 
 
 def verdicts(profile: str, figures: Path) -> list[str]:

@@ -67,7 +67,8 @@ def csr_curve(
     for name, cut in (places or {}).items():
         if cut is not None:
             ax.axvline(cut, color=colour, linestyle=":", **THIN)
-            ax.text(cut, 1.0, f" {name}", color=colour, fontsize=6, rotation=90, va="top")
+            side = "right" if colour == SAFE_COLOUR else "left"  # two curves share a panel
+            ax.text(cut, 1.0, name, color=colour, fontsize=6, rotation=90, va="top", ha=side)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
         _legend_above(ax, x=0.5, ncols=2)
@@ -362,7 +363,8 @@ def _label_rows(ax: Axes, names: Sequence[str], unit: str) -> None:
     The panel gets as high as its names need.
     """
     bottom = max(len(names), 1) - 0.5
-    ax.set(xlabel=unit, xlim=(-3, 103))
+    ax.set(xlim=(-3, 103))
+    ax.set_xlabel(unit, loc="right")  # so that a long label stays inside the figure
     ax.set(yticks=range(len(names)), ylim=(bottom, -0.5))
     labels = [textwrap.fill(name, NAME_WIDTH) for name in names]
     ax.set_yticklabels(labels)
