@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from scripted import ASIDE, CUE, PROMPTS, PROOF, STEP, TRIGGER, Phrase, session, world
 
+from ipo_lib import plots
 from ipo_lib.chat import Chat
 from ipo_lib.experiments.asking import (
     before_and_after,
@@ -97,20 +98,37 @@ def test_s_along_a_trace_is_a_table(run: Run) -> None:
 def test_sentences_are_compared_in_the_place_of_the_first_cue(run: Run) -> None:
     one = compare_sentences(run, run.ask(OWN, 8), {"mine": TRIGGER[:-1], "neutral": ASIDE}, 20)
     assert list(one["text"]) == [TRIGGER, ASIDE]  # a full stop is added
-    assert one["safe"][0].startswith("100.0")
-    assert list(one["n"]) == [20, 20]
+    assert list(one["continuations"]) == [20, 20]
     assert list(one["prompts"]) == [1, 1]
-    minus = one["minus neutral"][0]
-    assert float(minus.split()[0]) > 25
-    assert one["minus neutral"][1] == ""
+    assert one["safe"][0] == one["high"][0] == 1.0
+    assert one["minus"][0] == one["safe"][0] - one["safe"][1] > 0.25
+    assert 0 < one["minus_low"][0] < one["minus"][0] < one["minus_high"][0]
+    assert one["minus"].isna().tolist() == [False, True]
     judged = run.ask(PROMPTS, 8)
     detector = run.detector(judged.rollouts, judged.verdicts)
     cues = find_cues(run.session, judged.prompts, judged.rollouts, detector)
     assert any(index is not None for index in cues.values())
     many = compare_sentences(run, judged, {"mine": TRIGGER, "neutral": ASIDE, "nothing": ""}, 4)
     assert list(many["prompts"]) == [8, 8, 8]
-    assert list(many["n"]) == [32, 32, 32]
-    assert [bool(text) for text in many["minus nothing"]] == [True, True, False]
+    assert list(many["continuations"]) == [32, 32, 32]
+    assert many["minus"].isna().tolist() == [False, False, True]
+
+
+def test_a_table_of_s_can_be_drawn_as_it_is(run: Run, tmp_path: Path) -> None:
+    judged = run.ask(OWN, 8)
+    table = csr_table(run, judged, judged.labelled(UNSAFE)[0])
+    figure, ax = plots.figure()
+    plots.csr_curve(table, ax)
+    assert list(ax.lines[0].get_xdata()) == list(table["cut"])
+    assert list(ax.lines[0].get_ydata()) == list(table["s"])
+    plots.save(figure, str(tmp_path / "own"), "mine", caption="")
+    assert (tmp_path / "own" / "mine.png").is_file()
+    assert list(table["not_judged"]) == [0] * 4
+
+
+def test_judged_rollouts_print_in_one_line(run: Run) -> None:
+    judged = run.ask(OWN, 4)
+    assert repr(judged).startswith("JudgedRollouts(4 of 1 prompts: ")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +179,9 @@ def test_what_is_tried_on_a_trace_is_drawn_and_counted(
     assert "end safe: 0.0 %" in explorer.draw_again()
     assert ", n=8" in explorer.draw_again()  # a second press adds as many
     put = explorer.put(TRIGGER[:-1])
-    assert f"in its place: {TRIGGER}; end safe: 100.0 %" in put
+    assert f"in the place of sentence 2: “{TRIGGER}”; end safe: 100.0 %" in put
     assert put.count(PROOF) == 4
-    assert "in its place: nothing" in explorer.put(" ")
+    assert "nothing, so the model sampled again" in explorer.put(" ")
     monkeypatch.setenv("IPO_STATIC", "1")
     assert ASIDE in explore(run, judged).data
     with pytest.raises(BadInput, match="explore: no traces"):
@@ -172,19 +190,21 @@ def test_what_is_tried_on_a_trace_is_drawn_and_counted(
 
 def test_buttons_do_what_they_say(run: Run) -> None:
     judged = run.ask(OWN, 8)
-    box = explore(run, judged, 4)
+    unsafe = judged.labelled(UNSAFE)[0]
+    box = explore(run, judged, unsafe, 4)
     trace, sentence, text, (again, put), page = (
         *box.children[:3],
         box.children[3].children,
         box.children[4],
     )
-    assert next(label for label, _ in trace.options) == f"1: {judged.verdicts[0].label}"
-    number = judged.rollouts.index(judged.labelled(UNSAFE)[0])
-    trace.index = number
+    names = [name for name, _ in trace.options]
+    assert names[0] == f"1, {judged.verdicts[0].label}: {OWN}"
+    number = judged.rollouts.index(unsafe)
+    assert (trace.index, sentence.index) == (number, 0)
     assert [label for label, _ in sentence.options] == [f"1: {ASIDE}", f"2: {CUE}", f"3: {STEP}"]
     sentence.index = 1
     again.click()
-    assert "drawn again after this sentence; end safe: 0.0 %" in page.value
+    assert "drawn again after sentence 2; end safe: 0.0 %" in page.value
     text.value = TRIGGER
     put.click()
     assert "end safe: 100.0 %" in page.value

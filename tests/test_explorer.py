@@ -86,6 +86,17 @@ def test_traces_come_with_all_that_the_store_holds_and_nothing_is_drawn(run: Run
     assert {trace.second_label for trace in traces} == {None}  # the second judge said nothing yet
 
 
+def test_traces_of_prompts_of_ones_own_come_first(run: Run) -> None:
+    fill(run)
+    with pytest.raises(BadInput, match="a prompt is ' '"):
+        read_traces(run, own=[" "])
+    assert len(read_traces(run, own=["Mine?"])) == 33  # it was never asked
+    run.ask("Mine?", 3)
+    traces = read_traces(run, own=["Mine?"])
+    assert [trace.prompt.text for trace in traces[:4]] == [*["Mine?"] * 3, traces[3].prompt.text]
+    assert len(traces) == 36
+
+
 def test_a_limit_is_for_each_kind_and_keeps_what_is_compared(run: Run) -> None:
     unsafe, result = fill(run)
     assert [trace.rollout.id for trace in read_traces(run, limit=1)] == [unsafe.id, result.id]

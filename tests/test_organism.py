@@ -169,12 +169,11 @@ def test_the_loss_is_of_the_distribution_that_is_sampled() -> None:
 
     class OneLogit(torch.nn.Module):
         def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
-            logits = torch.full((len(hidden), 3), -30.0)
-            logits[:, 2] = 0.0
-            return torch.cat([logits[:, :1], gap.expand(len(hidden), 1), logits[:, 2:]], 1)
+            weights = torch.cat([torch.tensor([-30.0]), gap, torch.tensor([0.0])])
+            return hidden * weights  # linear, as an LM head is
 
         def model(self, input_ids: torch.Tensor, **_: Any) -> Any:
-            return SimpleNamespace(last_hidden_state=torch.zeros(*input_ids.shape, 1))
+            return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
 
     rows = [(1, [0, 1])] * 3 + [(1, [0, 2])]
     optimizer = torch.optim.Adam([gap], 0.05)

@@ -86,9 +86,8 @@ def reproduce_profile(
         f"{settings.name}: {len(plan.notebooks)} notebooks in {seconds:.0f} s; "
         f"figures in {plan.figures}"
     )
-    print("\nThe paper's findings here (* calibrated: no finding):")
-    for line in findings.verdicts(settings.name, plan.figures):
-        print(line)
+    if lines := findings.verdicts(settings.name, plan.figures):
+        print("\nThe paper's findings here (* calibrated: no finding):", *lines, sep="\n")
     print(f"\nreport: {page}\n{settings.about}")
 
 
@@ -167,8 +166,11 @@ def view_traces(
     prompt_set: Annotated[
         list[str] | None, typer.Option("--set", help="a prompt set; default: all of the profile")
     ] = None,
+    prompt: Annotated[
+        list[str] | None, option("a prompt of your own, as you asked it; its traces are shown, too")
+    ] = None,
     limit: Annotated[int, option("traces of each kind at most")] = 500,
-    out: Annotated[str, option("the HTML file; default <profile>-traces.html")] = "",
+    out: Annotated[str, option("the HTML file; default my-figures/<profile>-traces.html")] = "",
     store: StoreFolder = "",
     figures: FigureFolder = "",
 ) -> None:
@@ -183,8 +185,8 @@ def view_traces(
         adapters = run.trained_adapters()
     except BadInput as error:
         print(f"without trained models: {error}")
-    traces = read_traces(run, prompt_set or (), limit, adapters)
-    path = Path(out or f"{run.profile.name}-traces.html").expanduser()
+    traces = read_traces(run, prompt_set or (), limit, adapters, own=prompt or ())
+    path = Path(out).expanduser() if out else run.figures.with_name(f"{profile}-traces.html")
     write_page(path, run.profile, traces)
     kinds = Counter(trace.kind for trace in traces)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

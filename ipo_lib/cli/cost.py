@@ -123,7 +123,7 @@ class Bounds:
         count = self.prompts("rounds") * (once + chains)
         with_cues = largest("reverse_draws") * (1 + largest("cues"))
         count += largest("reverse_traces") * with_cues + self.data() * plan.rounds
-        yield Draws(CORRECTIONS, count, trace / 2)
+        yield Draws(CORRECTIONS, count, self.settings.expected.corrected or trace / 2)
 
     def continuations(self) -> Iterator[Draws]:
         """Continuations for S (Eq. 1) and after swaps, and searches for turning points."""

@@ -19,7 +19,7 @@ import yaml
 from ipo_lib.cli.report import in_order
 from ipo_lib.profiles.reading import checkout
 from ipo_lib.records import from_json
-from ipo_lib.stats import Interval, format_interval
+from ipo_lib.stats import HOLDS, Interval, format_interval
 
 PERCENT = "%"
 START, END = "<!-- ipo findings: begin -->", "<!-- ipo findings: end -->"  # around it on a page
@@ -71,7 +71,8 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT) -> str:
     interval = Interval(value, low, high, claim["n"], claim["method"])
     text = format_interval(interval, percent=unit == PERCENT).replace(" %", "")
     if claim["verdict"]:
-        text += f" **{claim['verdict']}**"
+        is_none = "nothing causes anything here" in claim["claim"] and claim["verdict"] == HOLDS
+        text += " **no difference, as it must be**" if is_none else f" **{claim['verdict']}**"
     return text + ("*" if claim["origin"] == "calibrated" else "")
 
 

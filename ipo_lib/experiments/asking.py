@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 from ipo_lib import viewer
@@ -30,7 +31,7 @@ from ipo_lib.stages import (
     trace_sentences,
     trace_texts,
 )
-from ipo_lib.stats import Interval, format_interval, newcombe, wilson
+from ipo_lib.stats import Interval, newcombe, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,8 +51,9 @@ def csr_table(
 
     Returns:
         Columns ``trace`` (rollout id), ``label`` of the trace, ``sentence`` (numbered from 1; 0 is
-        the start of the trace), ``text`` (blacked out where the profile hides words), ``s`` after
-        the sentence, ``low`` and ``high`` of its 95 % interval, ``safe`` and ``n`` continuations.
+        the start of the trace), ``text`` (blacked out where the profile hides words), ``cut`` (the
+        tokens through its end), ``s`` there, ``low`` and ``high`` of its 95 % interval, ``safe``
+        and ``n`` continuations, ``not_judged`` ones. ``plots.csr_curve`` draws the rows of a trace.
     """
     import pandas as pd
 
@@ -69,9 +71,10 @@ def csr_table(
             shown = viewer.shown(text.strip(), run.profile.reveal)
             safe = round(point["s"] * point["n"]) if point["n"] else 0
             values = (point["s"], point["low"], point["high"], safe, int(point["n"]))
-            rows.append((rollout.id, judged.labels[rollout.id], number, shown, *values))
-    columns = ["trace", "label", "sentence", "text", "s", "low", "high", "safe", "n"]
-    return pd.DataFrame(rows, columns=columns)
+            row = (rollout.id, judged.labels[rollout.id], number, shown, end, *values)
+            rows.append((*row, int(point["n_unknown"])))
+    columns = ["trace", "label", "sentence", "text", "cut", "s", "low", "high", "safe", "n"]
+    return pd.DataFrame(rows, columns=[*columns, "not_judged"])
 
 
 def compare_sentences(
@@ -90,9 +93,10 @@ def compare_sentences(
         draws: continuations of every trace after each text.
 
     Returns:
-        One row a text: its name, the text as it was put, ``safe`` (percent with its 95 % interval),
-        the difference to the last one (points with their interval), ``n`` continuations and
-        ``prompts``. Over several prompts intervals are over prompts, else over draws.
+        One row a text: its ``name``; the ``text`` as it was put; ``safe``, the share that ends
+        safe, with ``low`` and ``high`` of its 95 % interval; ``minus``, this share minus the last
+        one's, with ``minus_low`` and ``minus_high``; ``continuations`` and ``prompts``. Intervals
+        are over prompts, or over the continuations of a single prompt.
 
     Raises:
         BadInput: no unsafe trace has a cue, or there are fewer than two texts.
@@ -115,16 +119,17 @@ def compare_sentences(
         results = [result for _, result in drawn]
         safe = [verdict.label == SAFE for verdict in judge(run.session, judged.prompts, results)]
         counts[name] = count_outcomes([result.prompt_id for result in results], safe)
-    last_name = [*texts][-1]
-    last = counts[last_name]
+    last = [*counts.values()][-1]
     rows = []
     for name, text in put.items():
-        shown = viewer.shown(text, run.profile.reveal)
-        safe_rate = format_interval(_rate(counts[name]))
-        minus = "" if counts[name] is last else format_interval(_difference(last, counts[name]))
-        rows.append((name, shown, safe_rate, minus, draws * len(losers), len(last)))
-    columns = ["name", "text", "safe", f"minus {last_name}", "n", "prompts"]
-    return pd.DataFrame(rows, columns=columns)
+        safe_rate, minus = _rate(counts[name]), Interval(nan, nan, nan, 0, "")
+        if counts[name] is not last:
+            minus = _difference(last, counts[name])
+        row: dict[str, Any] = {"name": name, "text": viewer.shown(text, run.profile.reveal)}
+        row |= {"safe": safe_rate.value, "low": safe_rate.low, "high": safe_rate.high}
+        row |= {"minus": minus.value, "minus_low": minus.low, "minus_high": minus.high}
+        rows.append({**row, "continuations": draws * len(losers), "prompts": len(last)})
+    return pd.DataFrame(rows)
 
 
 def closed_sentence(text: str) -> str:

@@ -60,7 +60,8 @@ def unsafe_with_cue(
             with_cue.append(rollout)
     if not with_cue:
         raise BadInput(
-            f"no unsafe trace with a cue among {len(seen.rollouts)} rollouts; raise plan.draws"
+            f"no unsafe trace with a cue among {len(seen.rollouts)} rollouts; sample more of each "
+            "prompt (in a profile: plan.draws)"
         )
     return with_cue
 

@@ -31,17 +31,21 @@ from ipo_lib.stats import format_interval, wilson
 STATIC = "IPO_STATIC"  # environment variable: nobody is in front of the notebook
 
 
-def explore(run: Run, judged: JudgedRollouts, draws: int = 8) -> Any:
+def explore(
+    run: Run, judged: JudgedRollouts, rollout: Rollout | None = None, draws: int = 8
+) -> Any:
     """Buttons to try things on a trace, as an object that a notebook displays.
 
     Args:
         run: the profile with its model and judge.
         judged: judged traces; one of them is chosen on the page.
+        rollout: the one to begin with; None: the first.
         draws: continuations at each press of a button. A second press adds as many.
     """
     if not judged.rollouts:
         raise BadInput("explore: no traces; sample some first")
     explorer = TraceExplorer(run, judged, draws)
+    explorer.rollout = rollout or judged.rollouts[0]
     if os.environ.get(STATIC):
         return viewer.show(explorer.rollout, explorer.sentences, {}, reveal=run.profile.reveal)
     return explorer.widget()
@@ -80,7 +84,7 @@ class TraceExplorer:
         total = self._count(None)
         session, thinking = self.run.session, self.run.thinking
         drawn = sample(session, [prefix], thinking, total, first=FRESH, stage="continuations")
-        return self._outcome("drawn again after this sentence", drawn)
+        return self._outcome(f"drawn again after sentence {self.sentence + 1}", drawn)
 
     def put(self, text: str) -> str:
         """Put a text in the place of the chosen sentence and continue; the outcome as HTML."""
@@ -89,28 +93,30 @@ class TraceExplorer:
         total = self._count(text)
         session, prompts = self.run.session, self.judged.prompts
         results = intervene(session, prompts, [replacement], self.run.thinking, total)
-        shown = viewer.shown(text, self.run.profile.reveal) or "nothing"
-        return self._outcome(f"in its place: {shown}", [result for _, result in results])
+        shown = viewer.shown(text, self.run.profile.reveal)
+        title = f"in the place of sentence {self.sentence + 1}: "
+        title += f"“{shown}”" if shown else "nothing, so the model sampled again"
+        return self._outcome(title, [result for _, result in results])
 
     def widget(self) -> Any:
         """The buttons."""
         import ipywidgets as widgets
 
-        labels = self.judged.labels
-        traces = []
-        for number, rollout in enumerate(self.judged.rollouts):
-            traces.append((f"{number + 1}: {labels[rollout.id] or 'not judged'}", rollout))
-        trace = widgets.Dropdown(options=traces, description="trace")
-        sentence = widgets.Dropdown(description="sentence", layout={"width": "45em"})
-        text = widgets.Text(description="text", layout={"width": "45em"})
-        again = widgets.Button(description="draw again from here")
-        put = widgets.Button(description="put this sentence here")
+        wide, auto = {"width": "55em"}, {"width": "auto"}
+        traces = [(self._name(rollout), rollout) for rollout in self.judged.rollouts]
+        trace = widgets.Dropdown(
+            options=traces, value=self.rollout, description="trace", layout=wide
+        )
+        sentence = widgets.Dropdown(description="sentence", layout=wide)
+        text = widgets.Text(description="your text", layout=wide)
+        again = widgets.Button(description="draw again from here", layout=auto)
+        put = widgets.Button(description="put your text here", layout=auto)
         page = widgets.HTML()
 
         def choose_trace(_: Any = None) -> None:
             self.rollout = trace.value
-            self.sentence = 0
             sentence.options = self._sentence_options()
+            sentence.index = self.sentence = 0
             page.value = ""
 
         def choose_sentence(change: Any) -> None:
@@ -122,6 +128,13 @@ class TraceExplorer:
         put.on_click(lambda _: setattr(page, "value", self.put(text.value)))
         choose_trace()
         return widgets.VBox([trace, sentence, text, widgets.HBox([again, put]), page])
+
+    def _name(self, rollout: Rollout) -> str:
+        """A trace in one line: its number, label and prompt."""
+        number = self.judged.rollouts.index(rollout) + 1
+        label = self.judged.labels[rollout.id] or viewer.NOT_JUDGED
+        prompt = self.judged.prompts[rollout.prompt_id].text
+        return f"{number}, {label}: {viewer.shown(prompt, self.run.profile.reveal)}"
 
     def _sentence_options(self) -> Sequence[tuple[str, int]]:
         """The chosen trace's sentences, numbered from 1."""

@@ -24,6 +24,7 @@ from ipo_lib.plots.style import (
 from ipo_lib.stats import Interval
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
 
 Rows = Sequence[Mapping[str, Any]]
@@ -36,7 +37,7 @@ SMALL_LEGEND: Style = {"ncols": 2, "handlelength": 1.2, "columnspacing": 0.8, "f
 
 
 def csr_curve(
-    rows: Rows,
+    rows: Rows | pd.DataFrame,
     ax: Axes,
     *,
     colour: str = SAFE_COLOUR,
@@ -49,7 +50,8 @@ def csr_curve(
     """The safety ratio S_i against the cut (Fig 5a), with its interval as a band.
 
     Args:
-        rows: from ``csr.curve_rows``: ``cut``, ``s``, ``low``, ``high`` and ``n`` of each cut.
+        rows: from ``csr.curve_rows`` or ``csr_table``: ``cut``, ``s``, ``low``, ``high`` and ``n``
+            of each cut.
         ax, colour: where to draw, and the colour of line and band.
         label: the line's name in the legend; empty for none.
         marker: of each point; empty for a line only.
@@ -57,6 +59,8 @@ def csr_curve(
         thresholds: values of S to draw as dotted lines, such as those of Eq. 2 and 3.
         places: by name a cut to mark, such as that of the first cue; None: it is left out.
     """
+    if not isinstance(rows, Sequence):
+        rows = rows.to_dict("records")
     cuts, low, high = _columns(rows, "cut", "low", "high")
     ax.fill_between(cuts, low, high, color=colour, alpha=0.15, linewidth=0)
     measured = [row for row in rows if row["n"] >= min_draws]

@@ -55,7 +55,7 @@ def set_height(ax: Axes, inches: float) -> None:
     whole.set_figheight(sum(heights))
 
 
-def save(fig: Figure, folder: Path, name: str, *, caption: str) -> None:
+def save(fig: Figure, folder: Path | str, name: str, *, caption: str) -> None:
     """Write ``name``.pdf and ``name``.png with a caption below the figure.
 
     A notebook shows the written image, whatever backend matplotlib has there.
@@ -64,6 +64,7 @@ def save(fig: Figure, folder: Path, name: str, *, caption: str) -> None:
         fig, caption: the figure, and the small text below it.
         folder, name: where to write, and the files' name without ending.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     fig.supxlabel(caption, fontsize=6, color=NEUTRAL_COLOUR, wrap=True)
     no_dates: Style = dict.fromkeys(("CreationDate", "Producer", "Creator"))

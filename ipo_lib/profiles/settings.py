@@ -62,6 +62,7 @@ class Expected:
 
     trace: float = 1500.0
     answer: float = 500.0
+    corrected: float = 0.0  # what follows a replaced sentence; 0: half a trace
     response: Mapping[str, float] = field(default_factory=dict)  # whole responses, by prompt set
     sentences: float = 60.0  # of a trace
     # Rollouts of a search: for a safe turn of a safe trace, an unsafe turn of an unsafe trace, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,13 +32,19 @@ from ipo_lib.stages.session import JUDGE_VERSION, WRITE_EVERY, Session
 from ipo_lib.store import Ledger
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class JudgedRollouts:
     """Rollouts of some prompts with the verdicts on their traces, in one order."""
 
     prompts: dict[str, Prompt]  # by id
     rollouts: list[Rollout]
     verdicts: list[Verdict]
+
+    def __repr__(self) -> str:
+        """In one line: the traces would fill pages."""
+        counts = Counter(verdict.label or "not judged" for verdict in self.verdicts)
+        listed = ", ".join(f"{count} {label}" for label, count in counts.items())
+        return f"JudgedRollouts({len(self.rollouts)} of {len(self.prompts)} prompts: {listed})"
 
     @property
     def labels(self) -> dict[str, str | None]:

@@ -69,8 +69,15 @@ function showList() {
   markCurrent();
 }
 
+// What was put into an intervened trace; empty for others.
+function putText(trace) {
+  const isPut = trace.kind === "intervened" && trace.changed !== null;
+  const sentence = isPut ? trace.sentences[trace.changed + 1] : null;
+  return sentence ? `, with “${words(sentence.text)}”` : "";
+}
+
 function listEntry(trace) {
-  const about = state.blind ? (labels.has(trace.id) ? "labelled" : "") : `${trace.kind}, draw ${trace.draw}`;
+  const about = state.blind ? (labels.has(trace.id) ? "labelled" : "") : `${trace.kind}, draw ${trace.draw}${putText(trace)}`;
   const chip = state.blind ? null : labelMark(trace.label);
   const button = element("button", { "data-id": trace.id, onclick: () => show(trace) }, chip ?? "");
   button.append(words(promptOf(trace).text), element("br"), element("small", {}, about));
@@ -100,7 +107,7 @@ function fillBeside() {
   others.sort((one, two) => related(two) - related(one));
   const options = others.map((other) => {
     const made = related(other) ? "of this one: " : "";
-    return element("option", { value: other.id }, `${made}${other.kind}, draw ${other.draw}, ${other.label ?? NO_LABEL}`);
+    return element("option", { value: other.id }, `${made}${other.label ?? NO_LABEL}, ${other.kind}, draw ${other.draw}${putText(other)}`);
   });
   $("beside").replaceChildren(element("option", { value: "" }, "nothing"), ...options);
   $("beside").value = state.beside;

@@ -19,6 +19,7 @@ from ipo_lib.chat import split_response
 from ipo_lib.csr import find_turning_point
 from ipo_lib.profiles.run import Run
 from ipo_lib.records import (
+    OWN,
     SAFE,
     UNSAFE,
     BadInput,
@@ -28,6 +29,7 @@ from ipo_lib.records import (
     Rollouts,
     Sentence,
     Verdict,
+    as_prompts,
     by_id,
 )
 from ipo_lib.stages import (
@@ -73,7 +75,11 @@ class StoredTrace:
 
 
 def read_traces(
-    run: Run, sets: Sequence[str] = (), limit: int = 500, adapters: Mapping[str, Path] | None = None
+    run: Run,
+    sets: Sequence[str] = (),
+    limit: int = 500,
+    adapters: Mapping[str, Path] | None = None,
+    own: Sequence[str] = (),
 ) -> list[StoredTrace]:
     """The traces of a run that are in its store.
 
@@ -84,11 +90,12 @@ def read_traces(
             measured come first, then those of which others were made.
         adapters: folders of trained adapters by what they are, such as ``after stage 1``, whose
             traces are shown, too.
+        own: texts of prompts of one's own, whose traces come first.
 
     Raises:
         BadInput: the store holds no trace of these prompts.
     """
-    reader = _Reader(run, sets or list(run.profile.prompts))
+    reader = _Reader(run, sets or list(run.profile.prompts), own)
     traces = reader.sampled()
     if not traces:
         raise BadInput(
@@ -99,16 +106,23 @@ def read_traces(
     for kind, adapter in (adapters or {}).items():
         others += islice(reader.trained(traces, kind, adapter), limit)
     origins = {trace.origin for trace in others}
-    traces.sort(key=lambda trace: (-trace.measured_share, trace.rollout.id not in origins))
+    traces.sort(
+        key=lambda trace: (
+            trace.prompt.source != OWN,
+            -trace.measured_share,
+            trace.rollout.id not in origins,
+        )
+    )
     return [*traces[:limit], *others]
 
 
 class _Reader:
     """Reads the traces of some prompt sets of a run."""
 
-    def __init__(self, run: Run, sets: Sequence[str]) -> None:
+    def __init__(self, run: Run, sets: Sequence[str], own: Sequence[str]) -> None:
         self.run = run
-        self.prompts = by_id(chain.from_iterable(run.prompts(name) for name in sets))
+        of_sets = chain.from_iterable(run.prompts(name) for name in sets)
+        self.prompts = by_id([*as_prompts(own), *of_sets])
 
     def sampled(self) -> list[StoredTrace]:
         """The model's own traces, with their continuations and cues."""

@@ -41,7 +41,8 @@ def response_loss(
     # 2. The LM head sees the scored positions only.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        # The model is sampled at this temperature, so the loss is of that distribution.
+        # The model is sampled at this temperature, so the loss is of that distribution. An LM head
+        # is linear: to divide its input is to divide its logits, and much cheaper.
         logits = model.lm_head(hidden[scored] / settings.temperature)
 
     # 3. The first tokens after the end of a sentence have another weight.
