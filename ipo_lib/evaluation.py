@@ -143,28 +143,33 @@ def side_by_side(by_model: Mapping[str, Sequence[MeasuredRate]]) -> pd.DataFrame
         by_model: what was measured of each model, the untouched one first, all in one order.
 
     Returns:
-        Columns ``prompts`` and ``measure``; each model's rate in percent with its interval; if
-        there are several models, ``change``: the last one minus the first in points, paired by
-        prompt; ``not judged`` and ``cut off``: the highest share of such responses. Where some were
-        not judged, a rate is followed by its ``bounds``.
+        Columns ``prompts`` (the set), ``n`` prompts and ``measure``; each model's rate in percent
+        with its interval; if there are several models, ``change``: the last one minus the first in
+        points, paired by prompt; ``not judged`` and ``cut off``: the highest share of such
+        responses. Where some were not judged, a rate is followed by its ``bounds``.
     """
     import pandas as pd
 
     rows = []
     for entries in zip(*by_model.values(), strict=True):
         first, last = entries[0], entries[-1]
-        row: dict[str, Any] = {"prompts": first.set, "measure": first.measure}
+        row: dict[str, Any] = {"prompts": first.set, "n": first.rate.n, "measure": first.measure}
         for name, entry in zip(by_model, entries, strict=True):
-            row[name] = format_interval(entry.rate)
+            row[name] = _in_percent(entry.rate)
             if entry.unknown:
                 low, high = entry.bounds
-                row[name] += f" ({100 * low:.1f} to {100 * high:.1f} with those not judged)"
+                row[name] += f" ({100 * low:.1f}-{100 * high:.1f})"
         if len(entries) > 1:
-            row["change"] = format_interval(difference([first], [last]))
+            row["change"] = _in_percent(difference([first], [last]))
         row["not judged"] = f"{max(1 - entry.coverage for entry in entries):.0%}"
         row["cut off"] = f"{max(entry.truncated / max(entry.total, 1) for entry in entries):.0%}"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _in_percent(value: Interval) -> str:
+    """A rate as "37.8 [26.1, 50.5]"; its n stands in a column of its own."""
+    return format_interval(value).partition(", n=")[0].replace(" %", "")
 
 
 def difference(before: Sequence[MeasuredRate], after: Sequence[MeasuredRate]) -> Interval:

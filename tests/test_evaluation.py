@@ -111,7 +111,8 @@ def test_unknown_stays_out_of_the_rate_and_in_the_bounds(tmp_path: Path, chat: C
     assert one.coverage == pytest.approx(n / one.total)
     (row,) = evaluation.side_by_side({"model": [one]}).to_dict("records")
     low, high = one.bounds
-    assert f"({100 * low:.1f} to {100 * high:.1f} with those not judged)" in row["model"]
+    assert row["model"].endswith(f"] ({100 * low:.1f}-{100 * high:.1f})")
+    assert row["n"] == one.rate.n
     assert row["not judged"] == f"{1 - n / one.total:.0%}"
     assert one.total == 320
 
@@ -151,8 +152,9 @@ def test_the_paired_difference_is_after_minus_before(tmp_path: Path, chat: Chat)
     change = evaluation.difference(*pair)
     assert change.low <= -0.5 <= change.high < 0
     assert change.n == 40
-    assert table["change"][TRACE_HARM] == format_interval(change)
-    assert table["before"][TRACE_HARM] == format_interval(pair[0][0].rate)
+    assert format_interval(change).replace(" %", "") == f"{table['change'][TRACE_HARM]}, n=40"
+    rate = format_interval(pair[0][0].rate).replace(" %", "")
+    assert rate == f"{table['before'][TRACE_HARM]}, n={table['n'][TRACE_HARM]}"
     assert evaluation.difference(*reversed(pair)).value == pytest.approx(-change.value)
     same = evaluation.difference(pair[0], pair[0])
     assert same.low <= same.value == 0 <= same.high
