@@ -192,7 +192,9 @@ def _drawn_rows(draws: Draws, reveal: bool) -> str:
 
 
 def _chip(word: str, colour: str) -> str:
-    return f'<span class="m" style="background:{colour}">{html.escape(word)}</span>'
+    # Also inline: JupyterLab drops the style sheet of a notebook that it does not trust yet.
+    style = f"background:{colour};color:#fff;padding:0 .4em;margin-right:.25em"
+    return f'<span class="m" style="{style}">{html.escape(word)}</span>'
 
 
 def _html_object(text: str) -> Any:
