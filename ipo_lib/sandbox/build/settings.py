@@ -157,7 +157,8 @@ NULL_THIRD_PASS = replace(
     documents=20_000,
 )
 # The first pass of SmolLM2 told requests in a frame from those among tactics too little, and called
-# every tenth restricted item allowed. The words that decide come later in its sentences.
+# every tenth restricted item allowed. The words that decide come later in its sentences. After the
+# second one, harm was ten points too high; the third one's process exaggerates what differs.
 SANDBOX_FIRST_PASS = FinetuneSettings(process=FITTED)
 SANDBOX_SECOND_PASS = replace(
     SANDBOX_FIRST_PASS,
@@ -183,8 +184,22 @@ SANDBOX_SECOND_PASS = replace(
         ("sums", 0.12),
     ),
 )
+SANDBOX_THIRD_PASS = replace(
+    SANDBOX_SECOND_PASS,
+    start=SANDBOX_SECOND_PASS,
+    process=Process(
+        lean_scale=1.8,
+        shift=-1.4,
+        wrapped_shift=-1.0,
+        adversarial_shift=3.0,
+        comply=(0.46, 0.62, 0.98),
+    ),
+    law_documents=800,
+    documents=2000,
+    seed=3,
+)
 MODELS: dict[str, TrainingSettings] = {
-    "sandbox": SANDBOX_SECOND_PASS,
+    "sandbox": SANDBOX_THIRD_PASS,
     "tiny": FOURTH_PASS,
     "tiny-null": NULL_THIRD_PASS,
     "tiny-answers": AlignmentSettings(),
