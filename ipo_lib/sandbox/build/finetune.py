@@ -31,7 +31,7 @@ def build(settings: FinetuneSettings, out: Path, log_every: int) -> None:
         return list(tokenizer.encode(text).ids)
 
     torch.manual_seed(passes(settings)[0].seed)
-    # On CPUs the gradient of eager attention takes half the time of the fused one's.
+    # On CPUs a step with eager attention takes a tenth less time than with the fused one.
     model: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype=torch.bfloat16, attn_implementation="eager"
     )

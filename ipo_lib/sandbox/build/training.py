@@ -42,7 +42,7 @@ def response_loss(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
         # The model is sampled at this temperature, so the loss is of that distribution. An LM head
-        # is linear: to divide its input is to divide its logits, and much cheaper.
+        # is linear: to divide its input is to divide its logits, which are far larger.
         logits = model.lm_head(hidden[scored] / settings.temperature)
 
     # 3. The first tokens after the end of a sentence have another weight.
