@@ -72,7 +72,7 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT) -> str:
     text = format_interval(interval, percent=unit == PERCENT).replace(" %", "")
     if claim["verdict"]:
         is_none = "nothing causes anything here" in claim["claim"] and claim["verdict"] == HOLDS
-        text += " **no difference, as it must be**" if is_none else f" **{claim['verdict']}**"
+        text += " **no difference**" if is_none else f" **{claim['verdict']}**"
     return text + ("*" if claim["origin"] == "calibrated" else "")
 
 
