@@ -1,6 +1,6 @@
 """Train an organism and write its weights and log into its folder.
 
-``python -m ipo_lib.sandbox.build NAME`` takes 1 minute (``tiny-answers``) to 80 minutes
+``python -m ipo_lib.sandbox.build NAME`` takes 1 minute (``tiny-answers``) to two hours
 (``sandbox``) on two CPU cores.
 """
 
