@@ -191,11 +191,21 @@ def test_a_panel_grows_with_its_names_and_leaves_the_others_as_they_are() -> Non
 def test_a_curve_shows_its_thresholds_and_places() -> None:
     rows = [{"cut": cut, "s": 0.5, "low": 0.3, "high": 0.7, "n": 8} for cut in (0, 10, 20)]
     _, ax = plots.figure()
-    plots.csr_curve(rows, ax, thresholds=(0.9, 0.1), places={"cue": 10, "turn": None})
-    dotted = [line for line in ax.lines if line.get_linestyle() == ":"]
-    assert [set(line.get_ydata()) for line in dotted[:2]] == [{0.9}, {0.1}]
-    assert [set(line.get_xdata()) for line in dotted[2:]] == [{10}]
-    assert [text.get_text().strip() for text in ax.texts] == ["cue"]
+    plots.csr_curve(rows, ax, thresholds=(0.9, 0.1), places={"cue": 10, "end": None})
+    flat = [set(line.get_ydata()) for line in ax.lines]
+    assert {0.9} in flat
+    assert {0.1} in flat
+    assert ax.get_legend_handles_labels()[1] == ["cue"]
+    # A second curve in the panel: equal names share a kind of line and their entry.
+    places = {"turn": 5, "cue": 15}
+    plots.csr_curve(rows, ax, colour=plots.UNSAFE_COLOUR, label="unsafe", places=places)
+    assert ax.get_legend_handles_labels()[1] == ["cue", "unsafe", "turn"]
+    upright = {}
+    for line in ax.lines:
+        where = {*line.get_xdata()}
+        if len(where) == 1:
+            upright[where.pop()] = line.get_linestyle()
+    assert upright[10] == upright[15] != upright[5]
 
 
 def test_safe_and_unsafe_have_colours_that_nothing_else_has() -> None:

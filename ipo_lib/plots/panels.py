@@ -33,6 +33,7 @@ NAME_WIDTH = 34  # characters of a row's name in one line
 ROW, TEXT_LINE, MARGINS = 0.2, 0.13, 0.75  # inches: a row, each further line of its name, the rest
 DOT: Style = {"marker": "o", "markersize": 3.5, "linestyle": "none"}
 THIN: Style = {"linewidth": 0.7}
+PLACE, PLACE_LINES = "place", (":", "--", "-.")  # upright lines in a curve, and how they differ
 SMALL_LEGEND: Style = {"ncols": 2, "handlelength": 1.2, "columnspacing": 0.8, "fontsize": 6}
 
 
@@ -56,8 +57,9 @@ def csr_curve(
         label: the line's name in the legend; empty for none.
         marker: of each point; empty for a line only.
         min_draws: the line goes only through cuts with at least this many judged draws.
-        thresholds: values of S to draw as dotted lines, such as those of Eq. 2 and 3.
-        places: by name a cut to mark, such as that of the first cue; None: it is left out.
+        thresholds: values of S to draw as thin lines, such as those of Eq. 2 and 3.
+        places: by name a cut to mark with an upright line, such as that of the first cue; None: it
+            is left out. A name has one kind of line in all curves of a panel, named in the legend.
     """
     if not isinstance(rows, Sequence):
         rows = rows.to_dict("records")
@@ -67,16 +69,23 @@ def csr_curve(
     style: Style = {"color": colour, "marker": marker, "markersize": 2.5}
     ax.plot(*_columns(measured, "cut", "s"), label=label or None, **style)
     for value in thresholds:
-        ax.axhline(value, color=NEUTRAL_COLOUR, linestyle=":", **THIN)
+        ax.axhline(value, color=NEUTRAL_COLOUR, **THIN)
     for name, cut in (places or {}).items():
         if cut is not None:
-            ax.axvline(cut, color=colour, linestyle=":", **THIN)
-            side = "right" if colour == SAFE_COLOUR else "left"  # two curves share a panel
-            ax.text(cut, 1.0, name, color=colour, fontsize=6, rotation=90, va="top", ha=side)
+            _mark_place(ax, name, cut, colour)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
         _legend_above(ax, x=0.5, ncols=2)
     return ax
+
+
+def _mark_place(ax: Axes, name: str, cut: int, colour: str) -> None:
+    """An upright line at ``cut``; the first one of a name enters the name into the legend."""
+    kinds = {line.get_label(): line.get_linestyle() for line in ax.lines if line.get_gid() == PLACE}
+    if name not in kinds:
+        kinds[name] = PLACE_LINES[len(kinds) % len(PLACE_LINES)]
+        ax.plot([], [], color=RATE_COLOUR, linestyle=kinds[name], label=name, gid=PLACE, **THIN)
+    ax.axvline(cut, color=colour, linestyle=kinds[name], **THIN)
 
 
 def rates(
