@@ -490,6 +490,10 @@ def test_status_says_what_is_up_to_date_and_runs_nothing(
     assert (code, errors) == (0, "")
     assert re.search(r"ab_small +up to date +\d+ s +0 tokens\n", output)
     assert str(tmp_path / "store") in output
+    assert "other figures" not in output
+    elsewhere = ipo(*asked[:-1], str(tmp_path / "elsewhere"))[1]
+    assert re.search(r"ab_small +to run\n", elsewhere)
+    assert f"--figures {tmp_path / 'figures'}" in elsewhere
     assert re.search(r"ab_small +to run again", ipo(*asked, "-p", "draws=3")[1])
     (tmp_path / "figures" / "ab-figure.json").write_text("{}")
     assert re.search(r"ab_small +to run again", ipo(*asked)[1])

@@ -133,6 +133,8 @@ def show_status(
     sizes = reproduce.store_sizes(plan.store)
     stages = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items())
     print(f"store {plan.store}: {stages or 'empty'}\nfigures {plan.figures}")
+    for folder in reproduce.other_folders(plan):
+        print(f"there are runs with other figures, too; to see them: --figures {folder}")
 
 
 @app.command("doctor")

@@ -105,6 +105,15 @@ def read_records(runs: Path) -> dict[str, dict[str, Any]]:
     return {path.name.removesuffix(RECORD): json.loads(path.read_bytes()) for path in paths}
 
 
+def other_folders(plan: RunPlan) -> list[str]:
+    """Other folders to which this profile's notebooks have written figures, with this store."""
+    folders = set()
+    for runs in plan.runs.parent.glob(f"{plan.settings.name}-??????"):
+        for record in read_records(runs).values():
+            folders.add(record.get("folder", ""))
+    return sorted(folders - {"", str(plan.figures.resolve())})
+
+
 def run_notebook(job: Job, plan: RunPlan, again: bool) -> None:
     """Execute one notebook, and print its claims.
 
@@ -129,6 +138,7 @@ def run_notebook(job: Job, plan: RunPlan, again: bool) -> None:
     seconds = time.monotonic() - started
     record = {
         "key": job.key,
+        "folder": str(plan.figures.resolve()),
         "figures": figure_hashes(notebook, plan.figures),
         "seconds": round(seconds, 1),
         "generated": generated_tokens(plan.store, sizes),
