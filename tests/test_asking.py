@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import ASIDE, CUE, PROMPTS, PROOF, STEP, TRIGGER, Phrase, session, world
+from scripted import ASIDE, CUE, PROMPTS, PROOF, STEP, TRIGGER, Phrase, StepJudge, session, world
 
 from ipo_lib import plots
 from ipo_lib.chat import Chat
@@ -19,10 +20,11 @@ from ipo_lib.experiments.asking import (
     csr_table,
 )
 from ipo_lib.experiments.trying import TraceExplorer, explore
+from ipo_lib.judging import Exchange
 from ipo_lib.profiles.reading import read_profile
 from ipo_lib.profiles.run import Run
 from ipo_lib.profiles.settings import Component
-from ipo_lib.records import SAFE, UNSAFE, BadInput, as_prompts, as_rollouts
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Verdict, as_prompts, as_rollouts
 from ipo_lib.stages import Replacement, find_cues, intervene, judge, measure_csr
 from ipo_lib.stats import newcombe
 
@@ -51,6 +53,24 @@ def test_a_prompt_may_be_its_text_and_a_rollout_stand_alone(run: Run) -> None:
     assert [len(result) for result in calls] == [1, 1]
     assert as_rollouts(one) == as_rollouts([one]) == [one]
     assert as_prompts(prompt) == as_prompts([OWN])
+
+
+def test_traces_that_are_not_judged_are_counted_with_the_reason(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: StepJudge, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        labels = [None, SAFE, None]
+        return [
+            Verdict(e.rollout_id, e.part, e.question, label, None, "cannot read it", "step")
+            for e, label in zip(exchanges, labels, strict=True)
+        ]
+
+    monkeypatch.setattr(StepJudge, "judge", refuse)
+    with pytest.warns(UserWarning, match=r"^2 of 3 traces were not judged; the first: cannot read"):
+        assert [verdict.label for verdict in run.ask(OWN, 3).verdicts] == [None, SAFE, None]
+    hidden = replace(run, profile=replace(run.profile, reveal=False))
+    with pytest.warns(UserWarning, match=r"^2 of 3 traces were not judged$"):
+        hidden.ask(OWN, 3)
 
 
 def test_wrong_things_in_their_place_are_one_line(run: Run) -> None:

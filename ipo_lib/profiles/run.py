@@ -100,12 +100,21 @@ class Run:
     ) -> JudgedRollouts:
         """Sample traces of prompts of one's own, and judge them.
 
+        Warns where traces could not be judged.
+
         Args:
             prompts: one or several, each a prompt or its text.
             draws: traces of each prompt.
             session: of another model; None: the profile's.
         """
-        return sample_and_judge(session or self.session, prompts, self.thinking, draws)
+        judged = sample_and_judge(session or self.session, prompts, self.thinking, draws)
+        if missing := [verdict for verdict in judged.verdicts if verdict.label is None]:
+            why = f"; the first: {missing[0].raw}" if self.profile.reveal else ""
+            warnings.warn(
+                f"{len(missing)} of {len(judged.verdicts)} traces were not judged{why}",
+                stacklevel=2,
+            )
+        return judged
 
     # Detector, triggers and what only some worlds have.
 
