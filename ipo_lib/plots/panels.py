@@ -81,7 +81,10 @@ def csr_curve(
 
 def _mark_place(ax: Axes, name: str, cut: int, colour: str) -> None:
     """An upright line at ``cut``; the first one of a name enters the name into the legend."""
-    kinds = {line.get_label(): line.get_linestyle() for line in ax.lines if line.get_gid() == PLACE}
+    kinds: dict[Any, Any] = {}  # the kind of line of every name
+    for line in ax.lines:
+        if line.get_gid() == PLACE:
+            kinds[line.get_label()] = line.get_linestyle()
     if name not in kinds:
         kinds[name] = PLACE_LINES[len(kinds) % len(PLACE_LINES)]
         ax.plot([], [], color=RATE_COLOUR, linestyle=kinds[name], label=name, gid=PLACE, **THIN)
