@@ -316,7 +316,7 @@ def misshapen(book: nbformat.NotebookNode) -> list[str]:
         "outputs": any(cell.outputs or cell.execution_count is not None for cell in code),
         "def": any(isinstance(node, definitions) for node in nodes),
         "lines": any(len([line for line in cell if line.strip()]) > 20 for cell in lines),
-        "width": any(len(line) > 100 for cell in lines for line in cell),
+        "width": any(len(line) > 100 for cell in book.cells for line in cell.source.splitlines()),
         "imports": bool(outside),
         "figure": shown_twice([cell.source for cell in code]),
         "path": any(re.match(r"/\w|~|[A-Za-z]:[\\/]|file:", text) for text in texts),
@@ -364,6 +364,9 @@ def test_notebook_check_can_fail(fault: str, line: str) -> None:
     cell.metadata["tags"] = ["parameters"] if fault in ("parameters", "parameter line") else []
     if fault == "prose":
         book.cells = [book.cells[0], *code]
+    if fault == "width":  # of prose, too
+        book.cells[0].source += f" {line}"
+        cell.source = ""
     assert fault in misshapen(book)
     assert len(misshapen(book)) == 1 or fault == "parameters"
 

@@ -187,6 +187,7 @@ def lines(
     *,
     xlabel: str,
     ylabel: str,
+    colours: Sequence[str] = SERIES,
     reported: Sequence[tuple[float, float]] = (),
 ) -> Axes:
     """Rates against a number, one line per series.
@@ -194,9 +195,10 @@ def lines(
     Args:
         series: by name the points (x, rate).
         ax, xlabel, ylabel: where to draw, and the labels of the axes.
+        colours: of the series, in their order.
         reported: the paper's points (x, percent).
     """
-    for (name, points), colour in _with_colours(series):
+    for (name, points), colour in _with_colours(series, colours):
         x, intervals = _columns(points, 0, 1)
         y, errors = _in_percent(intervals)
         style: Style = {"color": colour, "marker": "o", "markersize": 3, "elinewidth": 0.7}
