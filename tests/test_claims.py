@@ -87,7 +87,9 @@ def test_a_claim_ends_in_its_verdict(settings: dict[str, object], verdict: str) 
 
 def test_a_claim_of_no_difference_has_a_margin() -> None:
     difference = Interval(0.0, -0.05, 0.05, 9, "t")
-    assert claim("{}", difference, origin="emergent", margin=0.1)["verdict"] == HOLDS
+    none = claim("{}", difference, origin="emergent", margin=0.1)
+    assert (none["verdict"], none["margin"]) == (HOLDS, 0.1)
+    assert "margin" not in claim("{}", difference, origin="emergent")
     given = claim("{}", difference, origin="emergent", margin=0.1, verdict=UNDECIDED)
     assert given["verdict"] == UNDECIDED
 

@@ -38,6 +38,10 @@ def test_a_finding_is_the_claim_about_its_own_profile(tmp_path: Path) -> None:
     assert findings.find_claim(turn, "plain", tmp_path / "tiny") is None
     assert findings.find_claim(turn, "tiny", tmp_path / "nowhere") is None
     assert findings.describe(None) == ""
+    assert found is not None
+    alike = found | {"margin": 0.1, "origin": "emergent"}  # the claim is that there is none
+    assert findings.describe(alike) == "66.7 [56.4, 75.5], n=90 **no difference**"
+    assert "**undecided**" in findings.describe(alike | {"verdict": "undecided"})
 
 
 @pytest.mark.parametrize(("page", "front"), [("figures/README.md", False), ("README.md", True)])

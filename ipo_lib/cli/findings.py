@@ -71,8 +71,8 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT) -> str:
     interval = Interval(value, low, high, claim["n"], claim["method"])
     text = format_interval(interval, percent=unit == PERCENT).replace(" %", "")
     if claim["verdict"]:
-        is_none = "nothing causes anything here" in claim["claim"] and claim["verdict"] == HOLDS
-        text += " **no difference**" if is_none else f" **{claim['verdict']}**"
+        no_difference = "margin" in claim and claim["verdict"] == HOLDS
+        text += " **no difference**" if no_difference else f" **{claim['verdict']}**"
     return text + ("*" if claim["origin"] == "calibrated" else "")
 
 

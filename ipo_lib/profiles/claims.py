@@ -107,6 +107,8 @@ def claim(
     text = row["claim"].removesuffix(BUILT)
     if origin == CALIBRATED:
         text += f" ({BUILT.strip(' .').lower()})"
+    if margin is not None:
+        row["margin"] = margin
     return {**row, "claim": f"{text}: {verdict}.", "verdict": verdict}
 
 
