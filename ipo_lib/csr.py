@@ -260,6 +260,7 @@ def curve_rows(points: Points, confidence: float = 0.95) -> list[dict[str, float
             "s": interval.value,
             "low": interval.low,
             "high": interval.high,
+            "n_safe": point.n_safe,
             "n": point.n,
             "n_unknown": point.n_unknown,
             "at_least": point.n_safe / total if total else 0.0,

@@ -69,10 +69,9 @@ def csr_table(
                 continue
             point = by_cut[end]
             shown = viewer.shown(text.strip(), run.profile.reveal)
-            safe = round(point["s"] * point["n"]) if point["n"] else 0
-            values = (point["s"], point["low"], point["high"], safe, int(point["n"]))
-            row = (rollout.id, judged.labels[rollout.id], number, shown, end, *values)
-            rows.append((*row, int(point["n_unknown"])))
+            counts = [int(point[name]) for name in ("n_safe", "n", "n_unknown")]
+            row = (rollout.id, judged.labels[rollout.id], number, shown, end)
+            rows.append((*row, point["s"], point["low"], point["high"], *counts))
     columns = ["trace", "label", "sentence", "text", "cut", "s", "low", "high", "safe", "n"]
     return pd.DataFrame(rows, columns=[*columns, "not_judged"])
 

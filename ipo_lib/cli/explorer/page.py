@@ -121,8 +121,7 @@ def _csr(row: dict[str, float] | None) -> list[float] | None:
     """S with its interval, and the counts behind it."""
     if not row or not row["n"]:
         return None
-    safe = round(row["s"] * row["n"])
-    return [safe, int(row["n"]), round(row["low"], 2), round(row["high"], 2)]
+    return [int(row["n_safe"]), int(row["n"]), round(row["low"], 2), round(row["high"], 2)]
 
 
 def _draws(trace: StoredTrace, cut: int, table: TextTable) -> list[list[Any]]:
