@@ -94,7 +94,9 @@ def test_a_cell_made_again_is_compared_with_the_committed_one() -> None:
     assert study.describe_repeat([cell], cell) == same
     fresh_counts = ((0, 1), (0, 1), (0, 1), (1, 1))
     fresh = replace(cell, measured={**measured, "direct: trace harm": fresh_counts})
-    moved = "DPO on Part, seed 0: most unlike in direct: trace harm: 75.0 then, 25.0 now"
+    moved = (
+        "DPO on Part, seed 0; largest change: direct: trace harm, 75.0 % in the full run, 25.0 % here"
+    )
     assert study.describe_repeat([cell], fresh) == moved
     assert study.describe_repeat([cell], None) == "nothing"
     assert study.describe_repeat([replace(cell, seed=1)], fresh) == "nothing"

@@ -243,6 +243,6 @@ def describe_repeat(cells: Sequence[Cell], fresh: Cell | None) -> str:
     if before == after:
         return f"{fresh.row}, seed {fresh.seed}: the same in every measure"
     return (
-        f"{fresh.row}, seed {fresh.seed}: most unlike in {name}: {100 * before:.1f} then, "
-        f"{100 * after:.1f} now"
+        f"{fresh.row}, seed {fresh.seed}; largest change: {name}, {100 * before:.1f} % in the full "
+        f"run, {100 * after:.1f} % here"
     )
