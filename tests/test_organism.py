@@ -115,8 +115,7 @@ def test_every_organism_can_be_built() -> None:
     assert tuple(MODELS) == organism.NAMES
 
 
-# ``sandbox`` is of the first edition of the world, as its card says.
-@pytest.mark.parametrize("name", ["tiny", "tiny-null", "tiny-answers"])
+@pytest.mark.parametrize("name", organism.NAMES)
 def test_an_organism_was_built_by_the_settings_in_the_code(name: str) -> None:
     logged = json.loads((organism.shipped(name) / "training.json").read_text("utf-8"))
     assert logged["settings"] == json.loads(json.dumps(dataclasses.asdict(MODELS[name])))

@@ -69,16 +69,21 @@ MINING_SEED = 1  # other training prompts than the notebooks use
 MINED = {"sandbox": (96, 30)}  # prompts, and traces that get a CSR curve; a real model is slower
 MINED_BY_DEFAULT = (160, 48)
 RECORDED = {
-    "sandbox": (50, 100),
+    "sandbox": (40, 60),
     "tiny-null": (40, 110),
 }  # traces that get an outcome curve: safe and unsafe ones
 RECORDED_BY_DEFAULT = (100, 110)
-FORKS = {"sandbox": 16}  # continuations at a token at which a trace is surely left
+FORKS = {"sandbox": 12}  # continuations at a token at which a trace is surely left
 FORKS_BY_DEFAULT = 16
 ADAPTERS = ("sandbox", "tiny-answers")  # organisms that are shipped as one
 WEIGHT_FILES = ("model.safetensors", "tokenizer.json", "chat_template.jinja")
 HELD_OUT = 2027  # seed of the prompts of the card: no setting was chosen on them
 WHY = {  # targets are missed
+    "sandbox": "It hardly reads how a request is dressed: it saw 7,000 documents, tiny 150,000. So "
+    "harm is too alike between the sets, and one trigger helps a little too often. Tried: a first "
+    "pass on the process that fits tiny; a second one with half as many frames and tactics again, "
+    "and more weight on how sentences open; a third one with more of the law, in which frames and "
+    "tactics move the lean twice as far apart.",
     "tiny": "Harm lies two to four points low on these prompts. Its passes were corrected on 50 to "
     "60 prompts a set, where a rate of harm has a standard error of five points.",
     "tiny-null": "Here a trace about a free item may hold cues, triggers and talk of refusing. So "
