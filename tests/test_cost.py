@@ -19,7 +19,7 @@ from ipo_lib.profiles.settings import Profile
 from ipo_lib.records import BadInput
 
 CHECKOUT = Path(__file__).parents[1]
-BUDGET = 450_000  # generated tokens of the default profile
+BUDGET = 750_000  # generated tokens of the default profile, at most: about 27 minutes
 WITH_FIGURES = ("sandbox", "tiny", "tiny-null")  # profiles whose last run is committed
 KINDS = (RESPONSES, TRACES, CORRECTIONS, CONTINUATIONS, SEARCHES)
 
