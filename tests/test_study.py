@@ -95,7 +95,8 @@ def test_a_cell_made_again_is_compared_with_the_committed_one() -> None:
     fresh_counts = ((0, 1), (0, 1), (0, 1), (1, 1))
     fresh = replace(cell, measured={**measured, "direct: trace harm": fresh_counts})
     moved = (
-        "DPO on Part, seed 0; largest change: direct: trace harm, 75.0 % in the full run, 25.0 % here"
+        "DPO on Part, seed 0; largest change: direct: trace harm, 75.0 % in the full run, "
+        "25.0 % here"
     )
     assert study.describe_repeat([cell], fresh) == moved
     assert study.describe_repeat([cell], None) == "nothing"
