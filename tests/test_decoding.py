@@ -23,7 +23,9 @@ from ipo_lib.engines.decoding import (
     decode_by_generate,
     find_trunks,
 )
+from ipo_lib.engines.lanes import decode_in_lanes
 from ipo_lib.engines.transformers_sampler import TransformersSampler
+from ipo_lib.records import BadInput
 from ipo_lib.sampling import Request, Sampling
 
 STEPS = 20
@@ -148,6 +150,43 @@ def test_keys_are_not_repeated_and_columns_grow_in_place(
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     # 150 columns in three allocations a layer.
     assert len(buffers) <= 3 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_lanes_draw_what_one_decoder_draws(folder: Path, cores: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    limits = [STEPS - index for index in range(len(PREFIXES))]
+    (alone, take_alone), (shared, take_shared) = collector(limits), collector(limits)
+    Decoder(model, 4).decode(PREFIXES, greedy, take_alone)
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        decode_in_lanes(model, 4, 2, PREFIXES, greedy, take_shared)
+        assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    assert shared == alone
+
+
+def test_an_error_in_one_lane_stops_the_others(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    taken: Counter[int] = Counter()
+
+    def take(index: int, _: int) -> bool:
+        taken[index] += 1
+        if index == 0 and taken[0] == 3:
+            raise BadInput("a token that nobody can take")
+        return taken[index] == 5000
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(BadInput, match="nobody can take"):
+            decode_in_lanes(model, 4, 2, PREFIXES, greedy, take)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert max(taken.values()) < 1000
 
 
 def test_trunks_are_the_longest_of_those_that_begin_alike() -> None:

@@ -57,7 +57,13 @@ HEAVY = (
     "sklearn",
 )
 # They subclass what is heavy; imported at first use.
-TORCH = {"engines.decoding", "engines.prefix_sharing", "engines.trees", "engines.trl_trainer"}
+TORCH = {
+    "engines.decoding",
+    "engines.lanes",
+    "engines.prefix_sharing",
+    "engines.trees",
+    "engines.trl_trainer",
+}
 THINK_TAGS = {"chat", "segmentation", "sandbox"}  # rooms that may name them
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NOTEBOOK_IMPORTS = {"ipo_lib", "pandas", "numpy", "matplotlib"}

@@ -32,7 +32,8 @@ WINDOW = 1024  # requests sorted at a time; constant: the order of results is no
 PATIENCE = 0.25  # share of a batch's places; fewer stragglers are left for the next call
 AHEAD = 4  # batches handed to the decoder at a time: places of ended draws are filled from them
 SCORED = 256  # positions whose logits are in memory at once
-SMALL = 80_000_000  # bytes of weights (20 M parameters) below which bfloat16 gains nothing
+SMALL = 80_000_000  # bytes of weights (20 M parameters) below which bfloat16 and LANES gain nothing
+LANES = 2  # of a large model on CPUs; constant, since the width of a step decides 16-bit draws
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINE = ("torch", "transformers", "peft")  # libraries whose versions name a draw
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -154,9 +155,14 @@ class TransformersSampler:
     def _decode(self, batch: DrawBatch, patience: float) -> None:
         """Go on with draws until they end, or few are left where there is patience to wait."""
         from ipo_lib.engines.decoding import ARCHITECTURES, Decoder, decode_by_generate
+        from ipo_lib.engines.lanes import decode_in_lanes
 
         prefixes = [(*draw.request.prompt_ids, *draw.taken) for draw in batch.draws]
         if self._model.config.model_type in ARCHITECTURES:
+            if self._model.device.type == "cpu" and self._model_bytes() >= SMALL:
+                functions = batch.choose, batch.take
+                decode_in_lanes(self._model, self.batch_size, LANES, prefixes, *functions)
+                return
             decoder = Decoder(self._model, self.batch_size)
             decoder.decode(prefixes, batch.choose, batch.take, patience)
             return
