@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from ipo_lib.cli import findings
 from ipo_lib.cli.findings import Finding
 from ipo_lib.profiles.claims import claim, estimate
@@ -44,30 +42,8 @@ def test_a_finding_is_the_claim_about_its_own_profile(tmp_path: Path) -> None:
     assert "**undecided**" in findings.describe(alike | {"verdict": "undecided"})
 
 
-@pytest.mark.parametrize(("page", "front"), [("figures/README.md", False), ("README.md", True)])
-def test_the_pages_hold_the_table_of_the_committed_figures(page: str, front: bool) -> None:
-    text = (checkout() / page).read_text("utf-8")
-    lines = findings.markdown(PROFILES, checkout() / "figures", front)
-    assert len(lines) > (6 if front else 25)
-    assert findings.replace_table(text, lines) == text, "run: ipo findings --write"
-
-
 def test_every_finding_is_answered_by_a_profile() -> None:
     figures = checkout() / "figures"
     for finding in findings.read_findings():
         claims = [findings.find_claim(finding, name, figures / name) for name in PROFILES]
         assert any(claims), finding.finding
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_page_of_a_profile_holds_all_its_figures_and_claims(profile: str) -> None:
-    folder = checkout() / "figures" / profile
-    page = findings.profile_page(profile, folder)
-    assert (folder / "README.md").read_text("utf-8") == page, "run: ipo findings --write"
-    figures = sorted(path.stem for path in folder.glob("*.png"))
-    assert (
-        sorted(line[2:].partition("]")[0] for line in page.splitlines() if line[:2] == "![")
-        == figures
-    )
-    claims = [json.loads(path.read_bytes())["claims"] for path in folder.glob("[0-9]*-*.json")]
-    assert sum(line.startswith("- ") for line in page.splitlines()) == sum(map(len, claims))

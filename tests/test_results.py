@@ -10,7 +10,6 @@ from made_cells import HARM, PROMPTS, made_cells
 
 from ipo_lib.experiments import results, study
 from ipo_lib.experiments.study_cells import Cell
-from ipo_lib.profiles.reading import checkout
 from ipo_lib.stats import RANGE
 
 
@@ -124,14 +123,3 @@ def test_the_token_curve_reads_the_budgets_that_were_run() -> None:
     for name in study.read_studies()["claims"]:
         same_tokens = "GRPO at the same generated tokens" in name
         assert not same_tokens or "first few steps" in name
-
-
-@pytest.mark.parametrize("profile", ["tiny", "sandbox"])
-def test_the_page_of_results_shows_the_committed_table(profile: str) -> None:
-    """``ipo table`` prints it; the page of results has every line of a profile's main table."""
-    cells, date = study.read_committed(profile, "table2", Cell)
-    if not cells:
-        pytest.skip(f"no full run of {profile} is committed")
-    page = (checkout() / "figures" / "README.md").read_text("utf-8")
-    assert [line for line in results.markdown(cells) if line not in page] == []
-    assert f"`{profile}`, full run of {date}" in page

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ipo_lib import prompts as prompt_sets
-from ipo_lib.cli import capability, cost, doctor, findings, report, reproduce, train
+from ipo_lib.cli import capability, cost, doctor, findings, pages, report, reproduce, train
 from ipo_lib.cli.arguments import RunPlan, model_settings, parse_pairs, plan_run, profile_family
 from ipo_lib.cli.explorer.page import write_page
 from ipo_lib.cli.explorer.stored import read_traces
@@ -306,13 +306,13 @@ def show_table(
 @app.command("findings")
 def show_findings(
     profiles: Annotated[list[str] | None, typer.Argument(help="profiles; default: three")] = None,
-    write: Annotated[bool, option("put the table into the pages README.md, too")] = False,
+    write: Annotated[bool, option("bring the numbers of all pages up to date")] = False,
 ) -> None:
     """Print what the committed figures say of the paper's findings, as Markdown."""
     names = profiles or ["sandbox", "tiny", "tiny-null"]
     print("\n".join(findings.markdown(names, checkout() / "figures")))
     if write:
-        findings.write_pages(names, checkout())
+        pages.write_pages(names, checkout())
 
 
 @app.command("profiles")

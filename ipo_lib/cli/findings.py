@@ -16,13 +16,10 @@ from typing import Any
 
 import yaml
 
-from ipo_lib.cli.report import in_order
-from ipo_lib.profiles.reading import checkout
 from ipo_lib.records import from_json
 from ipo_lib.stats import HOLDS, Interval, format_interval
 
 PERCENT = "%"
-START, END = "<!-- ipo findings: begin -->", "<!-- ipo findings: end -->"  # around it on a page
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Finding:
     paper: str = ""  # the paper's number, second-hand
     unit: str = PERCENT  # "": the number is no share
     front: bool = False  # whether README.md shows it, too
+    name: str = ""  # by which a sentence of a page names it
 
 
 def read_findings() -> list[Finding]:
@@ -94,56 +92,6 @@ def markdown(profiles: Sequence[str], figures: Path, front: bool = False) -> lis
             cells = [describe(claim, finding.unit) for claim in claims]
             lines.append(f"| {' | '.join([finding.finding, finding.paper, *cells])} |")
     return lines
-
-
-def replace_table(page: str, lines: Sequence[str]) -> str:
-    """A page with the table between its two marks replaced by these lines."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return "\n".join([f"{before}{START}", "", *lines, "", f"{END}{after}"])
-
-
-def write_pages(profiles: Sequence[str], house: Path) -> None:
-    """Put the table into figures/README.md and its front rows into README.md.
-
-    Every profile's folder of figures gets a page of its own.
-
-    Args:
-        profiles: their names.
-        house: the checkout.
-    """
-    for page, front in ((house / "figures" / "README.md", False), (house / "README.md", True)):
-        lines = markdown(profiles, house / "figures", front)
-        page.write_text(replace_table(page.read_text("utf-8"), lines), "utf-8")
-    for name in profiles:
-        folder = house / "figures" / name
-        if any(folder.glob("*.png")):
-            (folder / "README.md").write_text(profile_page(name, folder), "utf-8")
-
-
-def profile_page(profile: str, figures: Path) -> str:
-    """All figures of a profile with what each claims, as a page of Markdown.
-
-    Args:
-        profile: its name.
-        figures: the folder of its figures.
-    """
-    lines = [
-        f"# Figures of `{profile}`",
-        "",
-        "`ipo findings --write` makes this page. [The page of all results](../README.md) explains "
-        "them, and [the notebooks' page](../../notebooks/README.md) their words. A claim that ends "
-        "in no verdict only states a number.",
-    ]
-    for notebook in sorted((checkout() / "notebooks").glob("*.ipynb")):
-        for number, sidecar in enumerate(in_order(notebook.stem, figures)):
-            if not number:
-                lines += ["", f"## [{notebook.stem}](../../notebooks/{notebook.name})"]
-            lines += ["", f"![{sidecar.stem}]({sidecar.stem}.png)", ""]
-            for claim in json.loads(sidecar.read_text("utf-8"))["claims"]:
-                words = claim["claim"].replace("<", "&lt;").replace(">", "&gt;")
-                lines.append(f"- {words}")
-    return "\n".join(lines) + "\n"
 
 
 def verdicts(profile: str, figures: Path) -> list[str]:

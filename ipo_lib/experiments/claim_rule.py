@@ -77,14 +77,17 @@ def decide_claims(cells: Sequence[Cell], divergences: Sequence[Divergence]) -> l
     verdicts = apply_rule(measured)
     lines = []
     for name, differences in measured.items():
-        for difference, _ in differences:
+        for (difference, _), comparison in zip(differences, claims[name], strict=True):
+            compared = f"{difference.row} minus {difference.other or 'elsewhere'}"
+            measure = difference.measure
+            if comparison.against:
+                compared, measure = difference.row, f"{measure} minus {comparison.against}"
             lines.append(
                 {
                     "claim": name,
                     "verdict": verdicts[name],
-                    "row": difference.row,
-                    "minus": difference.other or "elsewhere",
-                    "measure": difference.measure,
+                    "comparison": compared,
+                    "measure": measure,
                     "change": difference.change,
                     "by seed": [round(value, 3) for value in difference.by_seed],
                     "p": round(difference.p, 4),
