@@ -34,6 +34,7 @@ AHEAD = 4  # batches handed to the decoder at a time: places of ended draws are 
 SCORED = 256  # positions whose logits are in memory at once
 SMALL = 80_000_000  # bytes of weights (20 M parameters) below which bfloat16 and LANES gain nothing
 LANES = 2  # of a large model on CPUs; constant, since the width of a step decides 16-bit draws
+IN_LANES = 128  # prefixes from which lanes gain speed
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENGINE = ("torch", "transformers", "peft")  # libraries whose versions name a draw
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -159,7 +160,8 @@ class TransformersSampler:
 
         prefixes = [(*draw.request.prompt_ids, *draw.taken) for draw in batch.draws]
         if self._model.config.model_type in ARCHITECTURES:
-            if self._model.device.type == "cpu" and self._model_bytes() >= SMALL:
+            large = self._model_bytes() >= SMALL and len(prefixes) >= IN_LANES
+            if self._model.device.type == "cpu" and large:
                 functions = batch.choose, batch.take
                 decode_in_lanes(self._model, self.batch_size, LANES, prefixes, *functions)
                 return

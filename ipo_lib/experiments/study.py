@@ -225,6 +225,18 @@ def load_divergences(
     return divergences, _write(run, "kl", rows, divergences)
 
 
+def make_again(run: Run, table: str, row: str) -> Cell | None:
+    """A row of a table, made anew with the first seed; None where no row is named."""
+    if not row:
+        return None
+    rows = selected_rows(run, table)
+    if row not in rows:
+        raise BadInput(
+            f"again {row!r}: not in {table} of this profile; its rows: {', '.join(rows)}"
+        )
+    return make_cell(run, row, rows[row], 0)
+
+
 def describe_repeat(cells: Sequence[Cell], fresh: Cell | None) -> str:
     """How a cell that was made again differs most from the committed one, in points."""
     if fresh is None:
