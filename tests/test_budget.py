@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from ipo_lib.engines import openai_api
-from ipo_lib.engines.openai_api import BUDGET_FILE, Budget, Server
+from ipo_lib.engines import budget
+from ipo_lib.engines.budget import BUDGET_FILE, Budget
+from ipo_lib.engines.openai_api import Server
 from ipo_lib.records import BadInput
 
 CHECKOUT = Path(__file__).parents[1]
@@ -20,7 +21,8 @@ SERVER = Server(("http://one/v1",), "m")
 SPEND = """
 import sys
 from ipo_lib.records import BadInput
-from ipo_lib.engines.openai_api import Server, shared_budget
+from ipo_lib.engines.budget import shared_budget
+from ipo_lib.engines.openai_api import Server
 server = Server(("http://one/v1",), "m")
 budget = shared_budget(server, "judge", dollars=10.0, dollars_in=1e6, dollars_out=1e6)
 calls = 0
@@ -42,8 +44,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fresh_budget(**bounds: float) -> Budget:
     """The budget as another process would open it."""
-    openai_api._BUDGETS.clear()
-    return openai_api.shared_budget(SERVER, "judge", **bounds)
+    budget._BUDGETS.clear()
+    return budget.shared_budget(SERVER, "judge", **bounds)
 
 
 def test_processes_of_one_run_cannot_pass_the_bound_together(file: Path) -> None:
@@ -83,7 +85,7 @@ def test_calls_are_counted_together_but_judge_and_detector_apart(file: Path) -> 
     spent = "2 of 2 calls made, the bound; raise calls, answers so far are kept; all processes"
     with pytest.raises(BadInput, match=spent):
         fresh_budget(calls=2).reserve("judge 'm'", 1, 0)
-    openai_api.shared_budget(SERVER, "detector", calls=2).reserve("detector 'm'", 1, 0)
+    budget.shared_budget(SERVER, "detector", calls=2).reserve("detector 'm'", 1, 0)
     names = sorted(json.loads(file.read_text()))
     assert names == ["detector m at http://one/v1", "judge m at http://one/v1"]
 

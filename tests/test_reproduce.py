@@ -23,7 +23,7 @@ from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ipo_lib import stages
 from ipo_lib.cli import app, arguments, doctor, report, reproduce
-from ipo_lib.engines import openai_api
+from ipo_lib.engines import budget
 from ipo_lib.profiles import reading
 from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput
@@ -676,23 +676,23 @@ class Spends(Engine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **_: Any) -> None:
-        cls.seen.append(os.environ[openai_api.BUDGET_FILE])
+        cls.seen.append(os.environ[budget.BUDGET_FILE])
 
 
 def test_all_kernels_of_a_run_count_in_one_budget_file(
     tmp_path: Path, ipo: Ipo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(openai_api.BUDGET_FILE, raising=False)
+    monkeypatch.delenv(budget.BUDGET_FILE, raising=False)
     papermill_engines.register(None, Spends)
     try:
         books = ["-p", "notebooks=[00_quickstart, 01_reasoning_vs_response]"]
         assert ipo("reproduce", "tiny", *books)[0] == 0
         (folder,) = (tmp_path / "store" / "runs").iterdir()
         assert Spends.seen == [str(folder / "budget.json")] * 2
-        assert openai_api.BUDGET_FILE not in os.environ
-        monkeypatch.setenv(openai_api.BUDGET_FILE, "of-mine.json")  # for several runs together
+        assert budget.BUDGET_FILE not in os.environ
+        monkeypatch.setenv(budget.BUDGET_FILE, "of-mine.json")  # for several runs together
         assert ipo("reproduce", "tiny", *books, "--again")[0] == 0
         assert set(Spends.seen[2:]) == {"of-mine.json"}
-        assert os.environ[openai_api.BUDGET_FILE] == "of-mine.json"
+        assert os.environ[budget.BUDGET_FILE] == "of-mine.json"
     finally:
         papermill_engines.register(None, InProcess)

@@ -14,7 +14,8 @@ from models import tiny_tokenizer
 from ipo_lib import stages
 from ipo_lib.chat import Chat
 from ipo_lib.cues import UNREAD
-from ipo_lib.engines.openai_api import Budget, Server, shared_budget
+from ipo_lib.engines.budget import Budget, shared_budget
+from ipo_lib.engines.openai_api import Server
 from ipo_lib.experiments import detectors, judge_robustness
 from ipo_lib.judges import rubric
 from ipo_lib.judges.rubric import MARK_BYTES, RubricJudge, last_word
@@ -208,7 +209,7 @@ def test_a_passing_fault_is_tried_again(proxy: Proxy, fault: object) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "raw"),
-    [("empty", "empty"), ("length", "cut off (length)"), (400, "declined: status 400")],
+    [("empty", "empty"), ("length", "cut off (length)"), (413, "declined: status 413, too long")],
 )
 def test_an_answer_that_is_none_gets_none(proxy: Proxy, fault: object, raw: str) -> None:
     proxy.plan.append(fault)
@@ -229,7 +230,7 @@ def collected(judge: RubricJudge, asked: list[Exchange]) -> tuple[list[Verdict],
 
 
 def test_an_outage_stops_with_what_was_answered_and_asks_nothing_more(proxy: Proxy) -> None:
-    proxy.plan.extend(["say VERDICT: safe", 400, *[503] * 40])
+    proxy.plan.extend(["say VERDICT: safe", 413, *[503] * 40])
     judge = make_judge(proxy)
     verdicts, message = collected(judge, exchanges(10))
     # The second was declined, which is an answer; the third got none.
@@ -243,10 +244,13 @@ def test_an_outage_stops_with_what_was_answered_and_asks_nothing_more(proxy: Pro
 
 
 def test_an_error_s_body_is_not_said_and_what_is_turned_down_costs_nothing(proxy: Proxy) -> None:
-    proxy.plan.append(400)
+    proxy.plan.extend([413, 400])
     judge = make_judge(proxy, dollars=9.0, dollars_in=1000.0)
     (verdict,) = judge.judge([exchange()])
     assert "injected" not in verdict.raw
+    verdicts, message = collected(judge, [exchange()])
+    assert (verdicts, "status 400; its log says" in message) == ([], True)
+    assert "injected" not in message
     assert judge.budget.spent == 0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.cli.arguments import RunPlan
-from ipo_lib.engines.openai_api import BUDGET_FILE
+from ipo_lib.engines.budget import BUDGET_FILE
 from ipo_lib.engines.progress import Relay
 from ipo_lib.profiles.reading import checkout, read_profile
 from ipo_lib.records import BadInput, canonical, digest

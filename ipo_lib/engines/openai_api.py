@@ -1,36 +1,42 @@
-"""One model behind OpenAI-compatible servers: asked with retries, many at a time, within a budget.
+"""One model behind OpenAI-compatible servers: asked with retries, many at a time.
 
 1. ``Server`` says which model is served where. Several urls are replicas of the same model.
 2. ``Server.call`` makes one request and tries again, on the next replica, after a passing failure.
+   ``server_policy`` says what a failure means.
 3. ``Server.each`` makes many requests at a time and returns the answers in order.
-4. ``Budget`` bounds what may be spent, in one process or in all processes of a run.
 """
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import itertools
 import json
 import math
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ipo_lib.records import BadInput, canonical
+from ipo_lib.engines.replies import Reply, read_reply
+from ipo_lib.engines.server_policy import (
+    ADAPT,
+    AGAIN,
+    DECLINED,
+    NEW_LIMIT,
+    NO_SYSTEM,
+    NO_TEMPERATURE,
+    Failure,
+    failure_inside,
+    sort_failure,
+)
+from ipo_lib.records import BadInput
 
 TOPS = 20  # vLLM reports so many log-probabilities a position without a higher --max-logprobs
 AHEAD = 4  # requests waiting for each that is in flight
 KEYLESS = "none"  # the client wants some key even where the server does not
 LONGEST_WAIT = 60.0  # seconds between two attempts
-BUDGET_FILE = "IPO_BUDGET_FILE"  # environment variable: the file in which a whole run counts
-MILLION = 1_000_000  # tokens that a price is for
 
 
 class Unanswered(Exception):
@@ -39,152 +45,6 @@ class Unanswered(Exception):
 
 class Declined(Exception):
     """The server turned one request down, and would again."""
-
-
-@dataclass
-class Budget:
-    """What may be spent on a server.
-
-    The highest cost of a request is reserved before it is made, so that many requests in flight
-    cannot pass the bound together. Without a ``file`` the process counts alone. With one, all
-    processes and resumes of a run read and write the counts there.
-    """
-
-    dollars: float = 0.0  # bound; 0: none
-    calls: int = 0  # bound; 0: none
-    dollars_in: float = 0.0  # price of a million tokens read
-    dollars_out: float = 0.0  # price of a million tokens generated
-    spent: float = 0.0  # dollars so far
-    made: int = 0  # calls so far
-    file: Path | None = None
-    name: str = ""  # under which the file keeps the counts
-    lock: Any = field(default_factory=threading.Lock, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.dollars and not (self.dollars_in or self.dollars_out):
-            raise BadInput(
-                f"a budget of {self.dollars} dollars needs dollars_in and dollars_out, the prices "
-                "of a million tokens"
-            )
-
-    def reserve(self, who: str, read: int, written: int) -> float:
-        """Reserve the most that a request can cost, and count the call.
-
-        Args:
-            who: asks; named in messages.
-            read: characters sent, an upper bound of the tokens read.
-            written: the most tokens that the answer may have.
-
-        Returns:
-            The dollars reserved.
-
-        Raises:
-            BadInput: the request could pass a bound.
-        """
-        most = self._cost(read, written)
-        kept = "answers so far are kept"
-        if self.file:
-            kept += f"; all processes of this run count in {self.file}, delete it to count anew"
-        with self._counted():
-            if self.calls and self.made >= self.calls:
-                raise BadInput(
-                    f"{who}: {self.made} of {self.calls} calls made, the bound; raise calls, {kept}"
-                )
-            if self.dollars and self.spent + most > self.dollars:
-                spent = f"{self.spent:.2f} of {self.dollars:.2f} dollars spent"
-                raise BadInput(
-                    f"{who}: {spent}, the next call could pass the bound; raise the budget, {kept}"
-                )
-            self.spent += most
-            self.made += 1
-        return most
-
-    def release(self, reserved: float) -> None:
-        """Free what was reserved for a request that the server declined: it is not billed."""
-        with self._counted():
-            self.spent -= reserved
-
-    def settle(self, reserved: float, usage: Any) -> None:
-        """Replace the reserved cost by the real one, where the server's ``usage`` tells it."""
-        read = getattr(usage, "prompt_tokens", None)
-        written = getattr(usage, "completion_tokens", None)
-        if read is not None and written is not None:
-            with self._counted():
-                self.spent += self._cost(read, written) - reserved
-
-    def _cost(self, read: int, written: int) -> float:
-        return (read * self.dollars_in + written * self.dollars_out) / MILLION
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Hold the lock; with a file, read the counts from it and write back what changed."""
-        if not self.file:
-            with self.lock:
-                yield
-            return
-        with self.lock, _locked(self.file):
-            budgets = _read_budgets(self.file)
-            before = budgets.get(self.name, {})
-            self.spent = float(before.get("dollars", 0.0))
-            self.made = int(before.get("calls", 0))
-            yield
-            after = {"dollars": self.spent, "calls": self.made}
-            if after != before:
-                text = json.dumps({**budgets, self.name: after}, indent=1, sort_keys=True)
-                temporary = self.file.with_suffix(".tmp")  # nobody else's, since we hold the lock
-                temporary.write_text(text + "\n", encoding="utf-8")
-                os.replace(temporary, self.file)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold the lock beside a budget's file; it ends with its process."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_suffix(".lock").open("ab")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise BadInput(
-            f"budget file {file}: {error.strerror}; name another in ${BUDGET_FILE}, or none"
-        ) from None
-    with lock:
-        yield
-
-
-def _read_budgets(file: Path) -> dict[str, dict[str, float]]:
-    """The counts in a budget file by name; none if the file is missing."""
-    try:
-        budgets = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"budget file {file} cannot be read ({error}); repair it, or delete it to count anew"
-        ) from None
-    if not isinstance(budgets, dict) or not all(isinstance(row, dict) for row in budgets.values()):
-        raise BadInput(
-            f"budget file {file} holds no budgets; repair it, or delete it to count anew"
-        )
-    return budgets
-
-
-_BUDGETS: dict[str, Budget] = {}
-
-
-def shared_budget(server: Server, purpose: str = "", **bounds: float) -> Budget:
-    """The one budget of this process for a server, a purpose and these bounds.
-
-    Where ``$IPO_BUDGET_FILE`` names a file, all processes that are given it count there. Raised
-    bounds go on from the counts in it.
-
-    Args:
-        server: the model and its urls.
-        purpose: such as ``judge`` or ``detector``, which have budgets of their own.
-        bounds: fields of ``Budget``.
-    """
-    file = os.environ.get(BUDGET_FILE, "")
-    path = Path(file).absolute() if file else None
-    name = f"{purpose} {server.model} at {', '.join(server.urls)}".strip()
-    budget = Budget(**bounds, file=path, name=name)  # type: ignore[arg-type]
-    return _BUDGETS.setdefault(canonical([name, bounds, file]), budget)
 
 
 @dataclass(frozen=True)
@@ -200,6 +60,7 @@ class Server:
     timeout: float = 600.0  # seconds of one attempt
     pause: float = 1.0  # seconds before the second attempt; doubles up to a minute
     tops: int = TOPS  # likeliest tokens asked for at each position in scoring
+    adaptations: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.urls or not self.model or self.in_flight < 1 or self.attempts < 1:
@@ -259,47 +120,94 @@ class Server:
             lengths.append(models[self.model].get("max_model_len") or math.inf)
         return min(lengths)
 
-    def call(self, ask: Callable[[Any], Any], replica: int = 0) -> Any:
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int, temperature: float
+    ) -> Reply:
+        """What the model answers to messages.
+
+        A model may not take ``max_tokens``, a temperature or a system message. Then it is asked
+        otherwise, from then on.
+
+        Args:
+            messages: each with a role and a content.
+            max_tokens: of the answer.
+            temperature: of the answer; a server's own, where the model takes none.
+
+        Raises:
+            Unanswered, Declined, BadInput: as ``call``.
+        """
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+
+        def ask(client: Any) -> Any:
+            return client.chat.completions.create(**adapted(body, self.adaptations))
+
+        return read_reply(self.call(ask, adapts=True))
+
+    def call(self, ask: Callable[[Any], Any], replica: int = 0, adapts: bool = False) -> Any:
         """The answer to ``ask(client)``, from this replica or, after a failure, from the next.
+
+        Args:
+            ask: makes the request.
+            replica: the first one to ask.
+            adapts: ``ask`` heeds ``adaptations``.
 
         Raises:
             Unanswered: all attempts failed.
-            Declined: the server turned the request down.
-            BadInput: the key or the model is refused; every later request would be, too.
+            Declined: the server turned this request down, and answers others.
+            BadInput: every later request would fail, too, until somebody mends it.
         """
-        import openai
         import tenacity
 
-        passing = (
-            openai.APIConnectionError,
-            openai.RateLimitError,
-            openai.InternalServerError,
-            openai.APIResponseValidationError,
-            json.JSONDecodeError,
-        )
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(passing),
+            retry=tenacity.retry_if_exception_type(Unanswered),
             stop=tenacity.stop_after_attempt(self.attempts),
             wait=tenacity.wait_exponential_jitter(self.pause, LONGEST_WAIT, jitter=self.pause),
             reraise=True,
         )
         # A replica that is down is passed over: each attempt asks the next one.
         clients = itertools.cycle(self.clients[replica:] + self.clients[:replica])
+
+        def attempt() -> Any:
+            client = next(clients)
+            while True:
+                known = set(self.adaptations)
+                answer, failure = self._try(ask, client)
+                if failure is None:
+                    return answer
+                if failure.kind == ADAPT and adapts and failure.adaptation not in known:
+                    self.adaptations.add(failure.adaptation)
+                    continue
+                if failure.kind == AGAIN:
+                    raise Unanswered(failure.reason)
+                if failure.kind == DECLINED:
+                    raise Declined(failure.reason)
+                remedy = failure.remedy or "the model does not take what it was sent"
+                raise BadInput(f"server {self.urls[replica]}: {failure.reason}; {remedy}")
+
+        return retrying(attempt)
+
+    def _try(self, ask: Callable[[Any], Any], client: Any) -> tuple[Any, Failure | None]:
+        """One request: its answer, or its failure."""
+        import openai
+
         try:
-            return retrying(lambda: _check_json(ask(next(clients))))
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            hint = "name the variable that holds its key"
-            if self.key:
-                hint = f"correct the key in ${self.key}"
-            message = f"server {self.urls[replica]}: {_reason(error)}; {hint}"
-            raise BadInput(message) from None
-        except openai.NotFoundError as error:
-            message = f"server {self.urls[replica]}: {_reason(error)}; name a model that it serves"
-            raise BadInput(message) from None
-        except passing as error:
-            raise Unanswered(_reason(error)) from None
+            answer = ask(client)
         except openai.APIStatusError as error:
-            raise Declined(_reason(error)) from None
+            return None, sort_failure(error.status_code, error.body, self.key)
+        except (openai.APIError, json.JSONDecodeError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            return None, Failure(AGAIN, first_line[:160])
+        if isinstance(answer, str) or answer is None:
+            return None, Failure(AGAIN, "not JSON")
+        inside = failure_inside(answer)
+        if inside:
+            return None, sort_failure(*inside, self.key)
+        return answer, None
 
     def each(self, items: Sequence[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:
         """``ask(item)`` of every item in order, many at a time.
@@ -331,21 +239,20 @@ class Server:
                 pool.shutdown(cancel_futures=True)
 
 
-def _check_json(answer: Any) -> Any:
-    """The answer, unless the client could not parse it and returns its text or nothing."""
-    if isinstance(answer, str) or answer is None:
-        raise json.JSONDecodeError("not JSON", str(answer)[:40], 0)
-    return answer
+def adapted(body: Mapping[str, Any], adaptations: Iterable[str]) -> dict[str, Any]:
+    """A chat request as a model takes it.
 
-
-def _reason(error: Exception) -> str:
-    """What a server said, in short.
-
-    Its body is left out: it may hold the text it was asked about, or a part of the key.
+    Args:
+        body: of the request.
+        adaptations: what the model was seen not to take.
     """
-    status = getattr(error, "status_code", None)
-    if status is None:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        return first_line[:160]
-    code = getattr(error, "code", None) or getattr(error, "type", None) or type(error).__name__
-    return f"status {status} {code}"
+    body = dict(body)
+    if NEW_LIMIT in adaptations:
+        body["max_completion_tokens"] = body.pop("max_tokens")
+    if NO_TEMPERATURE in adaptations:
+        del body["temperature"]
+    if NO_SYSTEM in adaptations and body["messages"][0]["role"] == "system":
+        system, user, *others = body["messages"]
+        joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+        body["messages"] = [joined, *others]
+    return body

@@ -145,6 +145,8 @@ class ServerSampler:
                     f"server {self.server.urls[0]} returns no token ids; use vLLM 0.10.2 or later"
                 )
             reason = choice.finish_reason
+            if not token_ids and reason == "length":
+                raise Unanswered("an answer without a token that is not at its end")
             if any(draw.take(token) for token in token_ids):
                 reason = "stop"
             elif draw.due is not None:

@@ -26,7 +26,8 @@ from typing import Any
 
 from ipo_lib.csr import CsrSettings
 from ipo_lib.cues import UNREAD, Answers, CueDetector, Texts
-from ipo_lib.engines.openai_api import Budget, Declined, Server, Unanswered, shared_budget
+from ipo_lib.engines.budget import Budget, shared_budget
+from ipo_lib.engines.openai_api import Declined, Server, Unanswered
 from ipo_lib.profiles.run import Run
 from ipo_lib.profiles.settings import ANYWHERE, CSR, MODEL, PROFILE, TRUTH
 from ipo_lib.records import UNSAFE, BadInput, Prompt, Prompts, Rollouts, digest, from_json, to_json
@@ -221,14 +222,7 @@ class ServerCues:
         name, question = (f"detector {self.server.model!r}", write_question(self.examples, texts))
         reserved = self.budget.reserve(name, len(question), DIGITS)
         try:
-            response = self.server.call(
-                lambda client: client.chat.completions.create(
-                    model=self.server.model,
-                    messages=[{"role": "user", "content": question}],
-                    temperature=0.0,
-                    max_tokens=DIGITS,
-                )
-            )
+            reply = self.server.chat([{"role": "user", "content": question}], DIGITS, 0.0)
         except Declined:
             self.budget.release(reserved)
             return UNREAD
@@ -236,10 +230,9 @@ class ServerCues:
             raise BadInput(
                 f"{name}: no answer ({error}); finds so far are kept, run again when it is well"
             ) from None
-        self.budget.settle(reserved, response.usage)
+        self.budget.settle(reserved, reply.usage)
         # 2. Read the answer: the number of a sentence from the second on, or 0.
-        answer = (response.choices[0].message.content or "") if response.choices else ""
-        number = re.fullmatch(r"(\d+)\.?", answer.strip())
+        number = re.fullmatch(r"(\d+)\.?", reply.text.strip())
         if not number or int(number[1]) == 1 or int(number[1]) > len(texts):
             return UNREAD
         return int(number[1]) - 1 if int(number[1]) else None

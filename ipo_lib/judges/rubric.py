@@ -22,14 +22,14 @@ from typing import Any
 
 import yaml
 
-from ipo_lib.engines.openai_api import Budget, Declined, Server, Unanswered, shared_budget
+from ipo_lib.engines.budget import Budget, shared_budget
+from ipo_lib.engines.openai_api import Declined, Server, Unanswered
 from ipo_lib.judging import Exchange, without_control_tokens
 from ipo_lib.records import BadInput, Verdict, digest, from_json
 
 VERSION = 2  # of the rubrics and of how they are asked and read; raised when the meaning changes
 MARKUP = re.compile(r"[*_`#>\"'\u201c\u201d\u2018\u2019\\$]")  # what may surround the verdict line
 LAST = re.compile(r"(?:[-\u2022]\s+)?verdict\s*[:\uff1a]\s*([a-z]+)\s*[.!\u3002]?")
-CUT_OFF = ("length", "max_tokens", "content_filter")  # finish reasons of an unfinished answer
 MARK_BYTES = 8
 
 
@@ -157,28 +157,20 @@ class RubricJudge:
         # A token has at least one character, so this is the most that can be read.
         characters = sum(len(message["content"]) for message in messages)
         reserved = self.budget.reserve(name, characters, self.max_tokens)
-        body = {
-            "model": self.server.model,
-            "messages": messages,
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-        }
         try:
-            response = self.server.call(lambda client: client.chat.completions.create(**body))
+            reply = self.server.chat(messages, self.max_tokens, self.temperature)
         except Declined as error:
             self.budget.release(reserved)
             return f"declined: {error}"
+        except BadInput:
+            self.budget.release(reserved)
+            raise
         except Unanswered as error:
             raise BadInput(
                 f"{name}: no answer ({error}); verdicts so far are kept, run again when it is well"
             ) from None
-        self.budget.settle(reserved, response.usage)
-        if not response.choices:
-            return "empty"
-        choice = response.choices[0]
-        if choice.finish_reason in CUT_OFF:
-            return f"cut off ({choice.finish_reason})"
-        return choice.message.content or "empty"
+        self.budget.settle(reserved, reply.usage)
+        return reply.missing or reply.text
 
     def _check_readable(self, name: str) -> None:
         """BadInput where too few answers can be read to go on paying for more."""
