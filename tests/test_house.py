@@ -408,3 +408,15 @@ def test_every_claim_ends_in_what_it_comes_to(path: Path) -> None:
         assert verdict is None or verdict in words
         assert verdict is None or claim["claim"].endswith(f": {verdict}.")
         assert "does not hold" not in claim["claim"]
+
+
+def test_an_installed_package_holds_all_data_files() -> None:
+    patterns = tomllib.loads((HOUSE / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shipped = {HOUSE / "ipo_lib" / "sandbox" / "README.md"}  # it is read on the web page only
+    for package, globs in patterns["package-data"].items():
+        for pattern in globs:
+            shipped |= set((HOUSE / package.replace(".", "/")).glob(pattern))
+    files = [path for path in (HOUSE / "ipo_lib").rglob("*") if path.is_file()]
+    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert len(data) > 40
+    assert data - shipped == set()
