@@ -29,7 +29,8 @@ NOTEBOOKS = sorted((HOUSE / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((HOUSE / "pyproject.toml").read_text("utf-8"))["project"]
 # The rooms from the ground up: a module imports from its own room and from those below it.
 ROOMS = (
-    *("records", "stats", "frame", "store", "chat", "segmentation", "prompts", "csr", "judging"),
+    *("records", "stats", "frame", "store", "chat", "segmentation", "prompts"),
+    *("csr", "judging"),
     *(
         "sampling",
         "cues",

@@ -24,7 +24,8 @@ import yaml
 
 from ipo_lib.frame import count_outcomes, counts, rate
 from ipo_lib.judging import HARM, REFUSAL, Exchange, Judge
-from ipo_lib.prompts import data_folder, read_rows
+from ipo_lib.prompts import data_folder
+from ipo_lib.prompts.tables import read_rows, text_cell
 from ipo_lib.records import ANSWER, SAFE, TRACE, UNSAFE, BadInput, digest, from_json
 from ipo_lib.stats import Interval, kappa
 from ipo_lib.store import Store
@@ -125,11 +126,11 @@ def load(name: str) -> list[LabelledAnswer]:
     if not folder:
         raise BadInput(f"labelled set {name!r}: set IPO_DATA to the folder that holds {spec.file}")
     answers = []
-    for number, row in enumerate(read_rows(folder / spec.file)):
+    for number, (place, row) in enumerate(read_rows(folder / spec.file)):
         prompt = str(row[spec.by])
         if spec.half is not None and _parity(prompt) != spec.half:
             continue
-        text, response = str(row[spec.prompt]), str(row["response"])
+        text, response = text_cell(row, spec.prompt, place), str(row["response"] or "")
         exchange = Exchange(f"{name}/{number}", text, response, spec.part, spec.question)
         if (verdict := str(row[spec.column])) not in spec.label:
             raise BadInput(

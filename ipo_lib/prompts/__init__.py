@@ -9,11 +9,9 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import importlib
-import io
-import json
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ipo_lib.prompts.tables import Row, read_rows, text_cell
 from ipo_lib.records import BadInput, Prompt, by_id, digest
 from ipo_lib.stats import Interval, wilson
 
@@ -31,7 +30,6 @@ KNOWN = Path(__file__).with_name("prompt_sets.yml")
 SLOT = "{request}"  # the place of the request in an attack template
 OVERLAP_WORDS = 8  # so many words in a row make two prompts overlap
 WORD = re.compile(r"\w+")
-Row = Mapping[str, Any]
 Words = tuple[str, ...]
 
 
@@ -46,7 +44,7 @@ class PromptSet:
     harm: bool = True  # a helpful answer would be harmful
     # A name in prompt_sets.yml: read from $IPO_DATA if it is there, else from the hub.
     known: str = ""
-    file: str = ""  # JSONL, CSV or TSV; "~" is allowed
+    file: str = ""  # CSV, TSV, JSON lines, a JSON array or Parquet, also .gz; "~" is allowed
     hub: str = ""  # "name@revision" of a hub data set
     function: str = ""  # "module:name", called with `name`, `count` and `arguments`
     name: str = ""  # for `function`; "": the name of the set in the profile
@@ -138,9 +136,9 @@ def load_prompts(name: str, spec: PromptSet) -> list[Prompt]:
         rows = read_rows(Path(source.file).expanduser())
         prompts = _prompts_from_rows(name, source, rows, spec.known or source.file)
     else:
-        prompts = _prompts_from_rows(
-            name, source, _hub_rows(name, source, spec.known), spec.known or source.hub
-        )
+        hub_rows = _hub_rows(name, source, spec.known)
+        places = ((f"{source.hub}, row {number}", row) for number, row in enumerate(hub_rows, 1))
+        prompts = _prompts_from_rows(name, source, places, spec.known or source.hub)
     if not prompts:
         place = source.file or source.hub or source.function
         raise BadInput(
@@ -155,30 +153,42 @@ def load_prompts(name: str, spec: PromptSet) -> list[Prompt]:
 
 
 def _prompts_from_rows(
-    name: str, spec: PromptSet, rows: Iterable[Row], source: str
+    name: str, spec: PromptSet, rows: Iterable[tuple[str, Row]], source: str
 ) -> list[Prompt]:
-    """The rows of a table as prompts: filtered, shuffled, checked, and the first of them taken."""
-    kept = [(number, row) for number, row in enumerate(rows) if _matches(row, spec.where)]
-    for _, row in kept:
-        if spec.text not in row:
-            columns = ", ".join(map(str, row))
-            raise BadInput(
-                f"prompt set {name!r}: no column {spec.text!r} (text); columns: {columns}"
-            )
+    """The rows of a table as prompts: filtered, shuffled, checked, and the first of them taken.
+
+    Args:
+        name: of the set.
+        spec: of the set.
+        rows: with the place of each. If they are not shuffled, only as many as needed are read.
+        source: named in the prompts.
+    """
+
+    def taken() -> Iterator[tuple[int, Row, str]]:
+        for number, (place, row) in enumerate(rows):
+            if _matches(row, spec.where):
+                where = f"prompt set {name!r}, {place}"
+                yield number, row, text_cell(row, spec.text, where)
+
+    needed = None if spec.shuffle is not None or spec.digest else spec.count
+    kept = list(itertools.islice(taken(), needed))
     if spec.shuffle is not None:
         order = np.random.default_rng(spec.shuffle).permutation(len(kept))
         kept = [kept[index] for index in order]
-    texts_digest = digest([row[spec.text] for _, row in kept]) if spec.digest else ""
+    texts_digest = digest([text for *_, text in kept]) if spec.digest else ""
     if texts_digest != spec.digest:
         raise BadInput(
             f"prompt set {name!r}: the texts of {source} have digest {texts_digest}, not "
             f"{spec.digest}; take another revision or copy, or leave the digest out"
         )
     prompts = []
-    for number, row in kept[: spec.count]:
-        category = str(row.get(spec.category, "")) if spec.category else ""
-        prompt_id = f"{name}-{row.get(spec.id, number)}"
-        prompts.append(Prompt(prompt_id, str(row[spec.text]), source, spec.harm, category))
+    for number, row, text in kept[: spec.count]:
+        category = row.get(spec.category) if spec.category else None
+        key = row.get(spec.id)
+        prompt_id = f"{name}-{number if key in (None, '') else key}"
+        prompts.append(
+            Prompt(prompt_id, text, source, spec.harm, "" if category is None else str(category))
+        )
     return prompts
 
 
@@ -191,7 +201,9 @@ def _apply_attacks(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> lis
     path, folder = Path(spec.templates).expanduser(), data_folder()
     if folder and not path.is_file():
         path = folder / path
-    templates = {str(row["id"]): str(row["template"]) for row in read_rows(path)}
+    templates = {}
+    for place, row in read_rows(path):
+        templates[text_cell(row, "id", place)] = text_cell(row, "template", place)
     for attack in spec.attacks:
         if attack not in templates:
             raise BadInput(
@@ -209,32 +221,6 @@ def _apply_attacks(name: str, spec: PromptSet, prompts: Sequence[Prompt]) -> lis
             prompt_id = f"{prompt.id}/{attack}"
             attacked.append(Prompt(prompt_id, text, prompt.source, prompt.harm, attack))
     return attacked
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL, CSV or TSV file."""
-    file = f"prompt file {str(path)!r}"
-    if not path.is_file():
-        raise BadInput(f"{file} is missing; put it there or name another in the profile")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if path.suffix in (".csv", ".tsv"):
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    rows = []
-    # Not `splitlines`: it would also cut at U+2028 inside a text.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise BadInput(
-                f"{file}, line {number}: no JSON object; correct or delete the line"
-            ) from None
-    return rows
 
 
 def _hub_rows(name: str, spec: PromptSet, known: str) -> Iterable[Row]:
