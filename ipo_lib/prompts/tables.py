@@ -1,8 +1,8 @@
 """Tables that users give: CSV, TSV, JSON lines, a JSON array or Parquet, each also as ``.gz``.
 
 1. ``read_rows`` yields one row after the other with its place. All but a JSON array is read as it
-   is used. A row that does not fit the header, a quotation mark that is not closed, or a line that is
-   no JSON object is an error that names its line.
+   is used. A row that does not fit the header, a quotation mark that is not closed, or a line that
+   is no JSON object is an error that names its line.
 2. ``text_cell`` takes the text of one cell. A cell without text is an error that names its row and
    column, and never a prompt called "None" or "nan".
 
