@@ -297,6 +297,26 @@ def from_json(kind: type[Record], data: Any, where: str = "") -> Record:
     return kind(**values)
 
 
+def hint_at(kind: Any, dotted: str) -> Any:
+    """The type of a field by its dotted name, such as ``csr.draws``; None: there is no such field.
+
+    Args:
+        kind: a dataclass.
+        dotted: names of fields, and keys of mappings.
+    """
+    hint: Any = kind
+    for step in dotted.split("."):
+        if typing.get_origin(hint) is types.UnionType:
+            hint = typing.get_args(hint)[0]
+        if is_dataclass(hint):
+            hint = typing.get_type_hints(hint).get(step)
+        elif typing.get_origin(hint) is Mapping:
+            hint = typing.get_args(hint)[1]
+        else:
+            return None
+    return hint
+
+
 def _convert(hint: Any, value: Any, name: str, owner: str) -> Any:
     """``value`` as the annotation ``hint`` asks for; BadInput if it does not fit."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -195,6 +195,34 @@ def test_a_model_without_a_profile(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "text", ["no", "0", "null", "1e3", "a #b: c", "[x", "'q'", "~", "0x1F", ""]
+)
+def test_a_text_on_the_command_line_stays_what_was_written(text: str) -> None:
+    pairs = [f"about={text}", f"prompts.mine.text={text}", f"prompts.mine.where.kind={text}"]
+    given = arguments.parse_pairs([*pairs, f"prompt_set={text}"], {"prompt_set": "str"})
+    assert {*given.values()} == {text}
+    if text:
+        model = arguments.model_settings("", f"a.csv#{text}", "")
+        assert arguments.parse_pairs(model)["prompts.train_harmful.text"] == text
+
+
+def test_other_values_have_the_type_that_they_set() -> None:
+    pairs = ["csr.draws=16", "search.alpha=1e-1", "model.quantize=null", "reveal=true", "draws=8"]
+    pairs += ["evaluation.harmful=[direct, no]", "mus=[0.8, 1]", "prompts.mine.where={kind: no}"]
+    given = arguments.parse_pairs(pairs, {"draws": "int", "mus": "list"})
+    assert list(given.values()) == [
+        16,
+        0.1,
+        None,
+        True,
+        8,
+        ["direct", "no"],
+        [0.8, 1],
+        {"kind": "no"},
+    ]
+
+
 def test_profiles_that_are_like_another(tmp_path: Path) -> None:
     seven, eight = read_profile("ds-7b"), read_profile("ds-8b")
     assert seven.prompts == eight.prompts

@@ -19,7 +19,7 @@ import yaml
 from ipo_lib import prompts as prompt_sets
 from ipo_lib.profiles.reading import Yaml, checkout, read_profile
 from ipo_lib.profiles.settings import Profile
-from ipo_lib.records import BadInput, canonical, digest
+from ipo_lib.records import BadInput, canonical, digest, hint_at
 from ipo_lib.store import Store
 
 NUMBERED = re.compile(r"\d\d_")  # begins a notebook's name
@@ -66,16 +66,18 @@ def plan_run(profile: str, pairs: list[str], store: str, figures: str) -> RunPla
     Raises:
         BadInput: a name is unknown, or a value has another type.
     """
-    arguments = parse_pairs(pairs)
     if profile.endswith(".yml"):
         profile = str(Path(profile).resolve())
     # 1. The notebooks, and the parameters that they declare.
-    folder, overrides = checkout() / "notebooks", {}
-    if "notebooks" in arguments:
-        overrides["notebooks"] = arguments["notebooks"]
-    names = read_profile(profile, overrides).notebooks
+    folder = checkout() / "notebooks"
+    chosen = parse_pairs([pair for pair in pairs if pair.startswith("notebooks=")])
+    names = read_profile(profile, chosen).notebooks
     notebooks = [folder / f"{name}.ipynb" for name in names]
     declared = {notebook: read_parameters(notebook) for notebook in notebooks}
+    kinds: dict[str, str] = {}
+    for parameters in declared.values():
+        kinds |= {name: kind for name, (kind, _) in parameters.items()}
+    arguments = parse_pairs(pairs, kinds)
     # 2. What no notebook declares is a setting.
     overrides = dict(arguments)
     for parameters in declared.values():
@@ -112,15 +114,33 @@ def profile_family(profile: str) -> list[str]:
     return names
 
 
-def parse_pairs(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs; values are YAML."""
+def parse_pairs(pairs: list[str], kinds: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """``name=value`` pairs as values of the type that they set.
+
+    A text is taken as it was written, so that ``no``, ``1e3`` or ``a #b`` stay texts. All else is
+    YAML, such as ``[a, b]``.
+
+    Args:
+        pairs: as written.
+        kinds: the types of notebook parameters, by name; all others are settings of a profile.
+
+    Raises:
+        BadInput: a pair has no equals sign, or a value is no YAML.
+    """
     arguments = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise BadInput(f"parameter {pair!r}: write name=value")
+        kind = hint_at(Profile, name)
+        if kinds and name in kinds:
+            kind = str if kinds[name] == "str" else None
+        if kind is str:
+            arguments[name] = value
+            continue
+        texts_only = kind in (tuple[str, ...], Mapping[str, str])
         try:
-            arguments[name] = yaml.load(value, Yaml)
+            arguments[name] = yaml.load(value, yaml.BaseLoader if texts_only else Yaml)
         except yaml.YAMLError:
             raise BadInput(f"parameter {name!r}: {value!r} is not a YAML value") from None
     return arguments
@@ -198,7 +218,7 @@ def model_settings(model: str, prompts: str, judge: str) -> list[str]:
         file, _, column = prompts.partition("#")
         source = "known" if file in prompt_sets.known_prompt_sets() else "file"
         prefix = "prompts.train_harmful"
-        pairs += [f"{prefix}.{name}=''" for name in ("file", "known", "category")]
+        pairs += [f"{prefix}.{name}=" for name in ("file", "known", "category")]
         pairs += [f"{prefix}.{source}={file}", f"{prefix}.text={column or 'prompt'}"]
     url, _, name = judge.rpartition("#")
     component: dict[str, Any] = {}
