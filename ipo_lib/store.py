@@ -17,8 +17,9 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -34,15 +35,27 @@ LINE = b'{"crc":"%08x",%b\n'
 
 ELSEWHERE = "choose a writable folder with $IPO_STORE"
 FREE = "free space and run again, finished records are kept"
+OTHER_DISK = "the disk fails or is gone; check it, or choose another with $IPO_STORE"
+RAISE = "raise the limit of open files with ulimit -n"
 HINTS = {  # remedies by error number
     errno.EACCES: ELSEWHERE,
     errno.EPERM: ELSEWHERE,
     errno.EROFS: ELSEWHERE,
     errno.EEXIST: ELSEWHERE,
     errno.ENOTDIR: ELSEWHERE,
+    errno.EISDIR: "a folder stands in a file's place; remove it, or " + ELSEWHERE,
+    errno.ELOOP: "a link leads to itself; remove it, or " + ELSEWHERE,
+    errno.ENAMETOOLONG: "choose a shorter path with $IPO_STORE",
     errno.ENOSPC: FREE,
     errno.EDQUOT: FREE,
-    errno.EWOULDBLOCK: "another process is building this; let it finish",
+    errno.EFBIG: "raise the limit of file sizes with ulimit -f, finished records are kept",
+    errno.EIO: OTHER_DISK,
+    errno.ESTALE: OTHER_DISK,
+    errno.ENODEV: OTHER_DISK,
+    errno.ENOLCK: "this disk has no file locks; choose a local one with $IPO_STORE",
+    errno.EOPNOTSUPP: "this disk has no file locks; choose a local one with $IPO_STORE",
+    errno.EMFILE: RAISE,
+    errno.ENFILE: RAISE,
 }
 
 
@@ -57,8 +70,10 @@ class Store:
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = default_root() if root is None else Path(root).expanduser()
         self._ledgers: dict[Path, Ledger] = {}  # each is parsed once
-        path = self.root / "store.json"
-        if path.exists() and not STORE.startswith(content := path.read_bytes()):
+        content = b""
+        with _explained(self.root), suppress(FileNotFoundError, NotADirectoryError):
+            content = (self.root / "store.json").read_bytes()
+        if not STORE.startswith(content):
             raise BadInput(
                 f"store: {self.root} says {content!r:.60}, this is {STORE!r}; {ELSEWHERE}"
             )
@@ -160,6 +175,7 @@ class Ledger(dict[str, Json]):
         (``locked_file``) cuts it off, others leave it.
         """
         with (
+            _explained(self.folder),
             suppress(FileNotFoundError, NotADirectoryError),
             (self.folder / "records.jsonl").open("rb") as file,
         ):
@@ -198,50 +214,89 @@ class Artifact:
 
     @property
     def done(self) -> bool:
-        """Whether it is complete."""
-        return (self.folder / "done.json").exists()
+        """Whether it is complete, with every file as large as it was when it was made."""
+        try:
+            sizes = json.loads((self.folder / "done.json").read_bytes())["bytes"]
+            return all((self.path / name).stat().st_size == sizes[name] for name in sizes)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
-    @contextmanager
-    def build(self) -> Iterator[Path]:
-        """A folder to fill, renamed to ``path`` at the end.
+    def make(self, fill: Callable[[Path], Any]) -> Path:
+        """``path``, made by ``fill`` if it is not there as a whole.
 
-        What a killed build has left is removed. BadInput: another process is building.
+        ``fill`` gets a folder, which is renamed to ``path`` when it is full. What a killed process
+        has left is removed. While another process fills it, this one waits and takes what it made.
         """
+        if self.done:
+            return self.path
         building = self.folder / "building"
-        with _locked(self.folder, self.spec, "lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with _locked(self.folder, self.spec, "lock", f"{self.folder}: another process makes it"):
             if self.done:
-                raise BadInput(
-                    f"store: {self.path} is already built; delete {self.folder} to build it again"
-                )
-            shutil.rmtree(building, ignore_errors=True)
-            shutil.rmtree(self.path, ignore_errors=True)
+                return self.path
+            for rest in (building, self.path):
+                shutil.rmtree(rest, ignore_errors=True)
+            (self.folder / "done.json").unlink(missing_ok=True)
             building.mkdir()
-            yield building
+            fill(building)
             sizes = {}
             for file in building.rglob("*"):
                 if file.is_file():
                     sizes[str(file.relative_to(building))] = file.stat().st_size
             os.replace(building, self.path)
             _publish(self.folder / "done.json", {"bytes": sizes})
+        return self.path
 
 
 @contextmanager
-def _locked(folder: Path, spec: Json, name: str, how: int = fcntl.LOCK_EX) -> Iterator[int]:
-    """The file ``name`` of a folder, locked, and created if need be; its descriptor."""
-    try:
+def _locked(folder: Path, spec: Json, name: str, notice: str = "") -> Iterator[int]:
+    """The file ``name`` of a folder, locked, and created if need be; its descriptor.
+
+    ``notice`` is said once where another process holds the lock.
+    """
+    with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("ab", buffering=0) as file:
-            fcntl.flock(file, how)
+            _lock(file.fileno(), notice)
             if not (folder / "spec.json").exists():
                 # Whoever else writes store.json at this moment writes the same bytes.
                 (folder.parents[1] / "store.json").write_bytes(STORE)
                 _publish(folder / "spec.json", spec)
             yield file.fileno()
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn an error of the operating system that has a remedy into one line."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in HINTS:
             raise
         problem = os.strerror(error.errno)
         raise BadInput(f"store: {folder}: {problem}; {HINTS[error.errno]}") from error
+
+
+def _lock(file: int, notice: str) -> None:
+    """Wait for the lock of a file, and say so if there is something to say."""
+    if notice:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        print(f"{notice}; waiting for it", file=sys.stderr, flush=True)
+    fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there as a whole or not at all.
+
+    Several processes may write it: each has a temporary file of its own.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _publish(path: Path, content: Json) -> None:

@@ -148,8 +148,7 @@ def train_once(
     artifact = session.store.artifact("adapters", TRAIN_VERSION, spec)
     if not processes.broadcast(artifact.done):
         if processes.is_first():
-            with artifact.build() as folder:
-                run(folder)
+            artifact.make(run)
         else:  # it trains, too, and leaves the writing to the first process
             with tempfile.TemporaryDirectory() as folder:
                 run(Path(folder))

@@ -63,11 +63,13 @@ def run_route(root: Path, size: int) -> None:
     rollouts = [f"prompt-{prompt}/{draw}" for prompt in range(4) for draw in range(size)]
     fill(store.ledger("rollouts", 1, {"draws": size}), rollouts, 4)
     adapter = store.artifact("adapter", 1, {"epochs": 2})
-    if not adapter.done:
-        with adapter.build() as folder:
-            (folder / "weights").mkdir()
-            for name in ("weights/a.bin", "weights/b.bin", "card.md"):
-                (folder / name).write_bytes(name.encode() * 5000)
+
+    def build(folder: Path) -> None:
+        (folder / "weights").mkdir()
+        for name in ("weights/a.bin", "weights/b.bin", "card.md"):
+            (folder / name).write_bytes(name.encode() * 5000)
+
+    adapter.make(build)
     verdicts = [str(index) for index in range(16)]
     fill(store.ledger("verdicts", 2, {"judge": "exact"}), verdicts, 8)
 

@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +69,11 @@ def filled(root: Path, count: int = 5) -> Ledger:
 
 
 def half_built(artifact: Artifact, error: Exception) -> None:
-    with artifact.build() as folder:
+    def fill(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise error
+
+    artifact.make(fill)
 
 
 def test_a_ledger_reads_back_what_was_appended(tmp_path: Path) -> None:
@@ -270,8 +275,8 @@ def test_a_file_in_place_of_the_store_is_one_line(tmp_path: Path) -> None:
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), Store(tmp_path).artifact("adapter", 1, SPEC).build():
-        Path(tmp_path / "no such model").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        half_built(Store(tmp_path).artifact("adapter", 1, SPEC), FileNotFoundError(2, "no model"))
 
 
 @pytest.mark.parametrize("record", [{"p": float("nan")}, {"p": {1, 2}}])
@@ -291,29 +296,98 @@ def test_an_artifact_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         half_built(artifact, RuntimeError())
     assert not artifact.done
     assert not artifact.path.exists()
-    with artifact.build() as folder:
+    folders = []
+
+    def fill(folder: Path) -> None:
+        folders.append(folder)
         (folder / "deep").mkdir()
         (folder / "deep" / "weights").write_text("whole")
         assert not artifact.done
         assert not artifact.path.exists()
         assert folder.parent == artifact.path.parent
+
+    assert artifact.make(fill) == artifact.path
     assert artifact.done
     assert [path.name for path in artifact.path.iterdir()] == ["deep"]
-    assert not folder.exists()
+    assert not folders[0].exists()
     assert json.loads((artifact.folder / "done.json").read_text()) == {"bytes": {"deep/weights": 5}}
-    with pytest.raises(BadInput, match="already built"), artifact.build():
-        pass
-    assert (artifact.path / "deep" / "weights").read_text() == "whole"
+    artifact.make(fill)
+    assert len(folders) == 1  # it is made once
 
 
-def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["half a file", "no file", "half a mark", "empty mark"])
+def test_an_artifact_with_half_a_file_is_made_again(tmp_path: Path, fault: str) -> None:
     artifact = Store(tmp_path).artifact("adapter", 1, SPEC)
-    with artifact.build() as folder:
-        (folder / "mine").write_text("mine")
-        with pytest.raises(BadInput, match="another process"), artifact.build():
-            pass
-        assert (folder / "mine").exists()
+
+    def fill(folder: Path) -> None:
+        (folder / "weights").write_text("whole")
+
+    artifact.make(fill)
+    weights, mark = artifact.path / "weights", artifact.folder / "done.json"
+    if fault == "half a file":
+        weights.write_text("who")
+    elif fault == "no file":
+        weights.unlink()
+    else:
+        mark.write_bytes(mark.read_bytes()[:9] if fault == "half a mark" else b"")
+    assert not artifact.done
+    assert (artifact.make(fill) / "weights").read_text() == "whole"
     assert artifact.done
+
+
+def test_a_second_process_waits_and_takes_what_the_first_has_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, begun = [], threading.Event()
+
+    def fill(folder: Path) -> None:
+        made.append(folder)
+        begun.set()
+        time.sleep(0.5)
+        (folder / "mine").write_text("mine")
+
+    def make() -> Path:
+        return Store(tmp_path).artifact("adapter", 1, SPEC).make(fill)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(make)
+        begun.wait()
+        assert make() == first.result()
+    assert len(made) == 1
+    assert "another process makes it; waiting" in capsys.readouterr().err
+
+
+def looped(root: Path) -> None:
+    (root / "rollouts").symlink_to(root / "rollouts")
+
+
+def folder_for_file(root: Path) -> None:
+    (Store(root).ledger("rollouts", 1, SPEC).folder / "records.jsonl").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("prepare", [looped, folder_for_file])
+def test_odd_file_systems_are_one_line(tmp_path: Path, prepare: Any) -> None:
+    prepare(tmp_path)
+    with pytest.raises(BadInput, match="IPO_STORE") as caught:
+        filled(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="shorter path"):
+        filled(tmp_path / ("x" * 300))
+
+
+def test_a_limit_of_file_sizes_is_one_line_and_keeps_whole_records(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    filled(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(BadInput, match="ulimit -f"):
+            filled(tmp_path, 500)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(filled(tmp_path)) > 5  # those that fitted are whole
 
 
 def test_several_workers_write_each_key_once(tmp_path: Path) -> None:

@@ -332,6 +332,7 @@ def main(command: Callable[[], Any] = app) -> None:
     except OSError as error:
         if error.errno not in HINTS:
             raise
-        message = f"{error.filename}: {error.strerror}; {HINTS[error.errno]}"
+        place = f"{error.filename}: " if error.filename else ""
+        message = f"{place}{error.strerror}; {HINTS[error.errno]}"
     print(f"ipo: {message}", file=sys.stderr)
     raise SystemExit(2)

