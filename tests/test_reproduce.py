@@ -123,7 +123,6 @@ def shell(*arguments: str, path: Path = REPOSITORY, **options: Any) -> tuple[int
         (["tiny", "-p", "csr.draws=2.5"], ["'csr.draws'", "int", "2.5"]),
         (["tiny", "-p", "draws=many"], ["'draws'", "int", "'many'"]),
         (["tiny", "-p", "draws=true"], ["'draws'", "int", "True"]),
-        (["tiny", "-p", "prompt_set=3"], ["'prompt_set'", "str", "3"]),
         (["tiny", "-p", "draws"], ["'draws'", "name=value"]),
         (["tiny", "-p", "=3"], ["name=value"]),
         (["tiny", "-p", "csr.draws=[1,"], ["'csr.draws'", "YAML"]),
@@ -414,20 +413,40 @@ def test_the_source_of_a_run_is_the_whole_package(
     assert reproduce.source_digest() != first
 
 
-def test_a_figure_that_a_run_no_longer_makes_goes(
+def test_a_figure_that_a_run_no_longer_makes_goes_and_a_user_s_file_stays(
     tmp_path: Path, ipo: Ipo, small: list[str]
 ) -> None:
+    figures, book = tmp_path / "figures", tmp_path / "ab_small.ipynb"
+    figures.mkdir()
+    mine = {"ab-notes.txt", "ab-introduction.tex", "ab-older.png", "cd-other.json"}
+    for name in mine:
+        (figures / name).write_text("mine")
+        os.utime(figures / name, (1, 1))
     ipo(*small)
-    for name in ("ab-old.json", "cd-other.json"):
-        (tmp_path / "figures" / name).write_text("{}")
-        os.utime(tmp_path / "figures" / name, (1, 1))
+    made = {"ab-figure.json", "ab-figure.png", "log"}
+    assert {path.name for path in figures.iterdir()} == made | mine
+    changed = nbformat.read(book, 4)
+    changed.cells[1].source = changed.cells[1].source.replace("ab-figure.png", "ab-new.png")
+    nbformat.write(changed, book)
     ipo(*small)
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
-        "ab-figure.json",
-        "ab-figure.png",
-        "cd-other.json",
-        "log",
-    ]
+    made = {"ab-figure.json", "ab-new.png", "log"}
+    assert {path.name for path in figures.iterdir()} == made | mine
+    assert all((figures / name).read_text() == "mine" for name in mine)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"figures":{"ab-', b"\0" * 50, b"[]", b'{"key": 1}'])
+def test_a_spoilt_record_of_a_run_is_no_record(
+    tmp_path: Path, ipo: Ipo, small: list[str], content: bytes
+) -> None:
+    ipo(*small)
+    (record,) = (tmp_path / "store" / "runs").glob(f"*/*{reproduce.RECORD}")
+    record.write_bytes(content)
+    asked = ["status", small[1], "--figures", str(tmp_path / "figures")]
+    assert re.search(r"ab_small +to run", ipo(*asked)[1])
+    code, output, errors = ipo(*small)
+    assert (code, errors) == (0, "")
+    assert "up to date" not in output
+    assert "up to date" in ipo(*small)[1]
 
 
 def test_the_key_covers_the_null_world_and_the_papers_tables(

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ipo_lib.engines.budget import BUDGET_FILE
 from ipo_lib.engines.progress import Relay
 from ipo_lib.profiles.reading import checkout, read_profile
 from ipo_lib.records import BadInput, canonical, digest
+from ipo_lib.store import write_whole
 
 KERNEL_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "5000",
@@ -34,6 +35,7 @@ KERNEL_ENVIRONMENT = {
     "IPO_STATIC": "1",  # nobody presses buttons
 }
 RECORD = ".done.json"  # ends the name of the record of a notebook's last run
+FIGURE_ENDINGS = (".json", ".pdf", ".png")
 OUTSIDE_KEY = ("profile", "overrides", "store", "figures")  # parameters that decide no figure
 
 
@@ -62,7 +64,7 @@ def plan_jobs(plan: RunPlan) -> Iterator[Job]:
         for name in OUTSIDE_KEY:
             values.pop(name, None)
         yield Job(notebook, digest([*parts, notebook.read_text("utf-8"), values]))
-        parts.append(digest(figure_hashes(notebook, plan.figures)))
+        parts.append(digest(figure_hashes(notebook, plan)))
 
 
 def source_digest() -> str:
@@ -80,14 +82,26 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def figure_hashes(notebook: Path, figures: Path) -> dict[str, str]:
-    """The hash of each figure file of a notebook."""
-    return {path.name: file_hash(path) for path in figure_files(notebook, figures)}
+def figure_hashes(notebook: Path, plan: RunPlan) -> dict[str, str]:
+    """The hash of each figure file of a notebook: those of its last run, if there was one.
+
+    Without a record of a run they are the files whose names begin with its two digits.
+    """
+    record = read_records(plan.runs).get(notebook.stem)
+    if record:
+        paths = [plan.figures / name for name in record["figures"]]
+    else:
+        files = sorted(plan.figures.glob(f"{notebook.stem[:2]}-*"))
+        paths = [path for path in files if path.suffix in FIGURE_ENDINGS]
+    return {path.name: file_hash(path) for path in paths if path.is_file()}
 
 
-def figure_files(notebook: Path, figures: Path, ending: str = "") -> list[Path]:
-    """The figure files of a notebook: their names begin with its two digits."""
-    return sorted(figures.glob(f"{notebook.stem[:2]}-*{ending}"))
+def written_since(notebook: Path, figures: Path, began: float) -> list[Path]:
+    """The figure files of a notebook that a run has written since this time."""
+    paths = sorted(figures.glob(f"{notebook.stem[:2]}-*"))
+    return [
+        path for path in paths if path.suffix in FIGURE_ENDINGS and path.stat().st_mtime >= began
+    ]
 
 
 def is_current(job: Job, plan: RunPlan) -> bool:
@@ -96,13 +110,18 @@ def is_current(job: Job, plan: RunPlan) -> bool:
     if record.get("key") != job.key:
         return False
     hashes: dict[str, str] = record["figures"]
-    return hashes == figure_hashes(job.notebook, plan.figures)
+    return hashes == figure_hashes(job.notebook, plan)
 
 
 def read_records(runs: Path) -> dict[str, dict[str, Any]]:
     """The record of the last run of every notebook that has run for these figures."""
-    paths = sorted(runs.glob(f"*{RECORD}"))
-    return {path.name.removesuffix(RECORD): json.loads(path.read_bytes()) for path in paths}
+    records = {}
+    for path in sorted(runs.glob(f"*{RECORD}")):
+        with suppress(ValueError):  # a full disk or another program has spoilt it
+            record = json.loads(path.read_bytes())
+            if isinstance(record, dict) and isinstance(record.get("figures"), dict):
+                records[path.name.removesuffix(RECORD)] = record
+    return records
 
 
 def other_folders(plan: RunPlan) -> list[str]:
@@ -126,30 +145,32 @@ def run_notebook(job: Job, plan: RunPlan, again: bool) -> None:
     if not again and is_current(job, plan):
         print(f"{notebook.stem}: up to date")
         return
-    # 1. Run it, and delete figures that this version or this run no longer makes.
+    # 1. Run it, and delete figures of its last run that it no longer makes.
     plan.runs.mkdir(parents=True, exist_ok=True)
+    earlier = read_records(plan.runs).get(notebook.stem, {}).get("figures", {})
     sizes, began = ledger_sizes(plan.store), time.time()
     with kernel_environment(plan):
         execute(notebook, plan)
-    for path in figure_files(notebook, plan.figures):
-        if path.stat().st_mtime < began:
-            path.unlink()
+    written = written_since(notebook, plan.figures, began)
+    for name in {*earlier} - {path.name for path in written}:
+        if Path(name).suffix in FIGURE_ENDINGS:
+            (plan.figures / name).unlink(missing_ok=True)
     # 2. Keep a record of the run.
     seconds = time.monotonic() - started
     record = {
         "key": job.key,
         "folder": str(plan.figures.resolve()),
-        "figures": figure_hashes(notebook, plan.figures),
+        "figures": {path.name: file_hash(path) for path in written},
         "seconds": round(seconds, 1),
         "generated": generated_tokens(plan.store, sizes),
     }
-    path = plan.runs / f"{notebook.stem}{RECORD}"
-    path.write_text(canonical(record) + "\n")
+    write_whole(plan.runs / f"{notebook.stem}{RECORD}", canonical(record) + "\n")
     # 3. Say what it found.
     print(f"{notebook.stem}: {seconds:.0f} s")
-    for path in figure_files(notebook, plan.figures, ".json"):
-        for claim in json.loads(path.read_bytes())["claims"]:
-            print(f"  {claim['claim']}")
+    for path in written:
+        if path.suffix == ".json":
+            for claim in json.loads(path.read_bytes())["claims"]:
+                print(f"  {claim['claim']}")
     sys.stdout.flush()
 
 
@@ -210,7 +231,7 @@ def drop_spent_bars(executed: Path) -> None:
                 kept.append(output)
         if "outputs" in cell:
             cell["outputs"] = kept
-    executed.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_whole(executed, json.dumps(book, indent=1, ensure_ascii=False) + "\n")
 
 
 def store_sizes(root: Path) -> dict[str, int]:

@@ -33,6 +33,7 @@ from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.profiles.settings import StudySettings
 from ipo_lib.records import BadInput, Record, from_json
 from ipo_lib.stats import pooled_rate
+from ipo_lib.store import write_whole
 
 
 def read_studies() -> dict[str, Any]:
@@ -149,7 +150,7 @@ def _write(run: Run, table: str, changes: Changes, records: Sequence[Any]) -> st
         "cells": [asdict(record) for record in records],
     }
     lines = json.dumps(content, separators=(",", ":")).replace('{"row"', '\n{"row"')
-    (run.figures / f"full-{table}.json").write_text(lines + "\n")
+    write_whole(run.figures / f"full-{table}.json", lines + "\n")
     return date
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from ipo_lib import plots, stats
 from ipo_lib.records import BadInput
 from ipo_lib.stats import Interval, format_interval
+from ipo_lib.store import write_whole
 
 Claim = Mapping[str, Any]
 ORIGINS = CALIBRATED, EMERGENT = ("calibrated", "emergent")
@@ -156,4 +157,4 @@ def save_figure(
     sidecar = {"profile": profile, "about": about, "claims": rows, "tokens": tokens}
     sidecar["artifacts"] = dict(sorted(artifacts.items()))
     text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
-    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_whole(folder / f"{name}.json", text)
