@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -385,6 +387,42 @@ def test_only_what_changed_is_run_again(tmp_path: Path, ipo: Ipo, small: list[st
     changed.cells[1].source += "\n# changed"
     nbformat.write(changed, book)
     assert [runs(), runs()] == [1, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_in_one_line_and_leaves_no_kernel(
+    tmp_path: Path, small: list[str], number: signal.Signals
+) -> None:
+    book = nbformat.read(tmp_path / "ab_small.ipynb", 4)
+    wait = "Path(figures, 'pid').write_text(str(os.getpid()))\ntime.sleep(60)"
+    book.cells[1].source = f"import os, time{WORK}{wait}"
+    nbformat.write(book, tmp_path / "ab_small.ipynb")
+    (tmp_path / "tmp").mkdir()
+    folders = {"--store": tmp_path / "store", "--figures": tmp_path / "figures"}
+    arguments = [str(part) for pair in folders.items() for part in pair]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "ipo_lib.cli", *small, *arguments],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(tmp_path / "tmp")},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    pid = tmp_path / "figures" / "pid"
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernel = int(pid.read_text())
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 128 + number
+    assert (
+        errors.strip()
+        == f"ipo: stopped by {number.name}; what is finished is kept, run again to go on"
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+    assert list((tmp_path / "tmp").glob("*.json")) == []  # the kernel's connection file, with a key
 
 
 def test_a_notebook_that_fails_is_not_done(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:

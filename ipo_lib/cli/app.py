@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -28,6 +31,7 @@ app = typer.Typer(
 )
 DEFAULT = "sandbox"  # the profile of a command that names none
 OWN_MODEL = "plain"  # the profile of a model without one
+KEPT = "what is finished is kept, run again to go on"
 
 ProfileName = Annotated[str, typer.Argument(help="a profile's name, or the path of a .yml file")]
 Pairs = Annotated[
@@ -322,10 +326,31 @@ def list_profiles() -> None:
         print(f"{name:12} {read_profile(name).about}")
 
 
+@contextmanager
+def stopped_in_one_line() -> Iterator[None]:
+    """End by Ctrl-C or SIGTERM with one line; kernels are shut down on the way out."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        name = signal.Signals(number).name
+        print(f"\nipo: stopped by {name}; {KEPT}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals come to the main thread only
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(command: Callable[[], Any] = app) -> None:
     """The ``ipo`` command: a user's mistake is one line and exit code 2."""
     try:
-        command()
+        with stopped_in_one_line():
+            command()
         return
     except BadInput as error:
         message = str(error)

@@ -225,7 +225,7 @@ class Server:
                 while waiting:
                     yield waiting[0].result()
                     waiting.popleft()
-            except (Exception, KeyboardInterrupt):
+            except (Exception, KeyboardInterrupt, SystemExit):
                 # What is in flight is paid for, so it is waited for and handed on.
                 for future in waiting:
                     future.cancel()
