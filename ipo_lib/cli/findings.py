@@ -33,6 +33,7 @@ class Finding:
     unit: str = PERCENT  # "": the number is no share
     front: bool = False  # whether README.md shows it, too
     name: str = ""  # by which a sentence of a page names it
+    shown: bool = True  # in the table; False: sentences of a page only
 
 
 def read_findings() -> list[Finding]:
@@ -85,7 +86,7 @@ def markdown(profiles: Sequence[str], figures: Path, front: bool = False) -> lis
     head = ["in percent, or as said", "paper, second-hand", *(f"`{name}`" for name in profiles)]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for finding in read_findings():
-        if front and not finding.front:
+        if not finding.shown or (front and not finding.front):
             continue
         claims = [find_claim(finding, name, figures / name) for name in profiles]
         if any(claims):
@@ -104,7 +105,7 @@ def verdicts(profile: str, figures: Path) -> list[str]:
     lines = []
     for finding in read_findings():
         claim = find_claim(finding, profile, figures)
-        if claim and claim["verdict"]:
+        if finding.shown and claim and claim["verdict"]:
             number = describe(claim | {"verdict": None}, finding.unit)
             lines.append(f"{claim['verdict']:20} {finding.finding}: {number}")
     return lines
