@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,11 +27,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import regex
 
 from ipo_lib.records import BadInput, Prompt, Prompts, Rollout, Rollouts, digest, to_json
 
 UNREAD = -1  # in the place of a sentence index: the detector's answer could not be read
-WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+")
+# A mark, such as an Indic vowel sign, is a part of its word.
+WORD = regex.compile(r"[\p{L}\p{M}]+(?:'[\p{L}\p{M}]+)*|\p{Nd}+")
 DECIMALS = 6  # of learnt numbers, so that a lexicon is the same on every machine
 Weights = Mapping[str, float]  # by n-gram; positive: unsafe
 Texts = Mapping[str, Sequence[str]]  # sentences of a trace, by rollout id
@@ -244,10 +246,15 @@ def _share_from(levels: Sequence[float], scores: Sequence[float]) -> Any:
     return 1 - np.searchsorted(sorted(scores), levels) / len(scores)
 
 
+def _folded(text: str) -> str:
+    """Text in one form of letters, case and apostrophes."""
+    return unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
+
+
 def ngrams(text: str, longest: int) -> set[str]:
     """The word n-grams of a text, up to ``longest`` words; all numbers count as one word."""
     words = []
-    for word in WORD.findall(text.replace("\u2019", "'").casefold()):
+    for word in WORD.findall(_folded(text)):
         words.append("0" if word.isdigit() else word)
     grams = set()
     for size in range(1, longest + 1):

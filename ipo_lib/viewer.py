@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import html
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import regex
 
 from ipo_lib.plots import NEUTRAL_COLOUR, SAFE_COLOUR, UNSAFE_COLOUR
 from ipo_lib.records import SAFE, UNSAFE, CsrPoint, Rollout, Sentence
@@ -31,6 +32,7 @@ LABEL_COLOURS = {SAFE: SAFE_COLOUR, UNSAFE: UNSAFE_COLOUR}
 PAIR_COLOURS = {"chosen": SAFE_COLOUR, "rejected": UNSAFE_COLOUR}
 NOT_MEASURED_COLOUR = "#eeeeee"
 NOT_JUDGED = "not judged"
+HIDDEN = regex.compile(r"[A-Za-z0-9]|[^\p{ASCII}\p{P}\p{Z}]")  # what redaction blacks out
 CSR = "S"  # the name of a value that is a safety ratio
 Draws = Sequence[tuple[str | None, str]]  # (label or None, text) of each continuation
 
@@ -78,10 +80,12 @@ def show(
 
 
 def shown(text: str, reveal: bool) -> str:
-    """``text``; unless ``reveal``, every letter, mark and digit is blacked out."""
-    if reveal:
-        return text
-    return "".join("█" if unicodedata.category(char)[0] in "LMN" else char for char in text)
+    """``text``; unless ``reveal``, all but punctuation, spaces and ASCII signs is blacked out.
+
+    So no letter can be read in another dress: circled or squared, as a flag, in Braille, as an
+    invisible tag or in a private area of Unicode.
+    """
+    return text if reveal else HIDDEN.sub("█", text)
 
 
 def tint(value: float) -> str:

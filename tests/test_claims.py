@@ -104,3 +104,14 @@ def test_only_claims_about_traces_are_withheld() -> None:
     assert kept == rows[1]
     assert note["claim"].startswith("Profile plain: traces that were closed: 0.0 % [")
     assert note["claim"].endswith("n=9. Under half: 2 claims about traces are withheld.")
+
+
+@pytest.mark.parametrize("text", ["So \\boxed{5} is it.", "Use {} here.", "{0}", "{", "%s and $x$"])
+def test_braces_in_the_words_of_a_claim_are_words(text: str) -> None:
+    row = estimate(f"Profile p, harmful after <{text}>: {{}}.", wilson(1, 4), origin="emergent")
+    assert row["claim"] == f"Profile p, harmful after <{text}>: 25.0 % [4.6, 69.9], n=4."
+
+
+def test_a_claim_without_a_place_for_its_number_is_one_line() -> None:
+    with pytest.raises(BadInput, match="where the number belongs"):
+        estimate("Profile p: nothing.", wilson(1, 4), origin="emergent")

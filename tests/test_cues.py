@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ipo_lib.cues import KeywordCues, LexiconCues
+from ipo_lib.cues import KeywordCues, LexiconCues, ngrams
 from ipo_lib.records import BadInput, Prompt, Rollout, canonical, from_json, to_json
 
 PROMPT = Prompt("p", "question", "test", True)
@@ -146,3 +146,17 @@ def test_keywords_find_the_first_sentence_with_a_phrase() -> None:
     assert detector.first(rollout("r"), PROMPT, ["Hm.", "SURE thing.", "i will."]) == 1
     assert detector.first(rollout("r"), PROMPT, ["Hm."]) is None
     assert detector.fingerprint()["toy"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("मैं नहीं करूँगा", ["मैं", "नहीं", "करूँगा"]),
+        ("I can\u2019t, can't", ["can't", "i"]),
+        ("Ｈｅｌｐ help", ["help"]),
+        ("cafe\u0301 café", ["café"]),
+        ("不行 12 kg", ["0", "kg", "不行"]),  # a number counts as 0
+    ],
+)
+def test_words_of_any_script_are_whole(text: str, words: list[str]) -> None:
+    assert sorted(ngrams(text, 1)) == sorted(words)

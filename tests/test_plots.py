@@ -216,3 +216,10 @@ def test_safe_and_unsafe_have_colours_that_nothing_else_has() -> None:
     plots.training([{"step": 1, "a": 1, "b": 2, "c": 3}], ax, names=names, unit="nats")
     colours = [line.get_color() for line in ax.lines]
     assert colours == [plots.SAFE_COLOUR, plots.UNSAFE_COLOUR, plots.RATE_COLOUR]
+
+
+def test_dollar_signs_in_names_are_no_mathematics(tmp_path: Path) -> None:
+    figure, ax = plots.figure()
+    plots.rates([("costs $5 and $x_{ more$", wilson(1, 4))], ax, unit="share (%)")
+    plots.save(figure, tmp_path, "dollars", caption="a $ in $\\frac{ a caption")
+    assert (tmp_path / "dollars.png").stat().st_size > 1000

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ipo_lib.prompts import PromptSet, load_prompts
+from ipo_lib.prompts import PromptSet, load_prompts, split_words
 from ipo_lib.records import BadInput, Prompt
 
 ROWS = [
@@ -164,3 +164,16 @@ def test_a_gated_or_missing_hub_set_is_one_line(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=refused))
     one_line(PromptSet(2, hub="org/name@abc"), "org/name@abc", "401", "access")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("मुझे हिन्दी सिखाओ", ("मुझे", "हिन्दी", "सिखाओ")),
+        ("Ｈｏｗ do_I?", ("how", "do_i")),
+        ("cafe\u0301", ("café",)),
+        ("x² 3D", ("x2", "3d")),
+    ],
+)
+def test_words_are_folded_and_whole_in_any_script(text: str, words: tuple[str, ...]) -> None:
+    assert split_words(text) == words

@@ -114,3 +114,20 @@ def test_a_click_in_a_browser_unfolds_the_draws(tmp_path: Path) -> None:
         assert (tmp_path / "folded.png").read_bytes() != (tmp_path / "unfolded.png").read_bytes()
     finally:
         browser.quit()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ⓑⓡⓔⓐⓓ", "🅱🅾🅼🅱", "🇧🇷🇪🇦🇩", "⠃⠗⠑⠁⠙", "⒝⒭⒠", "🄼🄸🅇", "℩", "½Ⅷ", "हिन्दी"),
+        *("\uf8ff\uf8fe", "\U000e006d\U000e0069", "a\u200db", "𝓫𝖗𝚎𝕒𝐝"),
+    ],
+)
+def test_no_letter_can_be_read_in_another_dress(text: str) -> None:
+    assert set(viewer.shown(text, False)) == {"█"}
+    assert viewer.shown(text, True) == text
+
+
+def test_punctuation_and_spaces_stay() -> None:
+    text, hidden = "Mix 2, “well” – (then) = $5…\n", "███ █, “████” – (████) = $█…\n"
+    assert viewer.shown(text, False) == hidden

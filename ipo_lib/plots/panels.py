@@ -251,6 +251,8 @@ def frontier(
     for name in names:
         ax.plot([], [], "-", color=colours[name], linewidth=3, label=name)
     ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.xaxis.set_minor_formatter("")  # no mathtext: a label may hold a dollar sign
     _legend_above(ax, **SMALL_LEGEND)
     return ax
 

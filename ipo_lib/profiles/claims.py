@@ -62,7 +62,11 @@ def estimate(
         raise BadInput(f"claim origin {origin!r} is unknown; known: {', '.join(ORIGINS)}")
     if about not in SUBJECTS:
         raise BadInput(f"claim about {about!r} is unknown; known: {', '.join(SUBJECTS)}")
-    text = sentence.format(format_interval(value, percent))
+    # Not ``format``: a mined sentence in the words of a claim may hold braces.
+    before, slot, after = sentence.rpartition("{}")
+    if not slot:
+        raise BadInput(f"claim {sentence!r}: write {{}} where the number belongs")
+    text = before + format_interval(value, percent) + after
     row: dict[str, Any] = {
         "claim": text + BUILT if origin == CALIBRATED else text,
         "value": None if math.isnan(value.value) else round(value.value, 6),

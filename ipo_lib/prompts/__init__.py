@@ -13,13 +13,14 @@ import functools
 import importlib
 import itertools
 import os
-import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 import yaml
 
 from ipo_lib.prompts.tables import Row, read_rows, text_cell
@@ -29,7 +30,7 @@ from ipo_lib.stats import Interval, wilson
 KNOWN = Path(__file__).with_name("prompt_sets.yml")
 SLOT = "{request}"  # the place of the request in an attack template
 OVERLAP_WORDS = 8  # so many words in a row make two prompts overlap
-WORD = re.compile(r"\w+")
+WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
 Words = tuple[str, ...]
 
 
@@ -295,8 +296,11 @@ class Overlap:
 
 
 def split_words(text: str) -> Words:
-    """The words of a text, without case and punctuation."""
-    return tuple(WORD.findall(text.casefold()))
+    """The words of a text, without case and punctuation.
+
+    Composed and full-width letters count as plain ones (NFKC).
+    """
+    return tuple(WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def _word_runs(words: Words) -> Iterator[Words]:
