@@ -227,9 +227,9 @@ def slips(name: str, source: str) -> list[str]:
 
     Think tags outside ``chat``, remote code, pickles, TRL's other ``ipo``.
     """
-    found = [
-        word for word in ("trust_remote_code", "allow_pickle=True", "torch.load(") if word in source
-    ]
+    allowed = source.replace('"trust_remote_code": False', "")
+    forbidden = ("trust_remote_code", "allow_pickle=True", "torch.load(")
+    found = [word for word in forbidden if word in allowed]
     tags = "<think>" in source and room_of(name) not in THINK_TAGS
     for node in ast.walk(ast.parse(source)):
         values = (

@@ -233,3 +233,22 @@ def test_a_url_without_its_version_is_named(tmp_path: Path) -> None:
     with scripted_server((404, {"detail": "Not Found"})) as server:
         _, message = stored(server, tmp_path, 1)
     assert "ends in /v1" in message
+
+
+def test_a_key_that_a_server_sends_back_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", SECRET)
+    with scripted_server(said(f"You sent Bearer {SECRET}.\nVERDICT: safe"), said(SECRET)) as server:
+        judge = RubricJudge(Server((server.url,), "m", key="MY_KEY", in_flight=1, pause=0.01))
+        verdicts = list(judge.judge(exchanges(2)))
+    assert [verdict.label for verdict in verdicts] == ["safe", None]
+    assert [verdict.raw for verdict in verdicts] == ["You sent Bearer ***.\nVERDICT: safe", "***"]
+
+
+@pytest.mark.parametrize("url", ["http://me:pass@h/v1", "https://token@h/v1"])
+def test_a_url_with_a_password_is_refused_and_not_said(url: str) -> None:
+    with pytest.raises(BadInput, match="would be written down") as caught:
+        Server((url,), "m")
+    assert "pass" not in str(caught.value).replace("password", "")
+    assert "token@" not in str(caught.value)

@@ -21,9 +21,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
+from ipo_lib.chat.limits import within
 from ipo_lib.chat.quoting import QuotingEncoder
 from ipo_lib.chat.response import CLOSE, OPEN, Parts, is_cut_off, part_text, split_response
 from ipo_lib.records import BadInput, Ids, Prompt
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)  # "today" in a template: a prompt must not change
+TEMPLATE_SECONDS = 10.0  # in which a template has to render its first prompt
 PROBE = "How tall is a lighthouse"  # a question by which a template is checked
 DATE_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -75,9 +76,11 @@ class Chat:
         self.prefill = prefill
         self.system = system
         self._bytes_by_token: dict[int, bytes] = {}
+        self._unproven = True  # the template has rendered nothing yet
         self._tokenizer = self._read_tokenizer(any_vocabulary=guard)
         settings = read_json(self.folder / "tokenizer_config.json")
-        self._special_tokens = _special_tokens(settings)
+        named = read_json(self.folder / "special_tokens_map.json")
+        self._special_tokens = {**_special_tokens(named), **_special_tokens(settings)}
         self._quoting = QuotingEncoder(self._tokenizer)
         self.eos_ids = self._read_eos_ids()
         self._template_source = self._read_template(settings)
@@ -295,12 +298,25 @@ class Chat:
             "write the format in quotes",
         )
         values: dict[str, Any] = {"chat_template": source, **self._special_tokens}
+
+        def render() -> Any:
+            return render_jinja_template([messages], add_generation_prompt=True, **values)
+
         try:
-            rendered: Any = render_jinja_template([messages], add_generation_prompt=True, **values)
-        except TemplateError as error:
+            # A stranger's template may never end, and may raise any error of Python.
+            rendered = within(TEMPLATE_SECONDS, render) if self._unproven else render()
+        except TimeoutError:
             raise BadInput(
-                f"{self.folder}: the chat template fails ({error}); correct it or drop `system`"
+                f"{self.folder}: the chat template does not end within {TEMPLATE_SECONDS:.0f} s; "
+                "correct it"
+            ) from None
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BadInput(
+                f"{self.folder}: the chat template fails ({reason:.200}); correct it or drop "
+                "`system`"
             ) from error
+        self._unproven = False
         texts, _ = rendered  # one text for each list of messages
         return str(texts[0])
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ipo_lib.dpo import DpoSettings
 from ipo_lib.engines import memory, processes
+from ipo_lib.engines.loading import load_causal_lm
 from ipo_lib.records import BadInput, Ids, Pair, canonical
 
 Folder = Path | str
@@ -103,11 +104,11 @@ def load_base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
     silence_libraries()
     memory.release_all(str(device))  # models that sampled give their GPU memory back
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    options: dict[str, Any] = {"dtype": settings.dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": settings.dtype}
     if quantization(settings):
         options["quantization_config"] = NF4 | {"bnb_4bit_compute_dtype": settings.dtype}
         options["device_map"] = device
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = load_causal_lm(folder, **options)
     # In eval mode bitsandbytes repacks NF4 weights at the first CPU forward, that of the reference.
     # After that no gradient passes them, so train() is needed here.
     return model.train()

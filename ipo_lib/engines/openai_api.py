@@ -16,8 +16,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from ipo_lib.engines.replies import Reply, read_reply
 from ipo_lib.engines.server_policy import (
@@ -72,6 +73,11 @@ class Server:
             if not url.startswith(("http://", "https://")):
                 raise BadInput(
                     f"server {url!r}: write a whole url, for example http://localhost:8000/v1"
+                )
+            if urlsplit(url).username or urlsplit(url).password:
+                raise BadInput(
+                    "server: a url with a name or password would be written down with the run; "
+                    "name the environment variable that holds the key with `key`"
                 )
 
     def identity(self) -> dict[str, Any]:
@@ -146,7 +152,13 @@ class Server:
         def ask(client: Any) -> Any:
             return client.chat.completions.create(**adapted(body, self.adaptations))
 
-        return read_reply(self.call(ask, adapts=True))
+        reply = read_reply(self.call(ask, adapts=True))
+        return replace(reply, text=self.hidden(reply.text), missing=self.hidden(reply.missing))
+
+    def hidden(self, text: str) -> str:
+        """A text without the key, which a server may send back."""
+        secret = os.environ.get(self.key, "") if self.key else ""
+        return text.replace(secret, "***") if secret else text
 
     def call(self, ask: Callable[[Any], Any], replica: int = 0, adapts: bool = False) -> Any:
         """The answer to ``ask(client)``, from this replica or, after a failure, from the next.
@@ -201,7 +213,7 @@ class Server:
             return None, sort_failure(error.status_code, error.body, self.key)
         except (openai.APIError, json.JSONDecodeError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            return None, Failure(AGAIN, first_line[:160])
+            return None, Failure(AGAIN, self.hidden(first_line)[:160])
         if isinstance(answer, str) or answer is None:
             return None, Failure(AGAIN, "not JSON")
         inside = failure_inside(answer)

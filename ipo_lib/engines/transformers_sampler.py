@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ipo_lib.chat import Chat, read_json
 from ipo_lib.engines import memory, scoring
 from ipo_lib.engines.draws import DrawBatch, OngoingDraw
+from ipo_lib.engines.loading import load_adapter, load_causal_lm
 from ipo_lib.engines.lora import NF4, silence_libraries
 from ipo_lib.engines.nucleus import nucleus_mass
 from ipo_lib.engines.progress import Meter
@@ -254,17 +255,11 @@ class TransformersSampler:
         transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         missing_kernel = logging.getLogger("bitsandbytes.backends.cpu.ops")
         missing_kernel.setLevel(logging.ERROR)  # it is optional
-        options: dict[str, Any] = {
-            "dtype": getattr(torch, self.dtype),
-            "use_safetensors": True,
-            "local_files_only": True,
-        }
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
         if self.quantize:
             options["quantization_config"] = NF4 | {"bnb_4bit_compute_dtype": self.dtype}
             options["device_map"] = device
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            self._model_files[0].parent, **options
-        )
+        model = load_causal_lm(self._model_files[0].parent, **options)
         if self.quantize:
             model = model.dequantize(options["dtype"])
 
@@ -278,10 +273,9 @@ class TransformersSampler:
     def _with_adapter(self, model: Any) -> Any:
         """The model with its adapter: merged in float32, beside the weights in 16 bits."""
         import torch
-        from peft import PeftModel
 
         silence_libraries()
-        lora: Any = PeftModel.from_pretrained(model, str(self._adapter_files[0].parent))
+        lora = load_adapter(model, self._adapter_files[0].parent)
         if self.dtype == "float32":
             return lora.merge_and_unload()
         # Under training's autocast LoRA is multiplied in 16 bits, too: this is the same function.
