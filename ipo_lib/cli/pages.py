@@ -1,7 +1,8 @@
 """Pages of Markdown that hold numbers: each number is put there from the sidecars of the figures.
 
 1. A *block* of lines between two marks, such as a table, is replaced as a whole. Its name says
-   what it holds: ``findings``, ``turning points``, ``table PROFILE TABLE`` or ``claims PROFILE``.
+   what it holds: ``findings``, ``turning points``, ``judges``, ``table PROFILE TABLE`` or
+   ``claims PROFILE``.
 2. A *marked number* stands in a sentence: a number, its interval and n, as far as the page gives
    them, then a comment that names profile and finding, as in ``85 % [71, 93]<!-- tiny: turns -->``.
    With ``less`` before the profile, the sign is turned round.
@@ -27,6 +28,9 @@ TURNS = {  # rows of the table of turning points: (profile, traces in 09-cost, t
     "recorded, `tiny`": ("tiny", "recorded"),
     "recorded, `sandbox`": ("sandbox", "recorded"),
 }
+JUDGED = re.compile(
+    r"(?P<judge>.+) on (?P<set>[\w-]+) \((?P<answers>\d+) answers, [^)]*\): (?P<measure>\w+) "
+)
 BLOCK = re.compile(
     r"(?P<begin><!-- ipo (?P<name>[^:>]+): begin -->).*?(?P<end><!-- ipo (?P=name): end -->)",
     re.DOTALL,
@@ -73,6 +77,8 @@ def updated(page: str, text: str, profiles: Sequence[str], figures: Path) -> str
             lines = findings.markdown(profiles, figures, front=page == "README.md")
         elif what == "turning":
             lines = turning_points(figures)
+        elif what == "judges":
+            lines = judges(figures)
         elif what == "table":
             lines = full_run(figures, *words)
         else:
@@ -190,6 +196,24 @@ def turning_points(figures: Path) -> list[str]:
                 row["times fewer tokens"],
             ]
             lines.append(f"| {' | '.join(cells)} |".replace("|  |", "|  |"))
+    return lines
+
+
+def judges(figures: Path) -> list[str]:
+    """How judges agree with labels by people, from 10-judges."""
+    sidecar = json.loads((figures / "judges" / "10-judges.json").read_text("utf-8"))
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for claim in sidecar["claims"]:
+        if match := JUDGED.match(claim["claim"]):
+            low, high = claim["interval"]
+            text = f"{claim['value']:.2f} [{low:.2f}, {high:.2f}]"
+            key = match["set"], match["judge"], match["answers"]
+            rows.setdefault(key, {})[match["measure"]] = text
+    head = ["set", "judge", "answers", "kappa", "sensitivity", "specificity"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for names, measures in rows.items():
+        cells = [*names, *(measures.get(name, "") for name in head[3:])]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
