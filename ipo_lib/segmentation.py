@@ -28,13 +28,14 @@ import yaml
 from ipo_lib.records import BadInput, Sentence
 
 PROTECTED = re.compile(
-    r"""(?<!`)`{3,}+.*?`{3,}+                       # code fence; an unclosed one is plain lines
-      | (?<!`)`[^`\n]++`                            # inline code
+    r"""(?<!`)(?P<fence>`{3,}+).*?(?<!`)(?P=fence)(?!`)    # code; an unclosed fence is plain lines
+      | ^(?P<tilde>~{3,}+).*?^(?P=tilde)(?!~)
+      | (?<!`)`(?!`)[^`\n]++`(?!`) | (?<!`)``(?!`)(?:[^`\n]|`(?!`))++``(?!`)    # inline code
       | \\\$                                        # an escaped dollar opens nothing
       | \$\$[^$]++\$\$ | \$(?=\S)[^$\n]++(?<=\S)\$(?!\d)    # TeX by dollars; "$5 and $10" is money
       | (?<!\\)\\\[(?:[^\\]|\\[^\[\]])*+\\\] | (?<!\\)\\\((?:[^\\]|\\[^()])*+\\\)
       | \((?:[^()\n]++|\([^()\n]*+\))*+\) | \[[^\[\]\n]*+\]""",
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 CANDIDATE = re.compile(
     r"""(?P<stop>(?<![.!?…؟।])[.!?…؟।]++(?:["'”’»)\]}*_$]|\\[)\]]|\[\d+\])*+)(?=[^\S\n]+(?P<next>\S))
@@ -56,6 +57,7 @@ GOES_ON = frozenset(",;:.!?)]}…=+%&|/–—-")  # after a stop and a space: th
 OPENERS = "\"'“‘«([{*_"
 CLOSERS = "\"'”’»)]}*_"
 FULL_STOP, LINE_ENDS = ".", ".!?…:;。！？"
+ITEM = re.compile(r"(?<!\S)\d{1,3}$")  # the number of an item of a list inside a line
 INITIALS = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]|[A-Z]")
 CONTENT = re.compile(r"\S")
 
@@ -89,6 +91,8 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
             continue
         elif match["wide"] or (match["line"] and not _is_wrapped(text, match, last)):
             cuts.append(cut)
+        elif match["stop"] == ".)" and (item := _item(text, match.start(), last)):
+            cuts += [item] if item > last else []  # "2.)" begins its sentence
         elif match["stop"]:
             bracket = protected[passed - 1] if passed else (0, 0)
             if not _is_aside(text, match, last, bracket) and _ends_sentence(text, match, last):
@@ -163,6 +167,12 @@ def _is_wrapped(text: str, match: re.Match[str], last: int) -> bool:
     return not before.rstrip().rstrip(CLOSERS).endswith(tuple(LINE_ENDS))
 
 
+def _item(text: str, stop: int, last: int) -> int | None:
+    """Where the number of a list's item begins that ends at ``stop``; None: there is none."""
+    item = ITEM.search(text, max(last, stop - 4), stop)
+    return item and item.start()
+
+
 def _is_aside(text: str, match: re.Match[str], last: int, bracket: tuple[int, int]) -> bool:
     """Whether the end mark stands in brackets after other words of the same sentence."""
     start, end = bracket
@@ -190,7 +200,9 @@ def _ends_sentence(text: str, match: re.Match[str], last: int) -> bool:
     if lower:  # writing without capitals: "i see. so it is"
         return len(word) > 1 and word.isalpha() and name not in BEFORE_LOWER
     if name in TITLES or name in BEFORE_NUMBER:
-        return name not in TITLES and not next_mark.isdigit()
+        return name not in TITLES and not first_letter.isdigit()
+    if name == "v" and len(words) > 1 and words[-2][0].isupper():  # a case: "Brown v. Board"
+        return bool(STARTER.match(text, following))
 
     # 3. An initial ends a sentence only before a word that begins one; a variable may: "set A."
     after_word = len(words) > 1 and not words[-2][0].isupper()

@@ -254,6 +254,8 @@ def _locked(folder: Path, spec: Json, name: str, notice: str = "") -> Iterator[i
     ``notice`` is said once where another process holds the lock.
     """
     with _explained(folder):
+        # Harmful text may lie in a store: a new one is for its user alone.
+        folder.parents[1].mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("ab", buffering=0) as file:
             _lock(file.fileno(), notice)

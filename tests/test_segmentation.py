@@ -83,6 +83,59 @@ def test_cases(marked: str) -> None:
     assert cut(marked.replace("|", "")) == marked.split("|")
 
 
+RULES = """
+A kettle boiled.| The cat slept.
+Is it late?| The shop is shut.
+Look there!!| A kite!?| It flies.
+Our baker is Anna K. Holm.
+Turn to p. 31.| Then rest.
+See Eq. (7) for the sum.| It is small.
+As Fig. [3] shows, it falls.| See pp. [12-19], too.
+Read Sec. 2.1.| It is short.
+Vol. 4 is lost.| Ch. 9 is not.
+It stands under N°. 12.| Look there.
+In Baker v. Miller they settled.| In Stone v. Reed they did not.
+The speed is v.| Then it doubles.
+The mill sold to Reed & Sons Ltd. in May.
+It was built by Hall & Co.| It stands empty.
+We climbed Mt. Storm and St. Olaf's hill.
+She moved to the U.K. last spring.| Why not the E.U.?| Who knows.
+At 7 a.m. Mrs. Holm woke.| At 9 p.m. she slept.
+It weighs 2.50 kg.| The price is $4.75.| Pay it.
+He fixed the roof (it had leaked for years.) and went home.
+Write to a.holm@mail.example.org.| Or see www.example.org/a.b.html.| Thanks.
+He said, "It rains." and left.
+He said, "It rains."| She looked up.
+It is known.[4]| It was shown before.[5, 6]
+They waited....| Nobody came.
+So it ... fell, I think.
+1.) Boil the water| 2.) Add the tea| 3.) Wait
+1. Boil the water.| 2. Add the tea.
+We set a = 1. b = 2 follows.
+Use ``x. Y`` twice.| Then stop.
+Run `a. B` once.| Then stop.
+外面下雨了。|我们在家吧！|好吗？|好。
+他问：“现在几点？”|没人知道。
+雨が降る。|傘を持つ。
+बारिश हो रही है।| घर चलो।
+هل وصلت؟| نعم وصلت.
+"""
+
+
+@pytest.mark.parametrize("marked", RULES.strip().splitlines())
+def test_rules_of_sentences(marked: str) -> None:
+    sentences = [sentence.strip() for sentence in cut(marked.replace("|", ""))]
+    assert sentences == [sentence.strip() for sentence in marked.split("|")]
+
+
+FENCES = ["````\n```\na. B\n```\nc. D\n````", "~~~\na = 1. B\nc. D\n~~~", "```\na. B\n\nC. D\n```"]
+
+
+@pytest.mark.parametrize("code", FENCES)
+def test_no_sentence_ends_inside_a_fence(code: str) -> None:
+    assert cut(f"Run:\n{code}\nDone.") == ["Run:\n", f"{code}\n", "Done."]
+
+
 @pytest.mark.parametrize(
     "unit",
     [

@@ -268,6 +268,15 @@ def test_an_unwritable_store_is_one_line(
         filled(tmp_path / "new")
 
 
+def test_a_new_store_is_private_and_an_old_one_stays_as_it_is(tmp_path: Path) -> None:
+    filled(tmp_path / "new")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    (tmp_path / "shared").mkdir(mode=0o770)
+    before = (tmp_path / "shared").stat().st_mode
+    filled(tmp_path / "shared")
+    assert (tmp_path / "shared").stat().st_mode == before
+
+
 def test_a_file_in_place_of_the_store_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="IPO_STORE"):
