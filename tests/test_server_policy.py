@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ipo_lib.judges.rubric import RubricJudge
 from ipo_lib.judging import Exchange
 from ipo_lib.records import BadInput
 from ipo_lib.sampling import Request, Sampling
-from ipo_lib.stages.verdicts import verdicts_in_chunks
+from ipo_lib.stages.verdicts import verdicts_in_chunks, warn_of_unanswered
 from ipo_lib.store import Store
 
 SECRET = "sk-0123456789abcdef"
@@ -252,3 +253,13 @@ def test_a_url_with_a_password_is_refused_and_not_said(url: str) -> None:
         Server((url,), "m")
     assert "pass" not in str(caught.value).replace("password", "")
     assert "token@" not in str(caught.value)
+
+
+def test_what_is_not_judged_is_counted_by_reason() -> None:
+    filtered, long = "declined: status 403, filtered", "cut off (length)"
+    records = [{"label": None, "raw": raw} for raw in (filtered, long, filtered, "Its own words.")]
+    with pytest.warns(UserWarning, match="3 of 5 .*: 2 declined: status 403, filtered, 1 cut off"):
+        warn_of_unanswered([*records, {"label": "safe", "raw": "empty"}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unanswered(records[3:])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,9 @@ from ipo_lib.sampling import Sampling
 from ipo_lib.stages.drawing import Prefix, sample
 from ipo_lib.stages.session import JUDGE_VERSION, WRITE_EVERY, Session
 from ipo_lib.store import Ledger
+
+# How the reason begins why a server gave no answer.
+UNANSWERED = ("declined", "cut off (", "empty")
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,6 +114,7 @@ def judge(
         text = part_text(rollout, part, session.chat.opened, offsets)
         exchanges.append(Exchange(key, prompt_of(rollout, prompts).text, text, part, question))
     ledger.collect(verdicts_in_chunks(session.judge, exchanges), WRITE_EVERY)
+    warn_of_unanswered([ledger[exchange.rollout_id] for exchange in exchanges])
     return [_of_a_whole_part(session, rollout, ledger) for rollout in rollouts]
 
 
@@ -157,6 +162,20 @@ def verdicts_in_chunks(
             raise BadInput(
                 f"judge: {len(left)} of {len(chunk)} exchanges got no verdict; return one for each"
             )
+
+
+def warn_of_unanswered(records: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of exchanges that a server declined, cut off or left empty, counted by reason."""
+    reasons = Counter(
+        record["raw"]
+        for record in records
+        if record["label"] is None and record["raw"].startswith(UNANSWERED)
+    )
+    if reasons:
+        counted = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        warnings.warn(
+            f"{reasons.total()} of {len(records)} exchanges are not judged: {counted}", stacklevel=3
+        )
 
 
 def _of_a_whole_part(session: Session, rollout: Rollout, ledger: Ledger) -> Verdict:
