@@ -3,9 +3,16 @@
 Sampling:
 
 - ``transformers_sampler``: a model in this process; ``decoding`` draws many rows at once and reads
-  shared prefixes once, ``nucleus`` is top-p, ``draws`` one request while it is sampled.
+  shared prefixes once, ``lanes`` uses two cores, ``nucleus`` is top-p, ``draws`` one request while
+  it is sampled.
+- ``loading``: models and adapters from folders, whole and without their code.
 - ``scoring``: probabilities of given tokens.
+
+Servers:
+
 - ``vllm``: a model behind a vLLM server; ``openai_api``: any OpenAI-compatible server.
+- ``server_policy``: what a failure means; ``replies``: what was answered; ``budget``: what may be
+  spent.
 
 Training:
 
