@@ -216,3 +216,9 @@ def test_the_digest_is_of_the_value_not_of_its_writing() -> None:
     assert digest(to_json(ROLLOUT)) == "5883749617ad2287"
     with pytest.raises(ValueError, match="JSON"):
         digest(math.nan)
+
+
+def test_a_mistake_is_one_line_whatever_it_names() -> None:
+    assert (
+        str(BadInput("no column 'a\nb\r\nc\u2028d'; name one")) == "no column 'a b c d'; name one"
+    )
