@@ -33,7 +33,10 @@ SPARSE = {"sparse": True}
 
 
 class BadInput(ValueError):
-    """A user's mistake; the message is one line that names the value and the remedy."""
+    """A mistake of the user, in one line that names the value and the remedy.
+
+    The command line prints the message and exits with status 2.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # what it names may have lines
