@@ -28,8 +28,8 @@ def decode_in_lanes(
 ) -> None:
     """Continue every prefix; each lane decodes its share in a thread with its share of the cores.
 
-    The number of cores changes neither which rows a lane has nor how many, so the draws stay the
-    same in 16 bits, too.
+    The number of cores changes neither which rows a lane has nor how many, so that batches have the
+    same shapes on every machine. On up to two cores each lane has one.
 
     Args:
         model: one of ``ARCHITECTURES``.
