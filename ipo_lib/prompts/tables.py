@@ -6,8 +6,9 @@
 2. ``text_cell`` takes the text of one cell. A cell without text is an error that names its row and
    column, and never a prompt called "None" or "nan".
 
-CSV is read by the standard library in its strict mode. pyarrow lets a quotation mark that is never
-closed swallow the rest of a file, and pandas takes a row with too few cells for one with empty ones.
+CSV is read by the standard library in its strict mode. pyarrow lets a quotation mark that is not
+closed swallow the rest of a file, and pandas takes a row with too few cells for one with empty
+ones.
 """
 
 from __future__ import annotations
