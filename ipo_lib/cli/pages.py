@@ -35,9 +35,10 @@ BLOCK = re.compile(
     r"(?P<begin><!-- ipo (?P<name>[^:>]+): begin -->).*?(?P<end><!-- ipo (?P=name): end -->)",
     re.DOTALL,
 )
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 MARKED = re.compile(
     r"(?P<value>-?\d+(?:\.\d+)?)(?P<unit>\s+%)?"
-    r"(?P<interval>\s+\[(?P<low>-?\d+(?:\.\d+)?),\s+(?P<high>-?\d+(?:\.\d+)?)\])?"
+    r"(?P<interval>\s+\[-?\d+(?:\.\d+)?,\s+-?\d+(?:\.\d+)?\])?"
     r"(?P<n>\s+\(n=\d+\))?"
     r"<!-- (?P<less>less )?(?P<profile>[\w-]+): (?P<name>[^>]+?) -->"
 )
@@ -81,8 +82,10 @@ def updated(page: str, text: str, profiles: Sequence[str], figures: Path) -> str
             lines = judges(figures)
         elif what == "table":
             lines = full_run(figures, *words)
-        else:
+        elif what == "claims":
             lines = claims(figures, *words)
+        else:
+            raise BadInput(f"{page}: a block {match['name']!r} is not known")
         return "\n".join([match["begin"], "", *lines, "", match["end"]])
 
     return update_numbers(BLOCK.sub(update, text), figures)
@@ -119,13 +122,8 @@ def update_numbers(text: str, figures: Path) -> str:
             )
         parts = [_like(match["value"], numbers[0]), match["unit"] or ""]
         if match["interval"]:
-            interval = match["interval"]
-            first, second = match.span("low")[0], match.span("high")[0]
-            start = match.span("interval")[0]
-            head = interval[: first - start]
-            middle = interval[first - start + len(match["low"]) : second - start]
-            parts += [head, _like(match["low"], numbers[1])]
-            parts += [middle, _like(match["high"], numbers[2]), "]"]
+            bounds = iter(numbers[1:])
+            parts.append(NUMBER.sub(lambda old: _like(old[0], next(bounds)), match["interval"]))
         if match["n"]:
             parts.append(re.sub(r"\d+", str(claim["n"]), match["n"]))
         mark = match.group()[match.group().index("<!--") :]
@@ -195,7 +193,7 @@ def turning_points(figures: Path) -> list[str]:
                 f"{row['rollouts']} ({row['rollouts, 95th percentile']})",
                 row["times fewer tokens"],
             ]
-            lines.append(f"| {' | '.join(cells)} |".replace("|  |", "|  |"))
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

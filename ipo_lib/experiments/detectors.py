@@ -226,6 +226,9 @@ class ServerCues:
         except Declined:
             self.budget.release(reserved)
             return UNREAD
+        except BadInput:
+            self.budget.release(reserved)
+            raise
         except Unanswered as error:
             raise BadInput(
                 f"{name}: no answer ({error}); finds so far are kept, run again when it is well"
