@@ -425,6 +425,20 @@ def test_a_signal_ends_a_run_in_one_line_and_leaves_no_kernel(
     assert list((tmp_path / "tmp").glob("*.json")) == []  # the kernel's connection file, with a key
 
 
+def test_what_is_logged_after_a_signal_is_not_printed() -> None:
+    code = (
+        "import logging, os, signal\n"
+        "from ipo_lib.cli.app import main\n"
+        "def command():\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    finally: logging.getLogger('asyncio').error('Kernel died')\n"
+        "main(command)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    stopped = "ipo: stopped by SIGINT; what is finished is kept, run again to go on"
+    assert (run.returncode, run.stderr.strip()) == (128 + signal.SIGINT, stopped)
+
+
 def test_a_notebook_that_fails_is_not_done(tmp_path: Path, ipo: Ipo, small: list[str]) -> None:
     for _ in range(2):
         code, _, output = ipo(*small, "-p", "csr.draws=100")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -333,6 +334,7 @@ def stopped_in_one_line() -> Iterator[None]:
     def stop(number: int, _: Any) -> NoReturn:
         name = signal.Signals(number).name
         print(f"\nipo: stopped by {name}; {KEPT}", file=sys.stderr, flush=True)
+        logging.disable()  # nbclient and asyncio may still tell that the kernel died
         raise SystemExit(128 + number)
 
     if threading.current_thread() is not threading.main_thread():

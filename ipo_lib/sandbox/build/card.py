@@ -68,11 +68,8 @@ FEW_DRAWS = 3  # rollouts of a test prompt
 MINING_SEED = 1  # other training prompts than the notebooks use
 MINED = {"sandbox": (96, 30)}  # prompts, and traces that get a CSR curve; a real model is slower
 MINED_BY_DEFAULT = (160, 48)
-RECORDED = {
-    "sandbox": (40, 60),
-    "tiny-null": (40, 110),
-}  # traces that get an outcome curve: safe and unsafe ones
-RECORDED_BY_DEFAULT = (100, 110)
+RECORDED = {"sandbox": (80, 160)}  # safe and unsafe traces that get an outcome curve
+RECORDED_BY_DEFAULT = (512, 512)  # all of them
 FORKS = {"sandbox": 12}  # continuations at a token at which a trace is surely left
 FORKS_BY_DEFAULT = 16
 ADAPTERS = ("sandbox", "tiny-answers")  # organisms that are shipped as one
