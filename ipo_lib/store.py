@@ -210,6 +210,7 @@ class Artifact:
     def __init__(self, parent: Path, spec: Json) -> None:
         self.folder = parent / digest(spec)
         self.path = self.folder / "files"
+        self.building = self.folder / "building"  # the files, while they are made
         self.spec = spec
 
     @property
@@ -221,22 +222,27 @@ class Artifact:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def make(self, fill: Callable[[Path], Any]) -> Path:
+    def make(self, fill: Callable[[Path], Any], goes_on: bool = False) -> Path:
         """``path``, made by ``fill`` if it is not there as a whole.
 
-        ``fill`` gets a folder, which is renamed to ``path`` when it is full. What a killed process
-        has left is removed. While another process fills it, this one waits and takes what it made.
+        ``fill`` gets a folder, which is renamed to ``path`` when it is full. While another process
+        fills it, this one waits and takes what it made.
+
+        Args:
+            fill: writes the files into the folder that it is given.
+            goes_on: whether ``fill`` finds in its folder what a killed process has left there;
+                else that is removed before.
         """
         if self.done:
             return self.path
-        building = self.folder / "building"
+        building = self.building
         with _locked(self.folder, self.spec, "lock", f"{self.folder}: another process makes it"):
             if self.done:
                 return self.path
-            for rest in (building, self.path):
+            for rest in (self.path,) if goes_on else (building, self.path):
                 shutil.rmtree(rest, ignore_errors=True)
             (self.folder / "done.json").unlink(missing_ok=True)
-            building.mkdir()
+            building.mkdir(exist_ok=True)
             fill(building)
             sizes = {}
             for file in building.rglob("*"):

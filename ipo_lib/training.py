@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.dpo import SFT, DpoSettings, Stage2Settings
-from ipo_lib.engines import processes, progress
+from ipo_lib.engines import checkpoints, processes, progress
 from ipo_lib.engines.lora import (
     ADAPTER_CONFIG,
     METRICS,
@@ -142,16 +141,17 @@ def train_once(
 ) -> tuple[Path, Rows]:
     """The adapter of ``spec`` from the store; if it is not there yet, ``run`` fills its folder.
 
+    ``run`` finds in that folder what an attempt that was killed has left there.
+
     Returns:
         (adapter folder, metrics rows).
     """
     artifact = session.store.artifact("adapters", TRAIN_VERSION, spec)
     if not processes.broadcast(artifact.done):
         if processes.is_first():
-            artifact.make(run)
-        else:  # it trains, too, and leaves the writing to the first process
-            with tempfile.TemporaryDirectory() as folder:
-                run(Path(folder))
+            artifact.make(run, goes_on=True)
+        else:  # it trains, too, and writes no more than its part of a checkpoint
+            run(artifact.building)
         processes.wait()
     lines = (artifact.path / METRICS).read_text("utf-8").splitlines()
     return artifact.path, [json.loads(line) for line in lines]
@@ -182,8 +182,9 @@ def train(
 ) -> Rows:
     """Train LoRA on the preference loss of Eq. 4 plus ``sft_weight`` times the SFT loss.
 
-    Under a launcher every process calls this, and the first one writes. A training whose margin
-    stays at 0 warns.
+    Under a launcher every process calls this with the same folder, and the first one writes. A
+    training whose margin stays at 0 warns. One that was killed goes on from its last checkpoint
+    (``ipo_lib.engines.checkpoints``): give the same arguments again.
 
     Args:
         pairs: training data; pairs longer than ``max_length`` are left out and counted.
@@ -211,6 +212,7 @@ def train(
     ordered = sort_by_length(fitting, settings.seed) if settings.length_buckets else fitting
     trainer, lora = _make_trainer(ordered, model, settings, out, adapter)
     trainer.add_callback(_progress_callback(lora, out, base, settings.keep))
+    trainer.add_callback(checkpoints.callback(out))
     _run(trainer, lora, settings, out, base)
 
     # 3. Collect the metrics and write everything.
@@ -229,6 +231,7 @@ def train(
     }
     if trainer.accelerator.is_main_process:
         write_results(lora, out, rows, base, summary)
+        checkpoints.remove(out)
     return rows
 
 
@@ -272,11 +275,13 @@ def _run(trainer: Any, lora: Any, settings: DpoSettings, out: Path, base: str) -
     """Run a trainer; where its loss becomes nan, save the last good adapter and raise."""
     from peft.helpers import disable_input_dtype_casting
 
+    processes.wait()  # no process writes a checkpoint before all have looked for one
+    checkpoint = checkpoints.latest(out)
     try:
         # PEFT turns every input to LoRA's float32, and autocast turns it back: the same numbers at
         # twice the memory traffic.
         with disable_input_dtype_casting(lora, active=settings.dtype == "bfloat16"):
-            trainer.train()
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     except Diverged as error:
         trainer.restore()
         if trainer.accelerator.is_main_process:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ipo_lib.dpo import DpoSettings
+from ipo_lib.engines import checkpoints
 from ipo_lib.experiments import grpo
 from ipo_lib.profiles.run import Run, open_run
 from ipo_lib.profiles.settings import GrpoSettings
@@ -72,6 +73,37 @@ def test_a_response_that_was_cut_off_earns_nothing(run: Run, rollouts: list[Roll
     assert reward([rollout.prompt_id], [with_eos(run, rollout)]) == [1.0]
     assert reward([rollout.prompt_id], [rollout.token_ids]) == [0.0]
     assert reward.generated == 2 * len(rollout.token_ids) + 1
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in a training catches it."""
+
+
+def test_a_killed_training_ends_as_one_that_was_not(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(checkpoints.VARIABLE, "0")
+    prompts = run.prompts("train_harmful")
+    settings = replace(SETTINGS, batch_size=8, accumulation=2)
+
+    def train(name: str) -> list[dict[str, float]]:
+        out = tmp_path / name
+        return grpo.train(run.session, prompts, run.folder, LORA, settings, SAMPLING, out)
+
+    def kill(*_: Any) -> None:
+        if checkpoints.latest(tmp_path / "killed"):
+            raise Killed
+
+    rows = train("whole")
+    assert len(rows) > 1
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "say", kill)
+        with pytest.raises(Killed):
+            train("killed")
+    assert train("killed") == rows
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()
+    assert not list(tmp_path.glob("*/checkpoint-*"))
 
 
 def test_trl_is_given_our_prompt_ids_and_ends(run: Run, tmp_path: Path) -> None:

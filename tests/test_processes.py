@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ipo_lib.cli import app
 from ipo_lib.dpo import DpoSettings
-from ipo_lib.engines import lora, processes
+from ipo_lib.engines import checkpoints, lora, processes
 from ipo_lib.records import BadInput
 
 SMALL = (
@@ -114,7 +116,7 @@ def test_stock_trl_is_refused_in_several_processes(
         make_trainer([], tmp_path, DpoSettings(), tmp_path, None)
 
 
-def ipo_train(store: Path, count: int) -> str:
+def start_training(store: Path, count: int) -> subprocess.Popen[str]:
     """``ipo train tiny`` on the smallest data, for several processes on CPUs by accelerate."""
     command = [sys.executable, "-m"]
     if count > 1:
@@ -131,20 +133,52 @@ def ipo_train(store: Path, count: int) -> str:
     command += ["ipo_lib.cli", "train", "tiny", "--store", str(store)]
     for setting in SMALL:
         command += ["-p", setting]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", checkpoints.VARIABLE: "0"}
     environment.pop("WORLD_SIZE", None)
     environment.pop("RANK", None)
-    done = subprocess.run(
+    return subprocess.Popen(
         command,
         env=environment,
         cwd=Path(__file__).parents[1],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
-        check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def ipo_train(store: Path, count: int) -> str:
+    """What a training prints that runs to its end."""
+    training = start_training(store, count)
+    output, errors = training.communicate(timeout=300)
+    assert training.returncode == 0, errors[-3000:]
+    return output
+
+
+def kill_at_a_checkpoint(store: Path, count: int) -> None:
+    """Start a training, and kill all its processes once it has written a checkpoint."""
+    training = start_training(store, count)
+    deadline = time.monotonic() + 300
+    while not list(store.glob(f"adapters/*/building/*/{checkpoints.MARK}")):
+        assert training.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    launcher = psutil.Process(training.pid)
+    for process in (launcher, *launcher.children(recursive=True)):
+        process.kill()
+    training.communicate(timeout=60)
+
+
+def test_two_processes_that_were_killed_go_on_from_their_checkpoint(tmp_path: Path) -> None:
+    ipo_train(tmp_path / "whole", 2)
+    kill_at_a_checkpoint(tmp_path / "killed", 2)
+    (building,) = (tmp_path / "killed" / "adapters").glob("*/building")
+    assert checkpoints.latest(building)
+    ipo_train(tmp_path / "killed", 2)
+    assert not building.exists()
+    for file in (tmp_path / "whole" / "adapters").rglob("*"):
+        if file.is_file():
+            killed = tmp_path / "killed" / file.relative_to(tmp_path / "whole")
+            assert killed.read_bytes() == file.read_bytes(), file.name
 
 
 def test_two_processes_end_with_the_adapter_of_one(tmp_path: Path) -> None:

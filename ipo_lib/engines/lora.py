@@ -95,6 +95,8 @@ def silence_libraries() -> None:
     # PEFT asks transformers for the first of these, accelerate asks torch for the second.
     for name in ("is_gradient_checkpointing", "broadcast_buffers"):
         warnings.filterwarnings("ignore", message=f"`{name}` is deprecated")
+    # PEFT looks for the base model under its name, where a trainer writes a checkpoint.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
 
 
 def load_base(folder: Folder, settings: DpoSettings, device: Any) -> Any:
@@ -229,7 +231,7 @@ def sort_by_length(pairs: Pairs, seed: int) -> list[Pair]:
 class BucketSampler:
     """A sampler that keeps neighbours in one batch: whole batches at random, a short one last.
 
-    Every epoch has another order.
+    Every epoch has another order. The trainer sets the number of the epoch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -240,6 +242,10 @@ class BucketSampler:
 
     def __len__(self) -> int:
         return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch whose order comes next, from 0."""
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         draw = random.Random(f"{self.seed}/{self.epoch}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ipo_lib.chat import read_json
@@ -32,6 +33,10 @@ from ipo_lib.engines.lora import (
 )
 from ipo_lib.engines.trees import Batch, Scorer, collate, sum_logps
 from ipo_lib.records import BadInput, Pair
+
+REFERENCE = (
+    "reference.safetensors"  # in a checkpoint: the reference's sums of the pairs read so far
+)
 
 
 class IndexRows:
@@ -54,6 +59,10 @@ class ShareSampler:
     def __len__(self) -> int:
         return self.forwards
 
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch whose batches come next, from 0."""
+        self.order.set_epoch(epoch)
+
     def __iter__(self) -> Iterator[list[tuple[int, float, float]]]:
         for share in self._shares(list(self.order)):
             yield [(index, share.pair_weight, share.token_weight) for index in share.indices]
@@ -68,6 +77,15 @@ class ShareSampler:
             processes.count(),
             processes.rank(),
         )
+
+
+class ShareLoader(torch.utils.data.DataLoader[Any]):
+    """A loader of shares, which the trainer tells the number of the epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the epoch whose batches come next, from 0."""
+        sampler: Any = self.batch_sampler
+        sampler.set_epoch(epoch)
 
 
 def _sft_tokens(pair: Pair, settings: DpoSettings) -> int:
@@ -108,7 +126,7 @@ class PrefixTrainer(transformers.Trainer):
             return super().get_train_dataloader()
         rows: Any = IndexRows()
         sampler: Any = ShareSampler(self.pairs, self.settings)
-        return torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=self.make_batch)
+        return ShareLoader(rows, batch_sampler=sampler, collate_fn=self.make_batch)
 
     def _get_train_sampler(self, *arguments: Any) -> Any:
         if not self.settings.length_buckets:
@@ -185,6 +203,20 @@ class PrefixTrainer(transformers.Trainer):
         numbers = torch.tensor(list(values.values()), device=self.args.device, dtype=torch.float64)
         means = self.accelerator.reduce(numbers, "mean").tolist()
         return dict(zip(values, means, strict=True))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what a checkpoint holds of the model: LoRA, and the reference's sums so far."""
+        if output_dir and self.args.should_save:
+            self._lora().save_pretrained(output_dir, save_embedding_layers=False)
+            save_file({"sums": self.reference}, Path(output_dir) / REFERENCE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self._lora(), resume_from_checkpoint, resume_from_checkpoint)
+        sums = load_file(Path(resume_from_checkpoint) / REFERENCE)["sums"]
+        self.reference = sums.to(self.args.device)
+
+    def _lora(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).model
 
     def restore(self) -> None:
         """Put back the adapter that gave the last finite loss."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from ipo_lib.chat import is_cut_off, part_text
 from ipo_lib.dpo import DpoSettings
+from ipo_lib.engines import checkpoints
 from ipo_lib.engines.lora import (
     Folder,
     Rows,
@@ -128,7 +129,8 @@ def train(
         lora: rank, precision and the rest of the training.
         settings: reward, budget, batches.
         sampling: temperature and length of the responses.
-        out: folder for the adapter, its metrics rows and ``training.json``.
+        out: folder for the adapter, its metrics rows and ``training.json``. A training that was
+            killed goes on from its last checkpoint there.
         adapter: folder of an adapter to go on from; None: a fresh one.
 
     Returns:
@@ -144,7 +146,9 @@ def train(
             "give the tokens that the method it stands beside has generated"
         )
     trainer = make_trainer(session, prompts, model, lora, settings, sampling, out, adapter)
-    trainer.train()
+    trainer.add_callback(checkpoints.callback(Path(out)))
+    checkpoint = checkpoints.latest(Path(out))
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     rows = []
     for entry in trainer.state.log_history:
         if "reward" in entry:
@@ -160,6 +164,7 @@ def train(
     if trainer.accelerator.is_main_process:
         adapted = trainer.accelerator.unwrap_model(trainer.model)
         write_results(adapted, Path(out), rows, Path(model).name, summary)
+        checkpoints.remove(Path(out))
     return rows
 
 
@@ -267,6 +272,10 @@ def _budget_callback(rewarder: Rewarder, budget: int) -> Any:
     import transformers
 
     class Budget(transformers.TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.log_history:  # it goes on from a checkpoint
+                rewarder.generated = state.log_history[-1]["tokens"]
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             say(min(rewarder.generated, budget), budget, "GRPO, tokens")
             tokens_per_step = rewarder.generated / state.global_step
