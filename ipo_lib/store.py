@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -32,6 +33,8 @@ Json = dict[str, Any]
 STORE = b'{"version": 1}\n'  # content of store.json; raise the number when the layout changes
 # A line of records.jsonl: canonical JSON that begins with the CRC-32 of what follows it.
 LINE = b'{"crc":"%08x",%b\n'
+KEY = re.compile(rb'"key":("(?:[^"\\]|\\.)*")')  # how the rest of a line begins
+IN_MEMORY = 50_000  # records of a ledger, some 5 kB each
 
 ELSEWHERE = "choose a writable folder with $IPO_STORE"
 FREE = "free space and run again, finished records are kept"
@@ -90,10 +93,11 @@ class Store:
         return Artifact(self.root / stage, {"stage": stage, "version": version, "spec": spec})
 
 
-class Ledger(dict[str, Json]):
+class Ledger(Mapping[str, Json]):
     """The records of a spec by key, as last read from disk.
 
-    Only ``append`` adds to them, and never a key that is there.
+    Only ``append`` adds to them, and never a key that is there. The first ``IN_MEMORY`` records are
+    kept in memory. Of the others it knows where they lie in the file, and reads them when asked.
     """
 
     def __init__(self, parent: Path, spec: Json) -> None:
@@ -101,8 +105,31 @@ class Ledger(dict[str, Json]):
         self.spec = spec
         self._forget()
 
+    def __len__(self) -> int:
+        return len(self._records) + len(self._places)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._records or key in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._records
+        yield from self._places
+
+    def __getitem__(self, key: str) -> Json:
+        if key not in self._places:
+            return self._records[key]
+        with _explained(self.folder), (self.folder / "records.jsonl").open("rb") as file:
+            file.seek(self._places[key])
+            content = _content(file.readline())
+        entry = json.loads(b"{" + content) if content else {}
+        if entry.get("key") != key:
+            raise BadInput(f"store: {file.name} was changed by somebody else; run again")
+        record: Json = entry["record"]
+        return record
+
     def _forget(self) -> None:
-        self.clear()
+        self._records: dict[str, Json] = {}
+        self._places: dict[str, int] = {}  # where the line of a key begins, in bytes
         self._bytes_read = 0
         self._hash = sha256()  # of the bytes read
 
@@ -191,17 +218,26 @@ class Ledger(dict[str, Json]):
 
     def _take_line(self, line: bytes, path: str) -> None:
         """Add the record of a line; BadInput: its bytes have changed, or its key was there."""
-        content = line.partition(b",")[2][:-1]
-        intact = line == LINE % (zlib.crc32(content), content)
-        entry = json.loads(b"{" + content) if intact else None
-        if entry is None or entry["key"] in self:
+        content = _content(line)
+        found = KEY.match(content)
+        key = json.loads(found[1]) if found else None
+        if key is None or key in self:
             raise BadInput(
                 f"store: {path}, line {len(self) + 1}: corrupted or repeated record; "
                 "delete this line and run again, only its record is computed anew"
             )
-        self[entry["key"]] = entry["record"]
+        if len(self._records) < IN_MEMORY:
+            self._records[key] = json.loads(b"{" + content)["record"]
+        else:
+            self._places[key] = self._bytes_read
         self._bytes_read += len(line)
         self._hash.update(line)
+
+
+def _content(line: bytes) -> bytes:
+    """What follows the checksum of a line; nothing if the line is not as it was written."""
+    content = line.partition(b",")[2][:-1]
+    return content if line == LINE % (zlib.crc32(content), content) else b""
 
 
 class Artifact:

@@ -25,7 +25,7 @@ from papermill.engines import Engine, NBClientEngine, papermill_engines
 
 from ipo_lib import stages
 from ipo_lib.cli import app, arguments, doctor, report, reproduce
-from ipo_lib.engines import budget
+from ipo_lib.engines import budget, progress
 from ipo_lib.profiles import reading
 from ipo_lib.profiles.run import open_run
 from ipo_lib.records import BadInput
@@ -632,23 +632,22 @@ def test_bars_that_have_ended_leave_nothing_in_the_notebook(tmp_path: Path) -> N
     assert [one.text for one in read.cells[0].outputs] == ["a warning", " "]
 
 
-def test_generated_counts_the_new_tokens_of_the_store(tmp_path: Path) -> None:
-    before = reproduce.ledger_sizes(tmp_path / "store")
+def test_only_the_tokens_of_this_run_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = tmp_path / "00.tokens"
+    assert reproduce.generated_tokens(counted) == 0
+    drawn(tmp_path / "of-another")
+    monkeypatch.setenv(progress.GENERATED_FILE, str(counted))
     path = drawn(tmp_path / "store")
     records = [json.loads(line)["record"] for line in path.read_bytes().splitlines()]
     total = sum(len(one["token_ids"]) for one in records)
-    assert reproduce.generated_tokens(tmp_path / "store", before) == total > 0
-    assert (
-        reproduce.generated_tokens(tmp_path / "store", reproduce.ledger_sizes(tmp_path / "store"))
-        == 0
-    )
-    whole = path.read_bytes()
-    path.write_bytes(
-        whole[:-20]
-    )  # a kill tore the last line; the next writer cuts it off and writes it again
-    before = reproduce.ledger_sizes(tmp_path / "store")
-    path.write_bytes(whole)
-    assert reproduce.generated_tokens(tmp_path / "store", before) == len(records[-1]["token_ids"])
+    assert reproduce.generated_tokens(counted) == total > 0
+    drawn(tmp_path / "store")  # nothing is missing
+    assert reproduce.generated_tokens(counted) == total
+    path.write_bytes(path.read_bytes()[:-20])  # a kill tore the last line, which is drawn again
+    drawn(tmp_path / "store")
+    assert reproduce.generated_tokens(counted) == total + len(records[-1]["token_ids"])
 
 
 def test_doctor_finds_a_sound_machine_and_names_each_remedy(

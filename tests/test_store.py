@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_route import KEYS, run_route
 
+from ipo_lib import store
 from ipo_lib.records import BadInput
 from ipo_lib.store import Artifact, Ledger, Store, default_root
 
@@ -483,9 +485,12 @@ keys = st.text(st.characters(), min_size=0) | st.sampled_from(
 def test_any_json_record_round_trips(records: dict[str, dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         assert Store(folder).ledger("any", 1, {}).append(records) == len(records)
-        again = Store(folder).ledger("any", 1, {})
-        assert list(again.items()) == list(records.items())
-        assert again.append(records) == 0
+        for kept in (store.IN_MEMORY, 1):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(store, "IN_MEMORY", kept)
+                again = Store(folder).ledger("any", 1, {})
+                assert list(again.items()) == list(records.items())
+                assert again.append(records) == 0
 
 
 def test_the_store_loads_nothing_heavy() -> None:
@@ -509,3 +514,60 @@ def test_a_ledger_is_read_once_and_sees_what_others_write(tmp_path: Path) -> Non
         "records": 2,
         "sha256": hashlib.sha256((again.folder / "records.jsonl").read_bytes()).hexdigest(),
     }
+
+
+@pytest.fixture
+def two_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "IN_MEMORY", 2)
+
+
+def test_records_that_stay_on_disk_are_read_like_others(
+    tmp_path: Path, two_in_memory: None
+) -> None:
+    writer = filled(tmp_path, 5)
+    records = {f"k{n}": {"text": f"record {n}", "n": n} for n in range(5)}
+    reader = Store(tmp_path).ledger("rollouts", 1, SPEC)
+    for ledger in (writer, reader):
+        assert dict(ledger) == records
+        assert list(ledger) == list(records)
+        assert len(ledger) == 5
+        assert "k4" in ledger
+        assert ledger.missing(["k4", "k9", "k0"]) == ["k9"]
+        with pytest.raises(KeyError):
+            ledger["k9"]
+    assert writer.append({"k4": {}, 'odd "\\ key\ud800\n': {"n": 5}}) == 1
+    assert reader.missing(['odd "\\ key\ud800\n']) == []
+    assert reader['odd "\\ key\ud800\n'] == {"n": 5}
+
+
+def test_a_record_on_disk_that_somebody_changed_is_one_line(
+    tmp_path: Path, two_in_memory: None
+) -> None:
+    ledger = filled(tmp_path, 5)
+    path = ledger.folder / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for changed in (lines[3].replace(b"record 3", b"record 4"), lines[4]):
+        path.write_bytes(b"".join([*lines[:3], changed, lines[4]]))
+        with pytest.raises(BadInput, match=r"records\.jsonl was changed by somebody else"):
+            ledger["k3"]
+    assert ledger["k4"]["n"] == 4
+
+
+def test_memory_does_not_grow_with_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4,000 more records of 4 kB, as of a trace, take less than a tenth of their bytes."""
+    monkeypatch.setattr(store, "IN_MEMORY", 500)
+    trace = {"token_ids": list(range(800))}
+    held = []
+    for count in (1000, 5000):
+        ledger = Store(tmp_path / str(count)).ledger("rollouts", 1, SPEC)
+        ledger.append((f"{n:016x}", trace) for n in range(count))
+        tracemalloc.start()
+        again = Store(tmp_path / str(count)).ledger("rollouts", 1, SPEC)
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert again[f"{count - 1:016x}"] == trace
+    grown = (tmp_path / "5000").rglob("records.jsonl")
+    size = next(grown).stat().st_size * 4 / 5
+    assert held[1] - held[0] < size / 10

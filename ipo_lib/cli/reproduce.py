@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 
 from ipo_lib.cli.arguments import RunPlan
 from ipo_lib.engines.budget import BUDGET_FILE
-from ipo_lib.engines.progress import Relay
+from ipo_lib.engines.progress import GENERATED_FILE, Relay
 from ipo_lib.profiles.reading import checkout, read_profile
 from ipo_lib.records import BadInput, canonical, digest
 from ipo_lib.store import write_whole
@@ -148,8 +148,10 @@ def run_notebook(job: Job, plan: RunPlan, again: bool) -> None:
     # 1. Run it, and delete figures of its last run that it no longer makes.
     plan.runs.mkdir(parents=True, exist_ok=True)
     earlier = read_records(plan.runs).get(notebook.stem, {}).get("figures", {})
-    sizes, began = ledger_sizes(plan.store), time.time()
-    with kernel_environment(plan):
+    counted = (plan.runs / f"{notebook.stem}.tokens").absolute()
+    counted.unlink(missing_ok=True)
+    began = time.time()
+    with kernel_environment(plan, counted):
         execute(notebook, plan)
     written = written_since(notebook, plan.figures, began)
     for name in {*earlier} - {path.name for path in written}:
@@ -162,8 +164,9 @@ def run_notebook(job: Job, plan: RunPlan, again: bool) -> None:
         "folder": str(plan.figures.resolve()),
         "figures": {path.name: file_hash(path) for path in written},
         "seconds": round(seconds, 1),
-        "generated": generated_tokens(plan.store, sizes),
+        "generated": generated_tokens(counted),
     }
+    counted.unlink(missing_ok=True)
     write_whole(plan.runs / f"{notebook.stem}{RECORD}", canonical(record) + "\n")
     # 3. Say what it found.
     print(f"{notebook.stem}: {seconds:.0f} s")
@@ -175,16 +178,23 @@ def run_notebook(job: Job, plan: RunPlan, again: bool) -> None:
 
 
 @contextmanager
-def kernel_environment(plan: RunPlan) -> Iterator[None]:
-    """What kernels find in their environment; all of a run count in one budget file."""
+def kernel_environment(plan: RunPlan, counted: Path) -> Iterator[None]:
+    """What a kernel finds in its environment; all of a run count in one budget file.
+
+    Args:
+        plan: what was asked for.
+        counted: file to which the kernel adds the tokens that it generates.
+    """
     online = {"HF_HUB_OFFLINE": "0"} if plan.settings.online else {}
     for name, value in {**KERNEL_ENVIRONMENT, **online}.items():
         os.environ.setdefault(name, value)
     several_runs = BUDGET_FILE in os.environ  # the user counts them together
     os.environ.setdefault(BUDGET_FILE, str(plan.runs.absolute() / "budget.json"))
+    os.environ[GENERATED_FILE] = str(counted)
     try:
         yield
     finally:
+        del os.environ[GENERATED_FILE]
         if not several_runs:
             del os.environ[BUDGET_FILE]
 
@@ -243,25 +253,6 @@ def store_sizes(root: Path) -> dict[str, int]:
     return sizes
 
 
-def ledger_sizes(root: Path) -> dict[Path, int]:
-    """The bytes of whole lines in every ledger of a store.
-
-    A torn last line is not counted: the next writer cuts it off.
-    """
-    return {path: path.read_bytes().rfind(b"\n") + 1 for path in root.glob("*/*/records.jsonl")}
-
-
-def generated_tokens(root: Path, sizes: Mapping[Path, int]) -> int:
-    """Tokens of the rollouts that a store has got since its ledgers had these sizes."""
-    total = 0
-    for path, size in ledger_sizes(root).items():
-        old_size = sizes.get(path, 0)
-        if size <= old_size:
-            continue
-        with path.open("rb") as file:
-            file.seek(old_size)
-            for line in file:
-                record = json.loads(line)["record"]
-                if "token_ids" in record:
-                    total += len(record["token_ids"]) - record["prefix_len"]
-    return total
+def generated_tokens(counted: Path) -> int:
+    """The tokens that a notebook has generated, whatever others wrote into the store meanwhile."""
+    return sum(map(int, counted.read_text("utf-8").split())) if counted.exists() else 0

@@ -1,13 +1,15 @@
-"""Progress bars of long steps, by tqdm.
+"""Progress of long steps: bars, by tqdm, and a count of the tokens that were generated.
 
 1. A step of the library shows its bar in the Jupyter kernel that it runs in, on the error stream.
    Outside a kernel nothing is shown.
 2. ``ipo reproduce`` runs notebooks in kernels of their own. Papermill hands their error stream to a
    ``Relay``, which shows the bars on the terminal, or about once a minute in a log.
+3. It also names a file to each kernel, in which the kernel counts the tokens that it generates.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -17,6 +19,7 @@ from tqdm import tqdm
 SECONDS_PER_UPDATE = 1.0  # and the shortest loop that shows a bar
 SECONDS_PER_LOG_LINE = 60.0
 ERASE_LINE = "\r\x1b[K"
+GENERATED_FILE = "IPO_GENERATED_FILE"  # environment variable
 
 
 class Meter:
@@ -47,6 +50,14 @@ def say(done: int, total: int, what: str) -> None:
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}"
         bar = tqdm.format_meter(done, total, 0.0, prefix=what, bar_format=layout)
         print(f"\r{bar}", end="", file=sys.stderr, flush=True)
+
+
+def count_generated(tokens: int) -> None:
+    """Add a line with a number of tokens to the file that ``$IPO_GENERATED_FILE`` names, if any."""
+    path = os.environ.get(GENERATED_FILE)
+    if path and tokens:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{tokens}\n")
 
 
 def in_kernel() -> bool:

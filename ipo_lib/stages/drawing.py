@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipo_lib.chat import Chat, split_response
+from ipo_lib.engines import progress
 from ipo_lib.engines.scoring import set_forced_to_one
 from ipo_lib.records import (
     Ids,
@@ -175,22 +176,27 @@ def _finished_rollouts(
     wanted: Mapping[str, tuple[Prefix, int]],
     sampler: str,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Completions as rollouts to store, by the key of their draw."""
-    for completion in completions:
-        prefix, number = wanted[completion.key]
-        token_ids = prefix.prefix_ids + completion.token_ids
-        rollout = Rollout(
-            id=digest([sampler, completion.key]),
-            prompt_id=prefix.prompt.id,
-            prefix_len=len(prefix.prefix_ids),
-            token_ids=token_ids,
-            text=chat.decode(token_ids),
-            finish=completion.finish,
-            draw=number,
-            sampler=sampler,
-            forced=completion.forced,
-        )
-        yield completion.key, to_json(rollout)
+    """Completions as rollouts to store, by the key of their draw; their tokens are counted."""
+    tokens = 0
+    try:
+        for completion in completions:
+            prefix, number = wanted[completion.key]
+            token_ids = prefix.prefix_ids + completion.token_ids
+            tokens += len(completion.token_ids)
+            rollout = Rollout(
+                id=digest([sampler, completion.key]),
+                prompt_id=prefix.prompt.id,
+                prefix_len=len(prefix.prefix_ids),
+                token_ids=token_ids,
+                text=chat.decode(token_ids),
+                finish=completion.finish,
+                draw=number,
+                sampler=sampler,
+                forced=completion.forced,
+            )
+            yield completion.key, to_json(rollout)
+    finally:
+        progress.count_generated(tokens)
 
 
 def _record_usage(session: Session, rollouts: Rollouts) -> None:
