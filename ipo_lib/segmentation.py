@@ -34,12 +34,13 @@ PROTECTED = re.compile(
       | \\\$                                        # an escaped dollar opens nothing
       | \$\$[^$]++\$\$ | \$(?=\S)[^$\n]++(?<=\S)\$(?!\d)    # TeX by dollars; "$5 and $10" is money
       | (?<!\\)\\\[(?:[^\\]|\\[^\[\]])*+\\\] | (?<!\\)\\\((?:[^\\]|\\[^()])*+\\\)
-      | \((?:[^()\n]++|\([^()\n]*+\))*+\) | \[[^\[\]\n]*+\]""",
+      | \((?:[^()\n]++|\([^()\n]*+\))*+\) | \[[^\[\]\n]*+\]
+      | 《[^《》\n]*+》 | （[^（）\n]*+）                # Chinese titles and brackets""",
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 CANDIDATE = re.compile(
     r"""(?P<stop>(?<![.!?…؟।])[.!?…؟।]++(?:["'”’»)\]}*_$]|\\[)\]]|\[\d+\])*+)(?=[^\S\n]+(?P<next>\S))
-      | (?P<wide>(?<![。！？])[。！？]++[”’」』）》"')\]]*+)(?!\s*\n)  # no space follows
+      | (?P<wide>(?<![。！？])[。！？]++[”’」』）"')\]]*+)(?!\s*\n)  # no space follows
       | (?P<line>\n(?:\s*\n)?)
       | (?P<tag></?think>(?:\s*\n)?)""",
     re.VERBOSE,

@@ -37,11 +37,17 @@ ASSISTANT = "<｜Assistant｜>"
 # Of the template in the R1-distill repositories.
 R1_SHA = "56a1447ad31926fdc21fb07e56e5642bd9c850c4f52d8c8af7bbe5f079a84f5f"
 ASK = Prompt("p", "How tall is a lighthouse?", "test", False)
-TEMPLATES = (
-    *("deepseek_r1_distill", "qwen3", "qwen3_8", "qwen2_5_training", "llama3_1", "gemma3"),
-    *("glm4moe", "phi3_5", "cohere2", "nemotron_3_nano"),
-    *("llama3_2", "gptoss", "muse_glimmer"),  # these print the date
-)
+NOT_TEXT = ("idefics3", "llava_next", "smolvlm")  # they read images beside lists of texts
+NO_SYSTEM = ("gemma",)
+SWITCHES = ("", " /no_think", " /think", "/nothink")  # of Qwen3 and GLM, at the end of a prompt
+SYSTEMS = (None, "Be brief.", "detailed thinking off", "/no_think")  # of Nemotron and SmolLM3
+
+
+def shipped_templates() -> list[str]:
+    """The names of all chat templates that TRL ships, without those for training."""
+    (package,) = importlib.util.find_spec("trl").submodule_search_locations  # type: ignore[union-attr]
+    names = [path.stem for path in (Path(package) / "chat_templates").glob("*.jinja")]
+    return sorted(name for name in names if not name.endswith("_training"))
 
 
 def template_source(name: str) -> str:
@@ -176,27 +182,79 @@ class TemplateDay(datetime.datetime):
         return cls(TEMPLATE_DATE.year, TEMPLATE_DATE.month, TEMPLATE_DATE.day, tzinfo=tz)
 
 
-@pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_prompts_are_rendered_as_transformers_renders_them(
-    name: str, system: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def fixed_day(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template_utils, "datetime", TemplateDay)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_templates() if name not in NOT_TEXT])
+def test_prompts_are_rendered_as_transformers_renders_them(
+    name: str, tmp_path: Path, fixed_day: None
+) -> None:
     folder = tiny_tokenizer(tmp_path, template=template_source(name))
     theirs = AutoTokenizer.from_pretrained(folder)
-    user = {"role": "user", "content": "How tall is <b>a lighthouse</b>?"}
-    messages = [{"role": "system", "content": system}, user] if system else [user]
-    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    prompt = Prompt("p", user["content"], "test", False)
-    ids = Chat(folder, system=system).prompt_ids(prompt)
-    assert list(ids) == theirs.encode(rendered, add_special_tokens=False)
-    # Several turns.
-    turns = (user["content"], "Ten metres.", "Really?")
+
+    def rendered(messages: list[dict[str, str]]) -> str:
+        text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(text)
+
+    for system in (None,) if name in NO_SYSTEM else SYSTEMS:
+        chat = Chat(folder, system=system)
+        first = [{"role": "system", "content": system}] if system else []
+        for switch in SWITCHES:
+            text = f"How tall is <b>a lighthouse</b>?{switch}"
+            expected = rendered([*first, {"role": "user", "content": text}])
+            ids = chat.prompt_ids(Prompt("p", text, "test", False))
+            assert list(ids) == theirs.encode(expected, add_special_tokens=False)
+    turns = ("How tall is <b>a lighthouse</b>?", "Ten metres.", "Really?")
     messages = []
     for role, text in zip(("user", "assistant", "user"), turns, strict=True):
         messages.append({"role": role, "content": text})
-    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert Chat(folder).turns_text(turns) == rendered
+    assert Chat(folder).turns_text(turns) == rendered(messages)
+
+
+def test_there_are_enough_templates_to_prove_it() -> None:
+    assert len(shipped_templates()) >= 30
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_a_template_that_reads_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="drops the user turn"):
+        Chat(tiny_tokenizer(tmp_path, template=template_source(name)))
+
+
+def test_a_template_without_system_turns_is_refused_where_one_is_asked_for(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path, template=template_source("gemma"))
+    with pytest.raises(BadInput, match=r"System role not supported.*drop `system`"):
+        Chat(folder, system="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("name", "variable", "values"),
+    [
+        ("qwen3", "enable_thinking", (True, False)),
+        ("qwen3_8", "enable_thinking", (True, False)),
+        ("glm4moe", "enable_thinking", (True, False)),
+        ("nemotron_3_nano", "enable_thinking", (True, False)),
+        ("gptoss", "reasoning_effort", ("low", "high")),
+    ],
+)
+def test_variables_reach_the_template(
+    name: str, variable: str, values: tuple[object, object], tmp_path: Path, fixed_day: None
+) -> None:
+    folder = tiny_tokenizer(tmp_path, template=template_source(name))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": ASK.text}]
+    chats = [Chat(folder), *(Chat(folder, variables={variable: value}) for value in values)]
+    for chat in chats:
+        rendered = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **chat.variables
+        )
+        assert list(chat.prompt_ids(ASK)) == theirs.encode(rendered, add_special_tokens=False)
+    assert chats[1].prompt_ids(ASK) != chats[2].prompt_ids(ASK)
+    fingerprints = [json.dumps(chat.fingerprint()) for chat in chats]
+    assert len(set(fingerprints)) == 3  # their draws are kept apart
+    assert "variables" not in chats[0].fingerprint()  # stores of before stay as they are
 
 
 def test_a_date_in_a_format_that_is_not_fixed_is_refused(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ class Chat:
         folder: of the model, with tokenizer.json and a chat template.
         prefill: text that follows the generation prompt, as if the model had written it.
         system: text of a system turn; None: no such turn.
+        variables: what the template may ask for, such as ``{"enable_thinking": False}``.
         guard: a model that only judges. Its text is never cut, so that any tokenizer will do, and
             it may have no template.
 
@@ -70,11 +71,13 @@ class Chat:
         *,
         prefill: str = "",
         system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
         guard: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.prefill = prefill
         self.system = system
+        self.variables = dict(variables or {})
         self._bytes_by_token: dict[int, bytes] = {}
         self._unproven = True  # the template has rendered nothing yet
         self._tokenizer = self._read_tokenizer(any_vocabulary=guard)
@@ -163,11 +166,13 @@ class Chat:
     def fingerprint(self) -> dict[str, Any]:
         """What decides the ids of a prompt and where an answer ends, as plain JSON values."""
         tokenizer = (self.folder / "tokenizer.json").read_bytes()
+        variables = {"variables": self.variables} if self.variables else {}
         return {
             "tokenizer": sha256(tokenizer).hexdigest(),
             "template": sha256(self._template_source.encode()).hexdigest(),
             "prefill": self.prefill,
             "system": self.system,
+            **variables,
             "date": TEMPLATE_DATE.isoformat(),
             "special": self._special_tokens,
             "eos": sorted(self.eos_ids),
@@ -297,7 +302,7 @@ class Chat:
             f"{self.folder}: the chat template prints the date in a format that is not fixed; "
             "write the format in quotes",
         )
-        values: dict[str, Any] = {"chat_template": source, **self._special_tokens}
+        values = {"chat_template": source, **self._special_tokens, **self.variables}
 
         def render() -> Any:
             return render_jinja_template([messages], add_generation_prompt=True, **values)

@@ -19,7 +19,7 @@ from ipo_lib.engines import hub
 from ipo_lib.engines.openai_api import Server
 from ipo_lib.judges import guards
 from ipo_lib.profiles.run import build_component
-from ipo_lib.profiles.settings import Component, Profile
+from ipo_lib.profiles.settings import Component, Model, Profile
 from ipo_lib.prompts import PromptSet, data_folder, known_prompt_sets, located, object_named
 from ipo_lib.records import BadInput, from_json
 
@@ -152,19 +152,19 @@ def _check_model(settings: Profile) -> Iterator[Check]:
         arguments = model.find.arguments
         yield _check_hub_model("model", str(arguments["name"]), str(arguments["revision"]))
     elif not model.find:
-        yield _check_folder(model.folder, model.prefill)
+        yield _check_folder(model)
     if model.server:
         yield from _check_server("model server", model.server)
 
 
-def _check_folder(folder: str, prefill: str) -> Check:
+def _check_folder(model: Model) -> Check:
     """A model folder must be one that a chat can be held with."""
-    if not folder:
+    if not model.folder:
         hint = "name one: -p model.folder=DIR, or ipo reproduce --model DIR"
         return Check("model", "no folder", hint)
-    path = Path(folder).expanduser()
+    path = Path(model.folder).expanduser()
     try:
-        chat = Chat(path, prefill=prefill)
+        chat = Chat(path, prefill=model.prefill, system=model.system, variables=model.variables)
     except BadInput as error:
         return Check("model", str(path), str(error))
     return Check("model", f"{path}, {len(chat.eos_ids)} end tokens")

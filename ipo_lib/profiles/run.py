@@ -338,7 +338,7 @@ def open_run(
             f"model folder {str(folder)!r} is missing; put a model there or name another as "
             "model.folder"
         )
-    chat = Chat(folder, prefill=model.prefill, system=model.system)
+    chat = Chat(folder, prefill=model.prefill, system=model.system, variables=model.variables)
     session = Session(
         Store(store or None),
         chat,

@@ -48,6 +48,8 @@ class Model:
     find: Component | None = None  # or what returns that folder
     prefill: str = ""  # text put at the beginning of every response
     system: str | None = None  # system turn
+    # What the chat template may ask for, such as {enable_thinking: false}
+    variables: Mapping[str, Any] = field(default_factory=dict)
     device: str = "auto"
     dtype: str = "auto"
     quantize: str | None = None  # nf4, for sampling and for training
