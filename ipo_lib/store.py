@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
+import platform
 import re
 import shutil
 import sys
@@ -333,14 +335,31 @@ def _lock(file: int, notice: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or not at all.
 
-    Several processes may write it: each has a temporary file of its own.
+    Several processes may write it: each has a temporary file of its own. Those that killed
+    processes of this machine have left are removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    begin = f".{path.name}.{platform.node()}."
+    temporary = path.with_name(f"{begin}{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+        number = left.name.removeprefix(begin).removesuffix(".tmp")
+        if number.isdigit() and not _runs(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine still runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's process
+        return True
+    return True
 
 
 def _publish(path: Path, content: Json) -> None:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import random
 import resource
 import signal
@@ -571,3 +572,19 @@ def test_memory_does_not_grow_with_the_records(
     grown = (tmp_path / "5000").rglob("records.jsonl")
     size = next(grown).stat().st_size * 4 / 5
     assert held[1] - held[0] < size / 10
+
+
+def test_a_temporary_file_of_a_killed_process_is_removed_by_the_next_writer(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    begin = f".a.json.{platform.node()}"
+    names = [f"{begin}.{dead.pid}.tmp", f"{begin}.{os.getppid()}.tmp", f"{begin}.mine.tmp"]
+    names += [
+        f".a.json.another-machine.{dead.pid}.tmp",
+        f".b.json.{platform.node()}.{dead.pid}.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("half")
+    store.write_whole(tmp_path / "a.json", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *names[1:]}
+    assert (tmp_path / "a.json").read_text() == "whole"
