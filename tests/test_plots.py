@@ -110,9 +110,12 @@ def test_groups_draw_what_was_measured_and_the_paper_once_named() -> None:
 def test_rewards_divergence_and_tradeoffs_draw_every_point() -> None:
     _, ax = plots.figure()
     steps = [(100.0 * step, step / 40) for step in range(1, 41)]
-    plots.rewards({"I[z]": steps, "I[y]": steps[:2]}, ax)
-    assert [len(line.get_xdata()) for line in ax.lines] == [40, 10, 2, 2]
+    later = [(tokens + 50.0, reward + 1) for tokens, reward in steps[:3]]  # of another seed
+    plots.rewards({"I[z]": [steps], "I[y]": [steps[:2], later]}, ax)
+    assert [len(line.get_xdata()) for line in ax.lines] == [40, 10, 5, 2]
     assert ax.lines[1].get_ydata()[0] == pytest.approx(sum(y for _, y in steps[:4]) / 4)
+    assert ax.lines[3].get_xdata().tolist() == [125, 225]  # means of the same step
+    assert ax.lines[3].get_ydata() == pytest.approx([1 / 40 + 0.5, 2 / 40 + 0.5])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("tokens generated", "mean reward")
     _, ax = plots.figure()
     plots.divergence({"one": [(0, 0.1, 0.0, 0.3), (1, 0.2, 0.1, 0.4)]}, ax, xlabel="token")

@@ -109,7 +109,7 @@ def test_tables_have_a_line_for_each_row() -> None:
     assert table[0]["seeds"] == 6
     assert table[0]["generated"] == round(1002.5)
     assert results.trace_statistics(rows)[1]["traces with a cue"] == 0.5
-    assert results.reward_steps(rows)["DPO on Part"][:2] == [(10, 0.5), (10, 0.5)]
+    assert results.reward_steps(rows)["DPO on Part"][:2] == 2 * [[(10, 0.5), (20, 0.7)]]
 
 
 def test_the_token_curve_reads_the_budgets_that_were_run() -> None:

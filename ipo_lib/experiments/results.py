@@ -285,13 +285,13 @@ def trace_statistics(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return lines
 
 
-def reward_steps(cells: Sequence[Cell]) -> dict[str, list[tuple[float, float]]]:
-    """By row, GRPO's (tokens generated so far, mean reward) at every step of every seed."""
+def reward_steps(cells: Sequence[Cell]) -> dict[str, list[list[tuple[float, float]]]]:
+    """By row, a list for each seed: GRPO's (tokens generated so far, mean reward) at its steps."""
     steps = {}
     for row in row_names(cells):
-        of_row = [step for cell in finished_cells(cells, row) for step in cell.steps]
-        if of_row:
-            steps[row] = sorted(of_row)
+        by_seed = [list(cell.steps) for cell in finished_cells(cells, row) if cell.steps]
+        if by_seed:
+            steps[row] = by_seed
     return steps
 
 

@@ -306,14 +306,17 @@ def divergence(
     return ax
 
 
-def rewards(series: Mapping[str, Sequence[tuple[float, float]]], ax: Axes) -> Axes:
-    """GRPO's mean reward: (tokens generated so far, reward) of each step, and means of tenths."""
-    for (name, steps), colour in _with_colours(series):
-        tokens, means = _columns(steps, 0, 1)
+def rewards(series: Mapping[str, Sequence[Sequence[tuple[float, float]]]], ax: Axes) -> Axes:
+    """GRPO's mean reward: (tokens generated so far, reward) of each seed's steps.
+
+    Dots are steps. The line is the mean of the seeds at the same step, over a tenth of the steps.
+    """
+    for (name, by_seed), colour in _with_colours(series):
         faint: Style = {"color": colour, "alpha": 0.3, "markersize": 3, "markeredgewidth": 0}
-        ax.plot(tokens, means, ".", **faint)
-        tenth = max(len(steps) // 10, 1)
-        smooth = _chunk_means(tokens, tenth), _chunk_means(means, tenth)
+        ax.plot(*_columns([*itertools.chain(*by_seed)], 0, 1), ".", **faint)
+        rows = [*itertools.chain(*zip(*by_seed, strict=False))]  # by step, then by seed
+        chunk = len(by_seed) * max(len(rows) // len(by_seed) // 10, 1)
+        smooth = [_chunk_means(column, chunk) for column in _columns(rows, 0, 1)]
         ax.plot(*smooth, color=colour, label=name)
     ax.set(xlabel="tokens generated", ylabel="mean reward")
     if series:
