@@ -182,9 +182,8 @@ def train(
 ) -> Rows:
     """Train LoRA on the preference loss of Eq. 4 plus ``sft_weight`` times the SFT loss.
 
-    Under a launcher every process calls this with the same folder, and the first one writes. A
-    training whose margin stays at 0 warns. One that was killed goes on from its last checkpoint
-    (``ipo_lib.engines.checkpoints``): give the same arguments again.
+    Under a launcher every process calls this with the same folder. A training whose margin stays at
+    0 warns. One that was killed, called again alike, goes on (``ipo_lib.engines.checkpoints``).
 
     Args:
         pairs: training data; pairs longer than ``max_length`` are left out and counted.
