@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipo_lib.cli import pages
-from ipo_lib.profiles.claims import estimate
+from ipo_lib.profiles.claims import claim
 from ipo_lib.profiles.reading import checkout
 from ipo_lib.records import BadInput
 from ipo_lib.stats import Interval
@@ -38,7 +38,7 @@ def write_kl(figures: Path, value: float) -> None:
     """One claim of a sidecar, about a difference of KL."""
     measured = Interval(value, value - 0.01, value + 0.02, 31, "made up")
     sentence = "Profile tiny, here: KL is higher than in the rest of the trace; {}."
-    claims = [estimate(sentence, measured, origin="emergent", percent=False)]
+    claims = [claim(sentence, measured, origin="emergent", percent=False)]
     (figures / "tiny").mkdir(exist_ok=True)
     (figures / "tiny" / "06-fig7-kl.json").write_text(json.dumps({"claims": claims}))
 
@@ -53,7 +53,7 @@ def test_a_marked_number_keeps_its_shape(tmp_path: Path) -> None:
         "KL is 0.046<!-- tiny: KL -->, 5 [4, 6]"
     )
     write_kl(tmp_path, -0.0461)
-    fewer = "lower by 0.04 [0.01, 0.09]<!-- less tiny: KL -->"
+    fewer = "lower by 0.04 [0.01, 0.09]<!-- less tiny: KL = the other way round -->"
     assert "lower by 0.05 [0.03, 0.06]<" in pages.update_numbers(fewer, tmp_path)
 
 
@@ -61,6 +61,7 @@ def test_a_marked_number_keeps_its_shape(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("0.04<!-- tiny: KL -->", "was 0.04 and is -0.05 in tiny; write its sentence anew"),
+        ("-0.04<!-- tiny: KL = holds -->", "'holds' is now 'the other way round' in tiny"),
         ("0.04<!-- tiny: drop -->", "mark 'drop': no finding has this name"),
         ("0.04<!-- tiny-null: KL -->", "the figures of tiny-null have no such claim"),
     ],

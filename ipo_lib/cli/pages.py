@@ -5,7 +5,8 @@
    ``claims PROFILE``.
 2. A *marked number* stands in a sentence: a number, its interval and n, as far as the page gives
    them, then a comment that names profile and finding, as in ``85 % [71, 93]<!-- tiny: turns -->``.
-   With ``less`` before the profile, the sign is turned round.
+   With ``less`` before the profile, the sign is turned round. ``= VERDICT`` after the name says
+   which verdict the sentence tells, as in ``<!-- tiny: turns = holds -->``.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ MARKED = re.compile(
     r"(?P<value>-?\d+(?:\.\d+)?)(?P<unit>\s+%)?"
     r"(?P<interval>\s+\[-?\d+(?:\.\d+)?,\s+-?\d+(?:\.\d+)?\])?"
     r"(?P<n>\s+\(n=\d+\))?"
-    r"<!-- (?P<less>less )?(?P<profile>[\w-]+): (?P<name>[^>]+?) -->"
+    r"<!-- (?P<less>less )?(?P<profile>[\w-]+): (?P<name>[^>=]+?)"
+    r"(?: = (?P<verdict>[^>]+?))? -->"
 )
 
 
@@ -99,7 +101,7 @@ def update_numbers(text: str, figures: Path) -> str:
         figures: the folder with a folder of figures for each profile.
 
     Raises:
-        BadInput: a mark names no claim, or a number has changed its sign.
+        BadInput: a mark names no claim, or a number has changed its sign, or a claim its verdict.
     """
     by_name = {finding.name: finding for finding in findings.read_findings() if finding.name}
 
@@ -110,6 +112,11 @@ def update_numbers(text: str, figures: Path) -> str:
         claim = findings.find_claim(by_name[name], profile, figures / profile)
         if claim is None:
             raise BadInput(f"mark {name!r}: the figures of {profile} have no such claim")
+        if match["verdict"] not in (None, claim["verdict"]):
+            raise BadInput(
+                f"mark {name!r}: {match['verdict']!r} is now {claim['verdict']!r} in {profile}; "
+                "write its sentence anew"
+            )
         factor = 100 if by_name[name].unit == findings.PERCENT else 1
         numbers = [factor * number for number in (claim["value"], *claim["interval"])]
         if match["less"]:
