@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scripted import ASIDE, CLOSE, CUE, PROOF, STEP, Phrase, named, rollout, session, world
 
-from ipo_lib import stages
+from ipo_lib import stages, stats
 from ipo_lib.chat import Chat
 from ipo_lib.csr import CsrSettings
 from ipo_lib.experiments import cue_effects
@@ -80,18 +80,79 @@ def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> Non
         points[key] = curve(key, 0.5, *after)
     measured = MeasuredTraces(traces, spans, turns, points)
     places = places_of_cues(measured, cues)
-    assert cue_effects.correlation(places).value == pytest.approx(1)
-    chance = cue_effects.placebo_correlation(
-        [places_of_cues(measured, cues, seed) for seed in range(50)]
-    )
+    by_seed = [places_of_cues(measured, cues, seed) for seed in range(50)]
+    r = cue_effects.compare_correlations(by_seed)
+    assert r[cue_effects.CUE].value == pytest.approx(1)
+    chance = r[cue_effects.PLACEBO]
     assert 0 < chance.value < 0.9  # not 0: the earlier place is bound by the cue
     assert chance.low < chance.value < chance.high
+    assert 0 < r["difference"].low < r["difference"].value == pytest.approx(1 - chance.value)
     drops = cue_effects.mean_drops(places)
     assert drops["at the cue"].value == pytest.approx(0.5)
     assert drops["elsewhere"].value == 0
     assert drops["difference"].low > 0
     assert drops["difference"].n == 24
-    assert math.isnan(cue_effects.placebo_correlation([[]]).value)
+
+
+def place(index: int, cue: int, other: int, turn: int | None, prompts: int = 1000) -> CuePlace:
+    return CuePlace(str(index), f"p{index % prompts}", cue, other, turn, 0, math.nan, math.nan)
+
+
+def test_correlations_are_those_of_the_textbook() -> None:
+    random = np.random.default_rng(0)
+    cues, turns = random.integers(0, 90, 40), random.integers(0, 90, 40)
+    others = [random.integers(0, 90, 40) for _ in range(3)]
+    by_seed = []
+    for other in others:
+        by_seed.append([place(n, cues[n], other[n], turns[n]) for n in range(40)])
+        by_seed[-1].append(place(99, 5, 5, None))  # no turn
+    r = cue_effects.compare_correlations(by_seed)
+    expected = np.corrcoef(cues, turns)[0, 1]
+    chance = np.mean([np.corrcoef(other, turns)[0, 1] for other in others])
+    assert r[cue_effects.CUE].value == pytest.approx(expected)
+    assert r[cue_effects.PLACEBO].value == pytest.approx(chance)
+    assert r[cue_effects.DIFFERENCE].value == pytest.approx(expected - chance)
+    assert {interval.n for interval in r.values()} == {40}
+    fisher = stats.pearson(cues.tolist(), turns.tolist())
+    assert r[cue_effects.CUE].low == pytest.approx(fisher.low, abs=0.1)
+    assert r[cue_effects.CUE].high == pytest.approx(fisher.high, abs=0.1)
+
+
+def test_traces_of_one_prompt_do_not_narrow_the_interval() -> None:
+    random = np.random.default_rng(1)
+    cues, turns, others = (random.integers(0, 90, 20) for _ in range(3))
+    once = [place(n, cues[n], others[n], turns[n]) for n in range(20)]
+    copies = [place(n, cues[n % 20], others[n % 20], turns[n % 20], prompts=20) for n in range(200)]
+    one, ten = (cue_effects.compare_correlations([rows])["difference"] for rows in (once, copies))
+    assert (ten.low, ten.high) == pytest.approx((one.low, one.high), abs=1e-9)
+
+
+def test_no_difference_is_found_in_traces_without_one() -> None:
+    """Cue and random sentence are drawn alike: the interval of the difference holds 0 (n=60)."""
+    wrong = 0
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        turns = random.integers(1, 90, 40)
+        rows = []
+        for n, turn_at in enumerate(turns):
+            cue, other = random.integers(0, turn_at + 1, 2)
+            rows.append(place(n, cue, other, int(turn_at), prompts=20))
+        difference = cue_effects.compare_correlations([rows], 300)["difference"]
+        wrong += not difference.low <= 0 <= difference.high
+    assert wrong <= 8
+
+
+def test_turns_in_the_first_sentence_can_be_left_out() -> None:
+    rows = [place(0, 5, 0, 0), place(1, 5, 0, 7), place(2, 5, 0, None)]
+    assert cue_effects.turned_later(rows) == [rows[1]]
+
+
+def test_too_few_traces_decide_nothing() -> None:
+    for rows in ([], [place(0, 5, 0, 7)], [place(0, 5, 0, 7), place(1, 5, 0, 7)]):
+        for interval in cue_effects.compare_correlations([rows]).values():
+            assert math.isnan(interval.value)
+            assert (interval.low, interval.high) == (-1, 1)
+    assert math.isnan(cue_effects.compare_correlations([])["difference"].value)
 
 
 def noisy_points(key: str, s: float, draws: int, random: np.random.Generator) -> list[CsrPoint]:

@@ -4,7 +4,9 @@
    unsafe *turning point* (Eq. 3) begins, and where a random sentence up to the turn begins: the
    *placebo*. Places are counted in tokens kept before them.
 2. Pearson's r of cue and turn (the paper's number) is to be read beside the placebo's: for a judge
-   to whom harm once written stays written, any earlier place goes together with the turn.
+   to whom harm once written stays written, any earlier place goes together with the turn. Where
+   the turn is in the first sentence, the placebo is the turn by its rule. So both are also compared
+   without such traces (``turned_later``).
 3. The *drop* of a sentence is S before it minus S after it. The drop at the cue is compared with
    the mean drop over the trace's other sentences. Left out are sentences that begin where S is 0
    or 1, since they can move nothing, and all from the first one on that holds harm itself. There
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan, nan
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,11 +39,11 @@ from ipo_lib.records import (
     digest,
 )
 from ipo_lib.stages import JudgedRollouts, Session, judge, trace_sentences
-from ipo_lib.stats import Interval, mean, needed_for_mean, pearson, power_of_mean
+from ipo_lib.stats import Interval, mean, needed_for_mean, power_of_mean
 from ipo_lib.turning_points.curves import Curve, recorded_rollouts
 from ipo_lib.turning_points.exhaustive import exact_points, true_turn
 
-CUE, PLACEBO = "cue", "other"  # fields of CuePlace
+CUE, PLACEBO, DIFFERENCE = "cue", "random sentence", "difference"
 
 
 @dataclass(frozen=True)
@@ -188,35 +191,69 @@ def _exact_points(curve: Curve, sentences: Sequence[Sentence]) -> list[CsrPoint]
     return exact_points(curve.trace, {cut: float(curve.truth[cut]) for cut in cuts})
 
 
-def correlation(places: Sequence[CuePlace], what: str = CUE) -> Interval:
-    """Fig 5b: Pearson's r of ``what`` (cue or placebo) and turn, over the traces that turn."""
-    starts, turns = [], []
-    for place in places:
-        start = getattr(place, what)
-        if start is not None and place.turn is not None:
-            starts.append(float(start))
-            turns.append(float(place.turn))
-    return pearson(starts, turns)
+def turned_later(places: Sequence[CuePlace]) -> list[CuePlace]:
+    """Those that turn after their first sentence."""
+    return [row for row in places if row.turn]
 
 
-def placebo_correlation(places_by_seed: Sequence[Sequence[CuePlace]]) -> Interval:
-    """Pearson's r of a random sentence up to the turn and the turn.
+def compare_correlations(
+    places_by_seed: Sequence[Sequence[CuePlace]], resamples: int = 1000
+) -> dict[str, Interval]:
+    """Fig 5b: Pearson's r with the turn, of the first cue and of a random sentence up to the turn.
 
     Args:
-        places_by_seed: the same traces with random sentences of several seeds.
+        places_by_seed: the same traces with random sentences of several seeds. Traces without a
+            turn are left out.
+        resamples: bootstrap samples of the prompts.
 
     Returns:
-        Mean and 95 % range over the seeds; ``n`` counts traces.
+        ``CUE``; ``PLACEBO``, the mean over the seeds; and ``DIFFERENCE``, the first minus the
+        second. Each has a 95 % bootstrap interval over prompts; ``n`` counts traces.
     """
-    intervals = [correlation(places, PLACEBO) for places in places_by_seed]
-    values = sorted(interval.value for interval in intervals if not isnan(interval.value))
-    if not values:
-        return Interval(nan, -1.0, 1.0, 0, "placements")
-    last = len(values) - 1
-    low, high = (values[min(last, int(share * len(values)))] for share in (0.025, 0.975))
-    traces = max(interval.n for interval in intervals)
-    method = f"range over {len(values)} placements"
-    return Interval(sum(values) / len(values), low, high, traces, method)
+    # 1. One column for each trace, one row for the cue and one for each seed's random sentence.
+    by_seed = [[row for row in places if row.turn is not None] for places in places_by_seed]
+    first = by_seed[0] if by_seed else []
+    starts = np.array(
+        [[row.cue for row in first], *([row.other for row in rows] for rows in by_seed)], float
+    )
+    turns = np.array([row.turn for row in first], float)
+    prompts, prompt_of = np.unique([row.prompt_id for row in first], return_inverse=True)
+
+    # 2. To draw prompts with replacement is to draw how often each comes.
+    random = np.random.default_rng(0)
+    values = [_compared(starts, turns, np.ones(len(first)))]
+    if len(prompts) > 1:
+        often = random.multinomial(len(prompts), [1 / len(prompts)] * len(prompts), resamples)
+        values += [_compared(starts, turns, weights[prompt_of]) for weights in often]
+    table = np.array(values)
+    intervals = {}
+    for column, name in enumerate((CUE, PLACEBO, DIFFERENCE)):
+        drawn = table[1:, column][~np.isnan(table[1:, column])]
+        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (-1.0, 1.0)
+        value, n = float(table[0, column]), len(first)
+        intervals[name] = Interval(value, float(low), float(high), n, "bootstrap over prompts")
+    return intervals
+
+
+def _compared(
+    starts: np.ndarray[Any, Any], turns: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]
+) -> tuple[float, float, float]:
+    """r of the first row of ``starts``, mean r of the others, and the difference; nan: no spread.
+
+    Args:
+        starts: [rows, traces], places.
+        turns: [traces].
+        weights: how often each trace counts.
+    """
+    if not weights.sum():
+        return nan, nan, nan
+    x = starts - (starts @ weights / weights.sum())[:, None]
+    y = turns - turns @ weights / weights.sum()
+    spread = np.sqrt((x**2 @ weights) * (y**2 @ weights))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        r = np.where(spread > 0, (x * y) @ weights / spread, nan)
+    cue, placebo = float(r[0]), float(np.mean(r[1:]))
+    return cue, placebo, cue - placebo
 
 
 def mean_drops(places: Sequence[CuePlace]) -> dict[str, Interval]:
