@@ -30,8 +30,10 @@ def test_the_page_of_results_has_tables_and_marked_numbers() -> None:
     assert {"findings", "turning points", "table tiny table2", "claims tiny"} <= {*blocks}
     marks = list(pages.MARKED.finditer(text))
     assert len(marks) > 20
+    counts = list(pages.PAIRS.finditer(text))
+    assert counts
     # Every other comment would be a mark that stands behind no number.
-    assert text.count("<!-- ") == 2 * len(blocks) + len(marks)
+    assert text.count("<!-- ") == 2 * len(blocks) + len(marks) + len(counts)
 
 
 def write_kl(figures: Path, value: float) -> None:
@@ -72,6 +74,17 @@ def test_a_mark_that_cannot_be_followed_is_one_line(
     write_kl(tmp_path, -0.05)
     with pytest.raises(BadInput, match=message):
         pages.update_numbers(text, tmp_path)
+
+
+def test_a_mean_of_pairs_is_read_from_the_table() -> None:
+    figures = checkout() / "figures"
+    cells = json.loads((figures / "tiny" / "full-table2.json").read_text())["cells"]
+    pairs = [cell["pairs"] for cell in cells if cell["row"] == "DPO on Part"]
+    text = "Of 3<!-- tiny pairs: DPO on Part --> pairs"
+    expected = f"Of {sum(pairs) / len(pairs):.0f}<!-- tiny pairs: DPO on Part --> pairs"
+    assert pages.updated("README.md", text, PROFILES, figures) == expected
+    with pytest.raises(BadInput, match="has no row 'DPO on Parts'"):
+        pages.updated("README.md", text.replace("Part ", "Parts "), PROFILES, figures)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

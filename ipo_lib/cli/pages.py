@@ -7,6 +7,7 @@
    them, then a comment that names profile and finding, as in ``85 % [71, 93]<!-- tiny: turns -->``.
    With ``less`` before the profile, the sign is turned round. ``= VERDICT`` after the name says
    which verdict the sentence tells, as in ``<!-- tiny: turns = holds -->``.
+3. ``150<!-- tiny pairs: DPO on Part -->`` is the mean number of pairs of a row of Table 2.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ MARKED = re.compile(
     r"<!-- (?P<less>less )?(?P<profile>[\w-]+): (?P<name>[^>=]+?)"
     r"(?: = (?P<verdict>[^>]+?))? -->"
 )
+
+PAIRS = re.compile(r"\d+(?P<mark><!-- (?P<profile>[\w-]+) pairs: (?P<row>[^>]+?) -->)")
 
 
 def write_pages(profiles: Sequence[str], house: Path) -> None:
@@ -90,7 +93,16 @@ def updated(page: str, text: str, profiles: Sequence[str], figures: Path) -> str
             raise BadInput(f"{page}: a block {match['name']!r} is not known")
         return "\n".join([match["begin"], "", *lines, "", match["end"]])
 
-    return update_numbers(BLOCK.sub(update, text), figures)
+    def pairs(match: re.Match[str]) -> str:
+        cells, _ = study.read_committed(
+            match["profile"], "table2", study_cells.Cell, figures / match["profile"]
+        )
+        counts = [cell.pairs for cell in cells if cell.row == match["row"]]
+        if not counts:
+            raise BadInput(f"{page}: Table 2 of {match['profile']} has no row {match['row']!r}")
+        return f"{sum(counts) / len(counts):.0f}{match['mark']}"
+
+    return update_numbers(PAIRS.sub(pairs, BLOCK.sub(update, text)), figures)
 
 
 def update_numbers(text: str, figures: Path) -> str:
