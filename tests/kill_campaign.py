@@ -4,7 +4,7 @@
 Pytest does not collect it.
 
 1. ``FOLDER/whole`` gets a store and figures in one go.
-2. ``FOLDER/killed`` gets the same, with SIGKILL at random moments: to all processes of the run, or
+2. ``FOLDER/killed`` gets the same from an empty folder, with SIGKILL at random moments: to all processes of the run, or
    to ``ipo`` alone, so that its kernel still writes while the next run starts. After the last kill
    it runs to its end.
 3. Figures, artifacts and records of both must be equal: the files byte for byte, the records of a
@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[1]
-LATEST = 20.0  # seconds after its start, at which a run is killed
+EARLIEST, LATEST = 0.5, 90.0  # seconds after its start, between which a run is killed
 IGNORED = ("runs", "lock")  # executed notebooks with their times; locks
 
 
@@ -70,12 +70,13 @@ def kill_often(folder: Path, settings: list[str], kills: int, draw: random.Rando
     seen: Counter[str] = Counter()
     while seen.total() < kills:
         run = start(folder, settings)
-        time.sleep(draw.uniform(0, LATEST))
+        # Even on the scale of logarithms: most runs are killed early, some come far.
+        time.sleep(EARLIEST * (LATEST / EARLIEST) ** draw.random())
         if run.poll() is not None:
             break  # it has come to its end
         trains = any((folder / "store").glob("adapters/*/building"))
         kill(run, alone=draw.random() < 0.5)
-        seen["in training" if trains else "elsewhere"] += 1
+        seen["while a training is unfinished" if trains else "elsewhere"] += 1
     return seen
 
 

@@ -103,6 +103,18 @@ def test_what_a_model_does_not_take_is_known(status: int, body: Any, adaptation:
     assert (failure.kind, failure.adaptation) == (ADAPT, adaptation)
 
 
+def test_a_user_can_name_failures_of_one_request() -> None:
+    body = error("Policy 7B applies to this input")
+    assert sort_failure(418, body).kind == STOP
+    assert "leave_out" in sort_failure(418, body).remedy
+    named = sort_failure(418, body, leave_out="policy 7b|embargo")
+    assert (named.kind, named.reason) == (DECLINED, "status 418, left out")
+    assert sort_failure(418, error("Another one"), leave_out="policy 7b").kind == STOP
+    assert sort_failure(400, body, leave_out="policy 7b").kind == DECLINED
+    with pytest.raises(BadInput, match=r"leave_out 'a\(' is no pattern .*give a few words"):
+        Server(("http://localhost/v1",), "m", leave_out="a(")
+
+
 def make_judge(server: ScriptedServer) -> RubricJudge:
     return RubricJudge(Server((server.url,), "m", in_flight=1, attempts=2, pause=0.01, timeout=5))
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -61,6 +62,8 @@ class Server:
     timeout: float = 600.0  # seconds of one attempt
     pause: float = 1.0  # seconds before the second attempt; doubles up to a minute
     tops: int = TOPS  # likeliest tokens asked for at each position in scoring
+    # Words of an error, as a pattern in lower case: a request that fails so is left out. "": none
+    leave_out: str = ""
     adaptations: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +72,12 @@ class Server:
                 f"server {list(self.urls)}, model {self.model!r}: name a url and a model; "
                 "in_flight and attempts from 1"
             )
+        try:
+            re.compile(self.leave_out)
+        except re.error as error:
+            raise BadInput(
+                f"server: leave_out {self.leave_out!r} is no pattern ({error}); give a few words"
+            ) from None
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
                 raise BadInput(
@@ -210,7 +219,7 @@ class Server:
         try:
             answer = ask(client)
         except openai.APIStatusError as error:
-            return None, sort_failure(error.status_code, error.body, self.key)
+            return None, sort_failure(error.status_code, error.body, self.key, self.leave_out)
         except (openai.APIError, json.JSONDecodeError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             return None, Failure(AGAIN, self.hidden(first_line)[:160])
@@ -218,7 +227,7 @@ class Server:
             return None, Failure(AGAIN, "not JSON")
         inside = failure_inside(answer)
         if inside:
-            return None, sort_failure(*inside, self.key)
+            return None, sort_failure(*inside, self.key, self.leave_out)
         return answer, None
 
     def each(self, items: Sequence[Any], ask: Callable[[Any], Any]) -> Iterator[Any]:

@@ -86,13 +86,15 @@ def policy() -> Policy:
     return from_json(Policy, yaml.safe_load(text))
 
 
-def sort_failure(status: int, body: Any, key: str = "") -> Failure:
+def sort_failure(status: int, body: Any, key: str = "", leave_out: str = "") -> Failure:
     """What a failure means.
 
     Args:
         status: of the response.
         body: what the server said, parsed from JSON as far as that was possible.
         key: the environment variable that holds the key, for the remedy.
+        leave_out: a pattern; a failure whose words, in lower case, it fits concerns this request
+            alone, whatever the rules say. "": none.
 
     Returns:
         The failure. Its reason holds nothing of what the server said but a code of letters: a
@@ -105,6 +107,8 @@ def sort_failure(status: int, body: Any, key: str = "") -> Failure:
             named = parameter and parameter == adaptation.parameter
             if named or re.search(adaptation.words, words):
                 return Failure(ADAPT, reason, adaptation=name)
+    if leave_out and re.search(leave_out, words):
+        return Failure(DECLINED, f"{reason}, left out")
     rule = next(rule for rule in policy().rules if rule.fits(status, words))
     remedy = rule.remedy
     if remedy == KEY:
