@@ -4,9 +4,9 @@
 Pytest does not collect it.
 
 1. ``FOLDER/whole`` gets a store and figures in one go.
-2. ``FOLDER/killed`` gets the same from an empty folder, with SIGKILL at random moments: to all processes of the run, or
-   to ``ipo`` alone, so that its kernel still writes while the next run starts. After the last kill
-   it runs to its end.
+2. ``FOLDER/killed`` gets the same from an empty folder, with SIGKILL at random moments: to all
+   processes of the run, or to ``ipo`` alone, so that its kernel still writes while the next run
+   starts. After the last kill it runs to its end.
 3. Figures, artifacts and records of both must be equal: the files byte for byte, the records of a
    ledger line by line in any order, since draws are written as they end.
 """
