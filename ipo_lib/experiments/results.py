@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,7 @@ def summary(
 
     Returns:
         Lines that also tell seeds, pairs, tokens generated to make the model, tokens of an answer,
-        the share of judged responses and why cells failed.
+        the share of judged responses and, where cells failed, why.
     """
     rows = row_names(cells)
     lines = []
@@ -241,7 +242,8 @@ def summary(
         judged = min((coverage(cells, row, measure) for measure in measures), default=1.0)
         line["judged"] = f"{100 * judged:.1f} %"
         failed = [cell for cell in cells if cell.row == row and cell.failed]
-        line["failed"] = "; ".join(f"seed {cell.seed}: {cell.failed}" for cell in failed)
+        if failed:
+            line["failed"] = "; ".join(f"seed {cell.seed}: {cell.failed}" for cell in failed)
         lines.append(line)
     return lines
 
@@ -273,7 +275,8 @@ def _rounded_mean(values: Sequence[float]) -> float:
 
 def _percent(interval: Interval) -> str:
     """An interval in percent, without the sign and the n."""
-    return format_interval(interval).partition(", n=")[0].replace(" %", "")
+    text = format_interval(interval).partition(", n=")[0].replace(" %", "")
+    return re.sub(r" in \d+ seeds\)", ")", text)  # another column says how many
 
 
 def trace_statistics(cells: Sequence[Cell]) -> list[dict[str, Any]]:
