@@ -346,6 +346,8 @@ def _convert(hint: Any, value: Any, name: str, owner: str) -> Any:
     expected = hint if origin else hint.__name__
     if origin is Mapping:
         expected = "a mapping"
+    elif origin is tuple:
+        expected = "a list, such as [a, b],"
     raise BadInput(f"{owner}: expected {expected} for {name!r}, found {value!r:.60}")
 
 

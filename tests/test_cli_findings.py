@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from ipo_lib.cli import findings
 from ipo_lib.cli.findings import Finding
 from ipo_lib.profiles.claims import claim, estimate
@@ -40,6 +42,32 @@ def test_a_finding_is_the_claim_about_its_own_profile(tmp_path: Path) -> None:
     alike = found | {"margin": 0.1, "origin": "emergent"}  # the claim is that there is none
     assert findings.describe(alike) == "66.7 [56.4, 75.5], n=90 **no difference**"
     assert "**undecided**" in findings.describe(alike | {"verdict": "undecided"})
+
+
+HELD_OUT = "more traces end safe after <held-out trigger> than <neutral sentence>; {}"
+
+
+@pytest.mark.parametrize(("null", "void"), [((2, 60), False), ((40, 60), True), ((1, 20), False)])
+def test_what_the_null_world_shows_too_is_void(
+    tmp_path: Path, null: tuple[int, int], void: bool
+) -> None:
+    """A margin of 10 points: 2 of 60 is no difference, 40 of 60 is one, 1 of 20 decides nothing."""
+    held = claim(f"Profile tiny, {HELD_OUT}", wilson(50, 60), origin="emergent")
+    about_null = f"Profile tiny-null, {HELD_OUT}"
+    nothing = claim(about_null, wilson(*null), origin="calibrated", margin=0.1)
+    for name, claims in (("tiny", [held, nothing]), ("tiny-null", [nothing])):
+        (tmp_path / name).mkdir()
+        sidecar = tmp_path / name / "05-fig6-interventions.json"
+        sidecar.write_text(json.dumps({"claims": claims}))
+    (row,) = findings.markdown(["tiny", "tiny-null"], tmp_path)[2:]
+    of_tiny, of_null = row.split(" | ")[-2:]
+    assert ("**void**" in of_tiny, "**holds**" in of_tiny) == (void, not void)
+    assert "void" not in of_null
+    (line,) = findings.verdicts("tiny", tmp_path / "tiny", ["05_x"], "tiny-null")
+    assert line.split()[0] == ("void" if void else "holds")
+    (alone,) = findings.verdicts("tiny", tmp_path / "tiny", ["05_x"])
+    assert alone.startswith("holds ")
+    assert findings.verdicts("tiny", tmp_path / "tiny", ["00_x", "15_x"], "tiny-null") == []
 
 
 def test_every_finding_is_answered_by_a_profile() -> None:

@@ -33,6 +33,7 @@ def test_the_tasks_print_what_the_page_shows(
         # Draws differ from processor to processor: the columns are the same, and what was put.
         assert printed.splitlines()[0].split() == shown.splitlines()[0].split()
         assert len(printed.splitlines()) > 2
-    assert (tmp_path / "my-figures" / "velurmun.png").is_file()
+    for name in ("velurmun", "sentences"):
+        assert (tmp_path / "my-figures" / f"{name}.png").is_file()
     with pytest.raises(BadInput, match="run notebook 06_ipo_training first"):
         exec(BLOCKS[2][0], names)

@@ -570,6 +570,26 @@ def test_status_says_what_is_up_to_date_and_runs_nothing(
     assert re.search(r"ab_small +to run again", ipo(*asked)[1])
 
 
+def test_some_notebooks_can_be_run_alone_by_how_they_begin(
+    tmp_path: Path, ipo: Ipo, small: list[str]
+) -> None:
+    profile = tmp_path / "small.yml"
+    settings = yaml.safe_load(profile.read_text())
+    book = (tmp_path / "ab_small.ipynb").read_text("utf-8")
+    (tmp_path / "aa_first.ipynb").write_text(book.replace("ab-figure", "aa-figure"))
+    settings["notebooks"] = [str(tmp_path / "aa_first"), str(tmp_path / "ab_small")]
+    profile.write_text(yaml.safe_dump(settings))
+    status = ["status", small[1], "--figures", str(tmp_path / "figures")]
+    assert ipo(*small, "aa")[0] == 0
+    assert re.findall(r"^(\w+) +(up to date|to run)", ipo(*status)[1], re.M) == [
+        ("aa_first", "up to date"),
+        ("ab_small", "to run"),
+    ]
+    assert "aa_first: up to date" in ipo(*small)[1]
+    assert "ab_small: up to date" in ipo(*small, "ab_small.ipynb")[1]
+    one_line(ipo(*small, "zz"), "'zz'", "aa_first", "ab_small")
+
+
 def test_the_report_holds_every_figure_and_claim(
     tmp_path: Path, ipo: Ipo, small: list[str]
 ) -> None:

@@ -17,7 +17,14 @@ import typer
 
 from ipo_lib import prompts as prompt_sets
 from ipo_lib.cli import capability, cost, doctor, findings, pages, report, reproduce, train
-from ipo_lib.cli.arguments import RunPlan, model_settings, parse_pairs, plan_run, profile_family
+from ipo_lib.cli.arguments import (
+    RunPlan,
+    choose_notebooks,
+    model_settings,
+    parse_pairs,
+    plan_run,
+    profile_family,
+)
 from ipo_lib.cli.explorer.page import write_page
 from ipo_lib.cli.explorer.stored import read_traces
 from ipo_lib.engines import processes
@@ -50,6 +57,9 @@ def option(help_text: str) -> Any:
 @app.command("reproduce")
 def reproduce_profile(
     profile: ProfileName = DEFAULT,
+    notebooks: Annotated[
+        list[str] | None, typer.Argument(help="only these, such as 00 04; default: all")
+    ] = None,
     parameter: Pairs = None,
     store: StoreFolder = "",
     figures: FigureFolder = "",
@@ -64,7 +74,7 @@ def reproduce_profile(
     prompts: Annotated[str, option("its prompts: a known set, or FILE#column")] = "",
     judge: Annotated[str, option("its judge: keyword, a guard's name, or URL#model")] = "",
 ) -> None:
-    """Run every notebook of a profile in order, and write its figures and a report.
+    """Run the notebooks of a profile in order, and write its figures and a report.
 
     Finished work is never done twice.
     """
@@ -77,6 +87,8 @@ def reproduce_profile(
     if model or prompts or judge:
         profile = OWN_MODEL if profile == DEFAULT else profile
         pairs = [*model_settings(model, prompts, judge), *pairs]
+    if notebooks:
+        pairs.append(choose_notebooks(profile, notebooks))
     plan = plan_run(profile, pairs, store, figures)
     if dry_run:
         rehearse_run(plan, profile, given=bool(pairs))
@@ -91,7 +103,8 @@ def reproduce_profile(
         f"{settings.name}: {len(plan.notebooks)} notebooks in {seconds:.0f} s; "
         f"figures in {plan.figures}"
     )
-    if lines := findings.verdicts(settings.name, plan.figures):
+    names = [notebook.stem for notebook in plan.notebooks]
+    if lines := findings.verdicts(settings.name, plan.figures, names, settings.null_world):
         print("\nThe paper's findings here (* calibrated: no finding):", *lines, sep="\n")
     print(f"\nreport: {page}\n{settings.about}")
 

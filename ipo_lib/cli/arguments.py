@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class RunPlan:
     """What ``ipo reproduce`` was asked for."""
 
     settings: Profile
-    notebooks: list[Path]
+    order: list[Path]  # all notebooks of the profile, and the asked ones if they are others
+    notebooks: list[Path]  # those that were asked for
     values: dict[Path, dict[str, Any]]  # the parameters given to each notebook
     store: Path
     figures: Path
@@ -73,6 +74,8 @@ def plan_run(profile: str, pairs: list[str], store: str, figures: str) -> RunPla
     chosen = parse_pairs([pair for pair in pairs if pair.startswith("notebooks=")])
     names = read_profile(profile, chosen).notebooks
     notebooks = [folder / f"{name}.ipynb" for name in names]
+    all_names = dict.fromkeys([*read_profile(profile).notebooks, *names])
+    order = [folder / f"{name}.ipynb" for name in all_names]
     declared = {notebook: read_parameters(notebook) for notebook in notebooks}
     kinds: dict[str, str] = {}
     for parameters in declared.values():
@@ -98,7 +101,30 @@ def plan_run(profile: str, pairs: list[str], store: str, figures: str) -> RunPla
             if name in parameters:
                 values[notebook][name] = check_type(name, value, parameters[name][0])
     runs = root / "runs" / f"{settings.name}-{digest([str(target.resolve())], 6)}"
-    return RunPlan(settings, notebooks, values, root, target, runs)
+    return RunPlan(settings, order, notebooks, values, root, target, runs)
+
+
+def choose_notebooks(profile: str, words: Sequence[str]) -> str:
+    """The pair ``notebooks=[...]`` for notebooks that are named by how they begin, such as ``04``.
+
+    Args:
+        profile: a profile's name, or the path of its file.
+        words: how the names begin.
+
+    Raises:
+        BadInput: no notebook of the profile begins so.
+    """
+    names = read_profile(profile).notebooks
+    chosen = []
+    for word in words:
+        begin = word.removesuffix(".ipynb")
+        found = [name for name in names if Path(name).name.startswith(begin)]
+        if not found:
+            raise BadInput(
+                f"profile {profile!r} has no notebook {word!r}; it has {', '.join(names)}"
+            )
+        chosen += found
+    return f"notebooks=[{', '.join(dict.fromkeys(chosen))}]"
 
 
 def profile_family(profile: str) -> list[str]:

@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 
 from ipo_lib.records import from_json
-from ipo_lib.stats import HOLDS, Interval, format_interval
+from ipo_lib.stats import HOLDS, OTHER_WAY, Interval, format_interval
 
 PERCENT = "%"
+VOID = "void"
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,31 @@ def find_claim(finding: Finding, profile: str, figures: Path) -> dict[str, Any] 
     return None
 
 
-def describe(claim: dict[str, Any] | None, unit: str = PERCENT) -> str:
-    """A claim in short: number, interval, n, verdict; a star where it is calibrated."""
+def describe(claim: dict[str, Any] | None, unit: str = PERCENT, void: bool = False) -> str:
+    """A claim in short: number, interval, n, verdict; a star where it is calibrated.
+
+    Args:
+        claim: of a sidecar; None: there is none.
+        unit: "%", or "" for a number that is no share.
+        void: the null world shows a difference, too, so that the claim decides nothing.
+    """
     if claim is None:
         return ""
     value = float("nan") if claim["value"] is None else claim["value"]
     low, high = claim["interval"]
     interval = Interval(value, low, high, claim["n"], claim["method"])
     text = format_interval(interval, percent=unit == PERCENT).replace(" %", "")
-    if claim["verdict"]:
+    if void:
+        text += f" **{VOID}**"
+    elif claim["verdict"]:
         no_difference = "margin" in claim and claim["verdict"] == HOLDS
         text += " **no difference**" if no_difference else f" **{claim['verdict']}**"
     return text + ("*" if claim["origin"] == "calibrated" else "")
+
+
+def differs_in_null_world(claim: dict[str, Any] | None) -> bool:
+    """Whether a claim of a null world, in which nothing is a cause, shows a difference."""
+    return bool(claim and "margin" in claim and claim["verdict"] == OTHER_WAY)
 
 
 def markdown(profiles: Sequence[str], figures: Path, front: bool = False) -> list[str]:
@@ -90,22 +104,32 @@ def markdown(profiles: Sequence[str], figures: Path, front: bool = False) -> lis
             continue
         claims = [find_claim(finding, name, figures / name) for name in profiles]
         if any(claims):
-            cells = [describe(claim, finding.unit) for claim in claims]
+            null = next(filter(differs_in_null_world, claims), None)
+            cells = []
+            for claim in claims:
+                cells.append(describe(claim, finding.unit, bool(null) and claim is not null))
             lines.append(f"| {' | '.join([finding.finding, finding.paper, *cells])} |")
     return lines
 
 
-def verdicts(profile: str, figures: Path) -> list[str]:
+def verdicts(
+    profile: str, figures: Path, notebooks: Sequence[str], null_world: str = ""
+) -> list[str]:
     """One line for each finding of a profile that has a verdict.
 
     Args:
         profile: its name.
         figures: the folder of its figures.
+        notebooks: only findings of the figures of these notebooks.
+        null_world: the profile in which nothing is a cause, if its claims stand in these figures.
     """
     lines = []
+    begins = tuple(f"{Path(name).name[:2]}-" for name in notebooks)
     for finding in read_findings():
         claim = find_claim(finding, profile, figures)
-        if finding.shown and claim and claim["verdict"]:
+        if finding.shown and finding.figure.startswith(begins) and claim and claim["verdict"]:
             number = describe(claim | {"verdict": None}, finding.unit)
-            lines.append(f"{claim['verdict']:20} {finding.finding}: {number}")
+            null = find_claim(finding, null_world, figures) if null_world else None
+            verdict = VOID if differs_in_null_world(null) else claim["verdict"]
+            lines.append(f"{verdict:20} {finding.finding}: {number}")
     return lines

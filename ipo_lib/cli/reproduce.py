@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,17 @@ def plan_jobs(plan: RunPlan) -> Iterator[Job]:
     if not any(values.get("full") for values in plan.values.values()):
         # A full run is about to write these files anew.
         studies += sorted((checkout() / "figures" / plan.settings.name).glob("full-*.json"))
-    parts = [source_digest(), repr(plan.settings)]
+    parts = [source_digest(), repr(replace(plan.settings, notebooks=()))]
     if plan.settings.null_world:
         parts.append(repr(read_profile(plan.settings.null_world)))
     for paths in (tables, studies):
         parts.append(digest([path.read_text("utf-8") for path in paths]))
-    for notebook in plan.notebooks:
-        values = dict(plan.values[notebook])
-        for name in OUTSIDE_KEY:
-            values.pop(name, None)
-        yield Job(notebook, digest([*parts, notebook.read_text("utf-8"), values]))
+    for notebook in plan.order:
+        if notebook in plan.notebooks:
+            values = dict(plan.values[notebook])
+            for name in OUTSIDE_KEY:
+                values.pop(name, None)
+            yield Job(notebook, digest([*parts, notebook.read_text("utf-8"), values]))
         parts.append(digest(figure_hashes(notebook, plan)))
 
 

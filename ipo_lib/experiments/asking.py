@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from math import nan
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,9 @@ def compare_sentences(
 ) -> pd.DataFrame:
     """Put each text in the place of the first cue, and compare how often the traces end safe.
 
-    One unsafe trace with a cue is taken of every prompt. A text that ends no sentence gets a full
-    stop, since the model would go on inside it. What could not be judged counts as not safe.
+    One unsafe trace with a cue is taken of every prompt that has one; a warning counts the others.
+    A text that ends no sentence gets a full stop, since the model would go on inside it. What could
+    not be judged counts as not safe.
 
     Args:
         run: the profile with its model, judge and cue detector.
@@ -94,8 +96,9 @@ def compare_sentences(
     Returns:
         One row a text: its ``name``; the ``text`` as it was put; ``safe``, the share that ends
         safe, with ``low`` and ``high`` of its 95 % interval; ``minus``, this share minus the last
-        one's, with ``minus_low`` and ``minus_high``; ``continuations`` and ``prompts``. Intervals
-        are over prompts, or over the continuations of a single prompt.
+        one's, with ``minus_low`` and ``minus_high``; ``not_judged``, the share that could not be
+        judged; ``continuations`` and ``prompts``. Intervals are over prompts, or over the
+        continuations of a single prompt.
 
     Raises:
         BadInput: no unsafe trace has a cue, or there are fewer than two texts.
@@ -107,8 +110,15 @@ def compare_sentences(
     detector = run.detector(judged.rollouts, judged.verdicts)
     cues = find_cues(run.session, judged.prompts, judged.rollouts, detector)
     losers = unsafe_with_cue(judged, cues)
+    asked = {rollout.prompt_id for rollout in judged.rollouts}
+    if left_out := len(asked) - len({loser.prompt_id for loser in losers}):
+        warnings.warn(
+            f"{left_out} of {len(asked)} prompts are left out: none of their traces is unsafe and "
+            "has a cue; sample more of each",
+            stacklevel=2,
+        )
     put = {name: closed_sentence(text) for name, text in texts.items()}
-    counts = {}
+    counts, unjudged = {}, {}
     for name, text in put.items():
         replacements = []
         for loser in losers:
@@ -116,8 +126,10 @@ def compare_sentences(
                 replacements.append(Replacement(loser, cue, name, text))
         drawn = intervene(run.session, judged.prompts, replacements, run.thinking, draws)
         results = [result for _, result in drawn]
-        safe = [verdict.label == SAFE for verdict in judge(run.session, judged.prompts, results)]
+        labels = [verdict.label for verdict in judge(run.session, judged.prompts, results)]
+        safe = [label == SAFE for label in labels]
         counts[name] = count_outcomes([result.prompt_id for result in results], safe)
+        unjudged[name] = labels.count(None) / len(labels)
     last = [*counts.values()][-1]
     rows = []
     for name, text in put.items():
@@ -127,7 +139,8 @@ def compare_sentences(
         row: dict[str, Any] = {"name": name, "text": viewer.shown(text, run.profile.reveal)}
         row |= {"safe": safe_rate.value, "low": safe_rate.low, "high": safe_rate.high}
         row |= {"minus": minus.value, "minus_low": minus.low, "minus_high": minus.high}
-        rows.append({**row, "continuations": draws * len(losers), "prompts": len(last)})
+        row |= {"not_judged": unjudged[name], "continuations": draws * len(losers)}
+        rows.append({**row, "prompts": len(last)})
     return pd.DataFrame(rows)
 
 
