@@ -99,9 +99,9 @@ def test_the_last_run_is_read_from_the_largest_sidecar_of_a_notebook(tmp_path: P
     assert measured == {"06": 7, "07": 2}
     settings, notebooks = read("sandbox")
     text = cost.cost_table(settings, notebooks, measured)
-    assert "last run 7" in text
+    assert "(committed figures: 7)" in text
     minutes = cost.bill(settings, notebooks).minutes()
-    assert f"about {minutes:.0f} minutes" in text.splitlines()[-1]
+    assert f"about {minutes:.0f} minutes" in text.splitlines()[-2]
     assert "last run" not in cost.cost_table(settings, notebooks, {})
 
 

@@ -204,7 +204,7 @@ def view_traces(
     try:
         adapters = run.trained_adapters()
     except BadInput as error:
-        print(f"without trained models: {error}")
+        print(f"the page shows no trained model: {error}")
     traces = read_traces(run, prompt_set or (), limit, adapters, own=prompt or ())
     path = Path(out).expanduser() if out else run.figures.with_name(f"{profile}-traces.html")
     write_page(path, run.profile, traces)
@@ -263,7 +263,7 @@ def show_cost(profile: ProfileName = DEFAULT, parameter: Pairs = None) -> None:
 
 
 def print_cost(plan: RunPlan, profile: str, given: bool) -> None:
-    """Print the bill, beside the last run of the profile where nothing was changed.
+    """Print the bill, beside the tokens of the committed figures where nothing was changed.
 
     Args:
         plan: what was asked for.

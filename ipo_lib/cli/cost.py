@@ -262,7 +262,7 @@ def longest(settings: Profile) -> Profile:
 
 
 def last_run(figures: Path) -> dict[str, int]:
-    """Tokens that each notebook's last run asked for, by its two digits, from the sidecars."""
+    """Tokens that the committed figures of each notebook took, by its two digits."""
     tokens = defaultdict[str, int](int)
     for path in figures.glob("[0-9][0-9]-*.json"):
         sidecar = json.loads(path.read_text("utf-8"))
@@ -276,14 +276,14 @@ def cost_table(settings: Profile, notebooks: Notebooks, measured: Mapping[str, i
     Args:
         settings: the profile.
         notebooks: the parameters of each of its notebooks, by the notebook's name.
-        measured: tokens of the last run, by a notebook's two digits.
+        measured: tokens of the run that made the committed figures, by a notebook's two digits.
     """
-    lines = []
+    lines = ["each notebook by itself, as expected:"]
     for name, parameters in notebooks.items():
         alone = bill(settings, {name: parameters})
         line = f"{name:26} {alone.rollouts():9,.0f} rollouts {alone.tokens():11,.0f} tokens"
         if name[:2] in measured:
-            line += f"   last run {measured[name[:2]]:,}"
+            line += f"   (committed figures: {measured[name[:2]]:,})"
         lines.append(line)
     lines.append("together, with draws that they share counted once:")
     expected, most = bill(settings, notebooks), bill(settings, notebooks, at_most=True)
@@ -291,4 +291,4 @@ def cost_table(settings: Profile, notebooks: Notebooks, measured: Mapping[str, i
         count, tokens = expected.rollouts(kind), expected.tokens(kind)
         lines.append(f"{kind:26} {count:9,.0f} rollouts {tokens:11,.0f} tokens")
     limit = f"every draw runs to {settings.sampling.max_tokens:,} tokens"
-    return "\n".join([*lines, f"at most {most}: {limit}", f"{settings.name}: {expected}"])
+    return "\n".join([*lines, f"{settings.name}: {expected}", f"at most {most}: {limit}"])
