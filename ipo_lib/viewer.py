@@ -66,7 +66,7 @@ def show(
         title, colour = _value_title(values.get(span.index), name)
         style = f'title="{title}" style="background:{colour}"'
         measured = isinstance(values.get(span.index), CsrPoint)
-        number = f'<span class="n">{title}</span>' if measured else ""
+        number = f' <span class="n">{title}</span> ' if measured else ""
         words = [word for word, index in marks.items() if index == span.index]
         chips = [_chip(word, MARK_COLOURS.get(word, NEUTRAL_COLOUR)) for word in words]
         piece = f'{"".join(chips)}<span class="s" {style}>{text}</span>{number}'
