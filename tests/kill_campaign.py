@@ -1,6 +1,6 @@
 """A run of ``ipo reproduce`` that is killed again and again must end as one that is not.
 
-``python tests/kill_campaign.py FOLDER [--kills 100] [--seed 0] [-p NAME=VALUE ...]`` takes hours.
+``python tests/kill_campaign.py FOLDER [--kills 100] [-p NAME=VALUE ...]`` takes an hour.
 Pytest does not collect it.
 
 1. ``FOLDER/whole`` gets a store and figures in one go.
@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[1]
-EARLIEST, LATEST = 0.5, 90.0  # seconds after its start, between which a run is killed
+EARLIEST = 0.5  # seconds after its start, before which no run is killed
 IGNORED = ("runs", "lock")  # executed notebooks with their times; locks
 
 
@@ -67,13 +67,23 @@ def kill(run: subprocess.Popen[bytes], alone: bool) -> None:
     run.wait()
 
 
-def kill_often(folder: Path, settings: list[str], kills: int, draw: random.Random) -> Counter[str]:
-    """Kill runs at random moments; how often, by what they were doing."""
+def kill_often(
+    folder: Path, settings: list[str], kills: int, latest: float, draw: random.Random
+) -> Counter[str]:
+    """Kill runs at random moments; how often, by what they were doing.
+
+    Args:
+        folder: for store and figures.
+        settings: of the run, as ``name=value``.
+        kills: how many; fewer if a run comes to its end before.
+        latest: seconds after its start, after which no run is killed.
+        draw: gives the moments.
+    """
     seen: Counter[str] = Counter()
     while seen.total() < kills:
         run = start(folder, settings)
         # Even on the scale of logarithms: most runs are killed early, some come far.
-        time.sleep(EARLIEST * (LATEST / EARLIEST) ** draw.random())
+        time.sleep(EARLIEST * (latest / EARLIEST) ** draw.random())
         if run.poll() is not None:
             break  # it has come to its end
         trains = any((folder / "store").glob("adapters/*/building"))
@@ -118,16 +128,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--latest", type=float, default=90.0)
     parser.add_argument("-p", dest="settings", action="append", default=[])
     asked = parser.parse_args()
     began = time.monotonic()
     finish(asked.folder / "whole", asked.settings)
     print(f"one run without a kill: {time.monotonic() - began:.0f} s", flush=True)
     draw = random.Random(asked.seed)
-    seen = kill_often(asked.folder / "killed", asked.settings, asked.kills, draw)
+    killed = asked.folder / "killed"
+    seen = kill_often(killed, asked.settings, asked.kills, asked.latest, draw)
     print(f"{seen.total()} kills: {dict(seen)}", flush=True)
-    finish(asked.folder / "killed", asked.settings)
-    whole, killed = contents(asked.folder / "whole"), contents(asked.folder / "killed")
+    finish(killed, asked.settings)
+    whole, killed = contents(asked.folder / "whole"), contents(killed)
     wrong = [name for name in {**whole, **killed} if whole.get(name) != killed.get(name)]
     print(f"{len(whole)} files compared, {len(wrong)} differ", *wrong, sep="\n  ")
     raise SystemExit(bool(wrong))
