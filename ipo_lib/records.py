@@ -346,7 +346,7 @@ def _convert(hint: Any, value: Any, name: str, owner: str) -> Any:
     expected = hint if origin else hint.__name__
     if origin is Mapping:
         expected = "a mapping"
-    elif origin is tuple:
+    elif origin is tuple and arguments[-1] is Ellipsis:
         expected = "a list, such as [a, b],"
     raise BadInput(f"{owner}: expected {expected} for {name!r}, found {value!r:.60}")
 

@@ -105,7 +105,7 @@ def test_a_whole_profile_goes_to_json_and_back() -> None:
         ({"draw": 1.0}, ["Rollout", "int", "'draw'", "1.0"]),
         ({"text": None}, ["Rollout", "str", "'text'", "None"]),
         ({"token_ids": [1, "2"]}, ["Rollout", "int", "'token_ids'", "'2'"]),
-        ({"token_ids": "12"}, ["Rollout", "tuple[int, ...]", "'token_ids'", "'12'"]),
+        ({"token_ids": "12"}, ["Rollout", "a list, such as [a, b], for ", "'token_ids'", "'12'"]),
         ({"text": ["long"] * 999}, ["Rollout", "str", "'text'"]),
     ],
 )

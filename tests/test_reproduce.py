@@ -154,8 +154,8 @@ def test_cost_follows_settings_and_notebook_parameters(ipo: Ipo) -> None:
     )
     assert tokens("tiny", "-p", "evaluation.draws=8") > 1.05 * plain
     assert tokens() == tokens("sandbox")  # the default profile
-    assert "last run" in ipo("cost", "tiny")[1]
-    assert "last run" not in ipo("cost", "tiny", "-p", "draws=32")[1]
+    assert "committed figures" in ipo("cost", "tiny")[1]
+    assert "committed figures" not in ipo("cost", "tiny", "-p", "draws=32")[1]
 
 
 def test_the_same_from_a_shell(tmp_path: Path) -> None:
@@ -543,7 +543,7 @@ def test_the_key_covers_committed_full_runs_unless_they_are_made_anew(
 
     monkeypatch.setattr(app, "plan_run", stop)
     with pytest.raises(BadInput, match="seen"):
-        app.reproduce_profile("tiny", ["seed=1"], full=True)
+        app.reproduce_profile("tiny", parameter=["seed=1"], full=True)
     assert asked == ["seed=1", "full=true"]
 
 
