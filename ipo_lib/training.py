@@ -211,8 +211,8 @@ def train(
     ordered = sort_by_length(fitting, settings.seed) if settings.length_buckets else fitting
     trainer, lora = _make_trainer(ordered, model, settings, out, adapter)
     trainer.add_callback(_progress_callback(lora, out, base, settings.keep))
-    trainer.add_callback(checkpoints.callback(out))
-    _run(trainer, lora, settings, out, base)
+    name = digest([*map(to_json, (settings, *fitting)), str(model), str(adapter)])
+    _run(trainer, lora, settings, out, base, name)
 
     # 3. Collect the metrics and write everything.
     rows = _metrics(trainer.state.log_history, settings.beta)
@@ -270,12 +270,22 @@ def _make_trainer(
     return prefix_sharing.make_trainer(pairs, model, settings, out, adapter)
 
 
-def _run(trainer: Any, lora: Any, settings: DpoSettings, out: Path, base: str) -> None:
-    """Run a trainer; where its loss becomes nan, save the last good adapter and raise."""
+def _run(trainer: Any, lora: Any, settings: DpoSettings, out: Path, base: str, name: str) -> None:
+    """Run a trainer; where its loss becomes nan, save the last good adapter and raise.
+
+    Args:
+        trainer: of the settings' engine.
+        lora: its model.
+        settings: of the training.
+        out: folder for checkpoints, and for the last good adapter.
+        base: name of the base model.
+        name: of the training, for its checkpoints.
+    """
     from peft.helpers import disable_input_dtype_casting
 
     processes.wait()  # no process writes a checkpoint before all have looked for one
-    checkpoint = checkpoints.latest(out)
+    checkpoint = checkpoints.latest(out, name)
+    trainer.add_callback(checkpoints.callback(out, name))
     try:
         # PEFT turns every input to LoRA's float32, and autocast turns it back: the same numbers at
         # twice the memory traffic.

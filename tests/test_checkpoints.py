@@ -42,6 +42,12 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     return kill_at
 
 
+def reached(folder: Path) -> str:
+    """The name of the last complete checkpoint, of whatever training; "": there is none."""
+    steps = [int(mark.parent.name[11:]) for mark in folder.glob(f"*/{checkpoints.MARK}")]
+    return f"checkpoint-{max(steps)}" if steps else ""
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -70,9 +76,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
         kill_at(step)
         with pytest.raises(Killed):
             training.train(PAIRS, model, settings, tmp_path / "killed")
-        reached = checkpoints.latest(tmp_path / "killed")
-        assert reached is not None
-        assert reached.name == f"checkpoint-{step - 1}"
+        assert reached(tmp_path / "killed") == f"checkpoint-{step - 1}"
     kill_at()
     assert training.train(PAIRS, model, settings, tmp_path / "killed") == rows
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -100,10 +104,26 @@ def test_a_torn_checkpoint_is_not_read(
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / checkpoints.MARK).unlink()
     (tmp_path / "checkpoint-10" / "optimizer.pt").write_bytes(b"half")
-    assert checkpoints.latest(tmp_path) == tmp_path / "checkpoint-3"
+    name = (tmp_path / "checkpoint-3" / checkpoints.MARK).read_text()
+    assert checkpoints.latest(tmp_path, name) == tmp_path / "checkpoint-3"
     kill_at()
     training.train(PAIRS, model, BASIC, tmp_path)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("other", [{"learning_rate": 2e-2}, {"pairs": make_pairs(12, seed=1)}])
+def test_another_training_does_not_go_on_from_it(
+    model: Path, tmp_path: Path, every_step: None, kill_at: Any, other: dict[str, Any]
+) -> None:
+    kill_at(9)
+    with pytest.raises(Killed):
+        training.train(PAIRS, model, BASIC, tmp_path / "killed")
+    kill_at()
+    pairs = other.pop("pairs", PAIRS)
+    settings = replace(BASIC, **other)
+    training.train(pairs, model, settings, tmp_path / "killed")
+    training.train(pairs, model, settings, tmp_path / "whole")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_short_training_writes_no_checkpoint(
@@ -113,7 +133,7 @@ def test_a_short_training_writes_no_checkpoint(
     kill_at(9)
     with pytest.raises(Killed):
         training.train(PAIRS, model, BASIC, tmp_path)
-    assert checkpoints.latest(tmp_path) is None
+    assert not reached(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan"])
@@ -135,16 +155,15 @@ def test_the_store_keeps_what_a_killed_training_has_reached(
     with pytest.raises(Killed):
         artifact.make(fill, goes_on=True)
     assert not artifact.done
-    assert checkpoints.latest(artifact.building) == artifact.building / "checkpoint-5"
-    seen: list[int] = []
+    assert reached(artifact.building) == "checkpoint-5"
+    seen: list[str] = []
 
     def fill_and_count(folder: Path) -> None:
         kill_at()
-        reached = checkpoints.latest(folder)
-        seen.append(int(reached.name.rpartition("-")[2]) if reached else 0)
+        seen.append(reached(folder))
         fill(folder)
 
     assert artifact.make(fill_and_count, goes_on=True) == artifact.path
     assert artifact.done
-    assert seen == [5]
+    assert seen == ["checkpoint-5"]
     assert not list(artifact.path.glob("checkpoint-*"))

@@ -91,7 +91,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
         return grpo.train(run.session, prompts, run.folder, LORA, settings, SAMPLING, out)
 
     def kill(*_: Any) -> None:
-        if checkpoints.latest(tmp_path / "killed"):
+        if list(tmp_path.glob(f"killed/*/{checkpoints.MARK}")):
             raise Killed
 
     rows = train("whole")

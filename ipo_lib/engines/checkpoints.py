@@ -2,7 +2,8 @@
 
 1. After a step, a checkpoint is written if ``seconds()`` have passed since the last one. It holds
    the adapter, the optimizer, the states of the random generators and the log.
-2. Its mark is written last. A checkpoint without one is not read: a kill has torn it.
+2. Its mark is written last. A checkpoint without one is not read: a kill has torn it. The mark
+   names the training, by its settings and data, so that another one does not go on from it.
 3. A training that goes on takes the steps that are left, in the same order. So its adapter is the
    one of a training that was not killed.
 4. A training that has ended leaves no checkpoint.
@@ -18,11 +19,12 @@ from typing import Any
 
 from ipo_lib.engines import processes
 from ipo_lib.records import BadInput
+from ipo_lib.store import write_whole
 
 VARIABLE = "IPO_CHECKPOINT_SECONDS"
 SECONDS = 600.0
 FOLDERS = "checkpoint-*"  # the names that transformers gives
-MARK = "whole"  # an empty file in a checkpoint that is complete
+MARK = "whole"  # a file in a checkpoint that is complete; it holds the name of the training
 
 
 def seconds() -> float:
@@ -41,9 +43,15 @@ def seconds() -> float:
     return value
 
 
-def latest(out: Path) -> Path | None:
-    """The last complete checkpoint in the folder of a training; None where there is none."""
-    whole = [mark.parent for mark in out.glob(f"{FOLDERS}/{MARK}")]
+def latest(out: Path, training: str) -> Path | None:
+    """The last complete checkpoint of a training in its folder; None where there is none.
+
+    Args:
+        out: the folder.
+        training: its name, as given to ``callback``.
+    """
+    marks = out.glob(f"{FOLDERS}/{MARK}")
+    whole = [mark.parent for mark in marks if mark.read_text("utf-8") == training]
     return max(whole, key=_step, default=None)
 
 
@@ -58,8 +66,13 @@ def remove(out: Path, but: Path | None = None) -> None:
             shutil.rmtree(folder)
 
 
-def callback(out: Path) -> Any:
-    """A callback that makes a transformers trainer write checkpoints into ``out``."""
+def callback(out: Path, training: str) -> Any:
+    """A callback that makes a transformers trainer write checkpoints.
+
+    Args:
+        out: the folder of the training.
+        training: its name, which depends on all that decides the adapter.
+    """
     import transformers
 
     every = seconds()
@@ -76,7 +89,7 @@ def callback(out: Path) -> Any:
             processes.wait()  # each process has written the state of its random generators
             if state.is_world_process_zero:
                 checkpoint = out / f"checkpoint-{state.global_step}"
-                (checkpoint / MARK).touch()
+                write_whole(checkpoint / MARK, training)
                 remove(out, but=checkpoint)
 
     return Checkpoints()

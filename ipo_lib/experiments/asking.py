@@ -110,13 +110,7 @@ def compare_sentences(
     detector = run.detector(judged.rollouts, judged.verdicts)
     cues = find_cues(run.session, judged.prompts, judged.rollouts, detector)
     losers = unsafe_with_cue(judged, cues)
-    asked = {rollout.prompt_id for rollout in judged.rollouts}
-    if left_out := len(asked) - len({loser.prompt_id for loser in losers}):
-        warnings.warn(
-            f"{left_out} of {len(asked)} prompts are left out: none of their traces is unsafe and "
-            "has a cue; sample more of each",
-            stacklevel=2,
-        )
+    _warn_of_left_out(judged, losers)
     put = {name: closed_sentence(text) for name, text in texts.items()}
     counts, unjudged = {}, {}
     for name, text in put.items():
@@ -142,6 +136,17 @@ def compare_sentences(
         row |= {"not_judged": unjudged[name], "continuations": draws * len(losers)}
         rows.append({**row, "prompts": len(last)})
     return pd.DataFrame(rows)
+
+
+def _warn_of_left_out(judged: JudgedRollouts, losers: Rollouts) -> None:
+    """Say how many prompts have no unsafe trace with a cue."""
+    asked = {rollout.prompt_id for rollout in judged.rollouts}
+    if left_out := len(asked) - len(losers):
+        warnings.warn(
+            f"{left_out} of {len(asked)} prompts are left out: none of their traces is unsafe and "
+            "has a cue; sample more of each",
+            stacklevel=3,
+        )
 
 
 def closed_sentence(text: str) -> str:

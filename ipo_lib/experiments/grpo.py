@@ -45,6 +45,7 @@ from ipo_lib.records import (
     Rollouts,
     by_id,
     digest,
+    to_json,
 )
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Session
@@ -146,8 +147,11 @@ def train(
             "give the tokens that the method it stands beside has generated"
         )
     trainer = make_trainer(session, prompts, model, lora, settings, sampling, out, adapter)
-    trainer.add_callback(checkpoints.callback(Path(out)))
-    checkpoint = checkpoints.latest(Path(out))
+    asked = [prompt.text for prompt in prompts]
+    given = [to_json(one) for one in (lora, settings, sampling)]
+    name = digest([given, asked, str(model), str(adapter)])
+    checkpoint = checkpoints.latest(Path(out), name)
+    trainer.add_callback(checkpoints.callback(Path(out), name))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     rows = []
     for entry in trainer.state.log_history:
