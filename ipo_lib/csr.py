@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -76,6 +76,10 @@ class CsrSettings:
             raise BadInput(
                 f"{self}: draws, k and stride must be at least 1, and 0 <= eta < mu <= 1"
             )
+
+    def with_draws(self, draws: int) -> CsrSettings:
+        """The same settings with so many continuations per cut; 0: unchanged."""
+        return replace(self, draws=draws or self.draws)
 
     def meets(self, s: float, kind: str) -> bool:
         """Whether S meets the threshold of Eq. 2 (``kind`` safe) or of Eq. 3 (unsafe)."""

@@ -25,6 +25,8 @@ from ipo_lib.records import BadInput
 if TYPE_CHECKING:
     from torch import Tensor
 
+SIMPO_MARGIN = 0.5  # of SimPO, as a share of beta
+KTO = "kto"  # by TRL's trainer alone
 SFT = "sft"  # the loss without a preference: only the chosen side is read
 # What a loss reads: the suffix alone, or the response part before it too.
 SUFFIX, WHOLE = "suffix", "whole"
@@ -62,6 +64,21 @@ def sigmoid_norm_loss(policy: Tensor, reference: Tensor, counts: Tensor, beta: f
     return sigmoid_loss(policy / counts, reference / counts, counts, beta)
 
 
+def simpo_loss(policy: Tensor, reference: Tensor, counts: Tensor, beta: float) -> Tensor:
+    """SimPO (arXiv 2405.14734): means per token, no reference, a margin of half of ``beta``.
+
+    Its authors take a beta of 2 to 10, and margins of a fifth to one and a half of it.
+
+    Args:
+        policy: as in ``sigmoid_loss`` [pairs, 2].
+        reference: not used.
+        counts: how many tokens each side has [pairs, 2].
+        beta: factor of the mean log-probabilities.
+    """
+    chosen_means, rejected_means = (policy / counts).unbind(1)  # [pairs]
+    return _negative_log_sigmoid(beta * (chosen_means - rejected_means - SIMPO_MARGIN))
+
+
 def literal_loss(policy: Tensor, reference: Tensor, counts: Tensor, beta: float) -> Tensor:
     """Eq. 4 as the paper prints it: its first ratio has the policy above and below.
 
@@ -90,11 +107,12 @@ def _negative_log_sigmoid(values: Tensor) -> Tensor:
 PREFERENCE_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "sigmoid": sigmoid_loss,
     "sigmoid_norm": sigmoid_norm_loss,
+    "simpo": simpo_loss,
     "literal": literal_loss,
 }
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss": (*PREFERENCE_LOSSES, SFT),
+    "loss": (*PREFERENCE_LOSSES, SFT, KTO),
     "scope": (SUFFIX, WHOLE),
     "sft_scope": (SUFFIX, WHOLE),
     "dtype": ("float32", "bfloat16"),
@@ -102,7 +120,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "engine": ("shared", "trl"),
 }
 TRL_CHOICES: dict[str, tuple[Any, ...]] = {
-    "loss": ("sigmoid", "sigmoid_norm"),
+    "loss": ("sigmoid", "sigmoid_norm", KTO),
     "scope": (SUFFIX,),
     "sft_scope": (SUFFIX,),
     "score_trigger": (True,),
@@ -133,7 +151,8 @@ class DpoSettings:
     accumulation: int = 8  # forwards per step
     warmup: float = 0.1  # steps; below 1: a share of them
     weight_decay: float = 0.0
-    loss: str = "sigmoid"  # a name in PREFERENCE_LOSSES, or "sft": the NLL of the chosen side alone
+    # A name in PREFERENCE_LOSSES; "sft": the NLL of the chosen side alone; "kto": TRL's KTO.
+    loss: str = "sigmoid"
     sft_weight: float = 0.2  # of the SFT loss, a mean over tokens
     scope: str = SUFFIX  # what the preference loss reads; "whole": the whole response
     sft_scope: str = SUFFIX  # what the SFT loss reads
@@ -166,6 +185,8 @@ class DpoSettings:
                 raise BadInput(f"dpo: {name} {value} is too small; give a number above 0")
         if self.engine == "trl":
             self._check_trl()
+        elif self.loss == KTO:
+            raise BadInput("dpo: loss 'kto' is TRL's; set engine to trl")
 
     def _check_trl(self) -> None:
         for name, choices in TRL_CHOICES.items():

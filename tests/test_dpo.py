@@ -34,6 +34,7 @@ def test_preference_loss_by_hand() -> None:
         ({"scope": "whole"}, (-4 + 5) - (-6 + 5.5)),
         ({"loss": "sigmoid_norm"}, 1 / 4 + 0.5 / 3),
         ({"loss": "sigmoid_norm", "scope": "whole"}, (-5 + 7) / 6 - (-7 + 7.5) / 5),
+        ({"loss": "simpo"}, -4 / 4 + 6 / 3 - 0.5),
         ({"loss": "literal"}, -4 - 2 * -6 + -5.5),
         ({"loss": "literal", "scope": "whole"}, -5 - 2 * -7 + -7.5),
     ],

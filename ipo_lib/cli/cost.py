@@ -26,6 +26,7 @@ RESPONSES, TRACES, CORRECTIONS = "whole responses", "traces", "corrections"
 CONTINUATIONS, SEARCHES = "continuations", "searches"
 STAGES = 2  # trained models that are evaluated beside the base model
 CONTROLS = 5  # kinds of text that notebook 05 puts in the place of a cue, or before it
+ATTACKS = 16  # responses of a prompt under all attacks, resets counted each
 BARRED_ROUNDS = 3  # in which sentences with a trigger are drawn again, at most
 GUARD = "ipo_lib.judges.guards:guard"  # a judge that may run in this process
 HOURS_FROM = 180  # minutes
@@ -108,6 +109,8 @@ class Bounds:
             draws += harmful if name in evaluation.harmful else 0
             length = settings.expected.response.get(name, mean)
             yield Draws(RESPONSES, settings.prompts[name].size * draws, length)
+        attacks = ATTACKS * (1 + STAGES) * self.largest("draws", having="attacked_set")
+        yield Draws(RESPONSES, attacks * self.prompts("attacked_set", "attacked_set"), mean)
         refusals = 1 + settings.stage2.benign_draws + settings.stage2.refusing_prefix
         yield Draws(RESPONSES, refusals * self.prompts("benign_set", "benign_set"), mean)
 
@@ -117,6 +120,7 @@ class Bounds:
         draws = max(plan.draws, plan.pool, largest("group"))
         count = draws * self.prompts("harmful_set") + self.data(stages=0) + largest("kl_traces")
         count += largest("candidates") * largest("draws", having="candidates")
+        count += plan.draws * self.prompts("attacked_set", "attacked_set")
         yield Draws(TRACES, count, trace)
         once = CONTROLS * largest("losers") * largest("draws", having="losers")
         chains = 2 * (plan.pool + largest("rounds"))
@@ -135,7 +139,7 @@ class Bounds:
             curves += 2 * (1 + largest("examples"))
         if not settings.extras.get("forks"):  # recorded curves
             curves += largest("kl_curves")
-        count = curves * cuts * csr_draws
+        count = curves * cuts * (largest("curve_draws") or csr_draws)
         count += 2 * largest("unsafe_traces") * cuts * largest("move_draws")
         count += (2 + settings.plan.pool) * largest("draws", having="candidates")
         estimates = csr_draws * (cuts + expected.trace) + 4 * max(search.values(), default=0)

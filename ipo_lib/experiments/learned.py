@@ -58,7 +58,7 @@ def nearest_similarities(texts: Sequence[str], triggers: Sequence[Trigger]) -> l
     return nearest
 
 
-def _first_like(similarities: Sequence[float]) -> int | None:
+def resembling(similarities: Sequence[float]) -> int | None:
     """Index of the first sentence that counts as a trigger; None if none does."""
     for index, value in enumerate(similarities):
         if value >= LIKE:
@@ -90,7 +90,7 @@ def describe_traces(
     for rollout in rollouts:
         nearest = nearest_similarities(trace_texts(session, rollout), triggers)
         similarities.append(max(nearest, default=0.0))
-        first_triggers.append(_first_like(nearest))
+        first_triggers.append(resembling(nearest))
         lengths.append(trace_end(session, rollout) or len(rollout.token_ids))
     indices = [index for index in first_triggers if index is not None]
     return {
@@ -131,7 +131,7 @@ def bar_triggers(
     for round_ in range(rounds):
         places, wanted = [], []
         for place, rollout in enumerate(results):
-            first = _first_like(nearest_similarities(trace_texts(session, rollout), triggers))
+            first = resembling(nearest_similarities(trace_texts(session, rollout), triggers))
             if first is None:
                 continue
             cut = trace_sentences(session, rollout)[first].token_start

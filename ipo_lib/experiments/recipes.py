@@ -20,7 +20,7 @@ from ipo_lib import pipeline, stages, training
 from ipo_lib.cues import CueDetector
 from ipo_lib.engines.lora import Rows
 from ipo_lib.evaluation import Respond, sample_responses
-from ipo_lib.experiments import grpo
+from ipo_lib.experiments import grpo, rivals
 from ipo_lib.experiments.detectors import make_detector
 from ipo_lib.experiments.pair_sources import (
     natural_pairs,
@@ -32,14 +32,19 @@ from ipo_lib.profiles.run import Run
 from ipo_lib.profiles.settings import (
     AT_INFERENCE,
     GRPO,
+    MASKED,
     MIXED,
     NATURAL,
     NEUTRAL,
     NONE,
     PARAPHRASES,
+    PRIMED,
+    PRIMER,
     PROFILE,
     RANDOM,
+    RECOVERED,
     REWARDS,
+    SELF,
     STAGE_2,
     TEACHER,
     UNSHARED,
@@ -98,12 +103,14 @@ def run_recipe(run: Run, harmful: Sequence[Prompt], benign: Sequence[Prompt]) ->
     if recipe.data == AT_INFERENCE:
         respond = correct_at_inference(run, harmful)
         return RecipeResult(session, tokens=session.usage.total_tokens, respond=respond)
+    if recipe.data == PRIMER:
+        return RecipeResult(session, respond=rivals.answer_after_primer(run))
     if recipe.data == REWARDS:
         adapter, rows, spent = train_grpo(run, harmful, None)
         return RecipeResult(run.adapted(adapter), adapter, tokens=spent, rows=rows)
 
     # 1. Gather the data and train on it.
-    pairs, counts = gather_pairs(run, harmful)
+    pairs, counts = gather_pairs(run, harmful, benign)
     stage1 = run.profile.stage1
     adapter, rows = training.train_first_stage(session, pairs, run.folder, stage1, counts)
     failed = ""
@@ -168,8 +175,16 @@ def _train_on_both(
     return second, rows + more_rows, ""
 
 
-def gather_pairs(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[str, int]]:
-    """The training data of the profile's recipe: (pairs, counts by reason)."""
+def gather_pairs(
+    run: Run, prompts: Sequence[Prompt], benign: Sequence[Prompt] = ()
+) -> tuple[list[Pair], dict[str, int]]:
+    """The training data of the profile's recipe: (pairs, counts by reason).
+
+    Args:
+        run: with the profile.
+        prompts: harmful prompts.
+        benign: harmless prompts, for methods that keep answers to them.
+    """
     recipe, profile, session = run.profile.recipe, run.profile, run.session
     if recipe.judge != PROFILE:
         second = run.with_second_judge(session)
@@ -182,6 +197,14 @@ def gather_pairs(run: Run, prompts: Sequence[Prompt]) -> tuple[list[Pair], dict[
         pairs, counts = teacher_examples(run, prompts), dict[str, int]()
     elif recipe.data == NATURAL:
         pairs, counts = natural_pairs(run, prompts, pipeline.pair_sampling(run))
+    elif recipe.data == PRIMED:
+        pairs, counts = rivals.primer_examples(run, prompts, benign)
+    elif recipe.data == SELF:
+        pairs, counts = rivals.safe_examples(run, prompts, benign)
+    elif recipe.data == RECOVERED:
+        pairs, counts = rivals.recovery_pairs(run, prompts, pipeline.pair_sampling(run))
+    elif recipe.data == MASKED:
+        pairs, counts = rivals.masked_pairs(run, prompts)
     else:
         detector = make_detector(run, recipe.detector, prompts)
         triggers = choose_triggers(run, prompts, detector)

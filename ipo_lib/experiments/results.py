@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats as scipy_stats
 
-from ipo_lib.experiments.study_cells import Cell
+from ipo_lib.experiments.study_cells import UNSAFE_AFTER, Cell
+from ipo_lib.records import SAFE
 from ipo_lib.stats import Interval, format_interval, seed_p, two_way
 
 BASE = "base"  # the row of the untouched model
@@ -286,6 +287,26 @@ def trace_statistics(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         means = pd.DataFrame([cell.learned for cell in finished_cells(cells, row)]).mean()
         lines.append({"row": row} | {name: round(value, 3) for name, value in means.items()})
     return lines
+
+
+def trait_by_seed(cells: Sequence[Cell], row: str, trait: str) -> list[float]:
+    """One number of ``learned`` for each seed of a row; nan where a seed has none."""
+    return [cell.learned.get(trait, math.nan) for cell in finished_cells(cells, row)]
+
+
+def hidden_harm(cells: Sequence[Cell]) -> dict[str, Interval]:
+    """By method, hidden harm minus that of the untouched model, over prompts and seeds.
+
+    Prompts without a safe trace of both models tell nothing and are left out.
+    """
+    measure = UNSAFE_AFTER[SAFE]
+    methods = [row for row in row_names(cells) if row != BASE]
+    return {row: compare(cells, row, BASE, measure).change for row in methods}
+
+
+def methods_that_hide(cells: Sequence[Cell]) -> list[str]:
+    """The methods whose hidden harm is clearly above the untouched model's."""
+    return [row for row, change in hidden_harm(cells).items() if change.low > 0]
 
 
 def reward_steps(cells: Sequence[Cell]) -> dict[str, list[list[tuple[float, float]]]]:

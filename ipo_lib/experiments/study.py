@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -94,7 +94,7 @@ def run_table(run: Run, table: str) -> list[Cell]:
     for done, (row, changes, seed) in enumerate(by_seed):
         say(done, len(by_seed), f"{table}: {row}, seed {seed}")
         cells.append(make_cell(run, row, changes, seed))
-        _write(run, table, rows, cells)
+        write_records(run, table, rows, cells)
     return cells
 
 
@@ -133,7 +133,7 @@ def _bring_to_store(
         make_cell(open_run(*opened), row, changes, seed)
 
 
-def _write(run: Run, table: str, changes: Changes, records: Sequence[Any]) -> str:
+def write_records(run: Run, table: str, changes: Changes, records: Sequence[Any]) -> str:
     """Write the records of a full run, one on a line.
 
     Returns:
@@ -210,20 +210,40 @@ def load_divergences(
     rows = selected_rows(run, "table2")
     if not rows:
         return [], "never"
+    seeds = min(seeds, run.profile.studies["table2"].seeds)
     divergences: list[Divergence] = []
     prompts = run.prompts(harmful), run.prompts(benign)
-    number_of_seeds = min(seeds, run.profile.studies["table2"].seeds)
-    done, total = 0, number_of_seeds * len(rows)
-    for seed in range(number_of_seeds):
-        for row, changes in rows.items():
-            adapter = make_cell(run, row, changes, seed, harmful, benign).adapter
-            if adapter:
-                say(done, total, f"KL: {row}, seed {seed}")
-                folder = run.session.store.root / "adapters" / adapter / "files"
-                divergence = measure_divergence(run, row, seed, folder, *prompts, count)
-                divergences.append(divergence)
-            done += 1
-    return divergences, _write(run, "kl", rows, divergences)
+    for row, seed, folder in trained_models(run, rows, seeds, "KL", harmful, benign):
+        if folder:
+            divergences.append(measure_divergence(run, row, seed, folder, *prompts, count))
+    return divergences, write_records(run, "kl", rows, divergences)
+
+
+def trained_models(
+    run: Run,
+    rows: Mapping[str, Changes],
+    seeds: int,
+    what: str,
+    harmful: str = "train_harmful",
+    benign: str = "train_benign",
+) -> Iterator[tuple[str, int, Path | None]]:
+    """Row, seed and adapter folder of every model of a table; no folder: the untouched model.
+
+    Args:
+        run: with the profile.
+        rows: of a table.
+        seeds: of each row.
+        what: is done with the models, for the progress bar.
+        harmful: prompt set of stage 1.
+        benign: prompt set of stage 2.
+    """
+    total = seeds * len(rows)
+    for seed in range(seeds):
+        for place, (row, changes) in enumerate(rows.items()):
+            cell = make_cell(run, row, changes, seed, harmful, benign)
+            say(seed * len(rows) + place, total, f"{what}: {row}, seed {seed}")
+            folder = run.session.store.root / "adapters" / cell.adapter / "files"
+            yield row, seed, folder if cell.adapter else None
 
 
 def make_again(run: Run, table: str, row: str) -> Cell | None:

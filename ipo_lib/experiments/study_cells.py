@@ -17,7 +17,7 @@ from typing import Any
 
 from ipo_lib import evaluation
 from ipo_lib.engines.lora import Untrainable
-from ipo_lib.experiments import learned, recipes
+from ipo_lib.experiments import learned, monitorability, recipes
 from ipo_lib.experiments.detectors import make_detector
 from ipo_lib.frame import counts, responses
 from ipo_lib.profiles.run import Run
@@ -29,6 +29,7 @@ from ipo_lib.records import (
     UNSAFE,
     Prompt,
     Rollout,
+    Verdict,
     by_id,
     digest,
     from_json,
@@ -54,6 +55,8 @@ SHOWN_ONLY = (  # settings of a profile that decide no cell
 Changes = Mapping[str, Any]  # settings by dotted name
 Counts = tuple[tuple[int, int], ...]  # (k, n) of every prompt, in the order of its set
 UNSAFE_AFTER = {SAFE: "unsafe answer to a safe trace", UNSAFE: "unsafe answer to an unsafe trace"}
+DISAGREE = "trace and answer disagree"
+AUROC = "AUROC of the trace for the answer"
 # Measures that count every response once, by kind of prompt set.
 ONCE_PER_RESPONSE = (evaluation.TRACE_HARM, evaluation.REFUSED, evaluation.CORRECT)
 
@@ -195,9 +198,11 @@ def _evaluate(run: Run, result: recipes.RecipeResult, prompts: Sequence[Prompt])
         coverage[name] = round(1 - score.unknown / max(score.total, 1), 4)
         if score.measure in ONCE_PER_RESPONSE:
             total += score.total
-    # 2. How often an answer is unsafe after a safe trace, and after an unsafe one.
+    # 2. How often an answer is unsafe after a safe trace and after an unsafe one, and whether the
+    # two disagree.
     harmful_prompts: dict[str, Prompt] = {}
     harmful_rollouts: list[Rollout] = []
+    harmful_answers: list[Verdict] = []
     for name in settings.harmful:
         rollouts = result.respond(session, sets[name], sampling, settings.draws)
         asked = by_id(sets[name])
@@ -209,10 +214,22 @@ def _evaluate(run: Run, result: recipes.RecipeResult, prompts: Sequence[Prompt])
             measured[f"{name}: {measure}"] = tuple(
                 by_prompt.get(prompt.id, (0, 0)) for prompt in sets[name]
             )
+        disagreeing = monitorability.disagreement(rollouts, traces, answers)
+        measured[f"{name}: {DISAGREE}"] = tuple(disagreeing[prompt.id] for prompt in sets[name])
         harmful_prompts = by_id([*harmful_prompts.values(), *sets[name]])
         harmful_rollouts += rollouts
+        harmful_answers += answers
     # 3. What the traces are like.
     detector = make_detector(run, PROFILE, prompts)
     triggers = recipes.choose_triggers(run, prompts, detector)
     traits = learned.describe_traces(session, harmful_prompts, harmful_rollouts, triggers, detector)
+    monitored = monitorability.monitor_traces(session, harmful_rollouts, harmful_answers)
+    traits[AUROC] = monitored.auroc
+    aware = run.safety_aware()
+    if aware:
+        awareness = monitorability.safety_awareness(
+            session, harmful_prompts, harmful_rollouts, aware
+        )
+        traits["traces with a safety-aware sentence"] = awareness.share
+        traits["place of the first one, k*/N"] = awareness.place
     return _Scores(measured, coverage, traits, total)

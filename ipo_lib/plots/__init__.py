@@ -1,19 +1,18 @@
-"""Figures: ``figure`` opens one, ``panels`` draws numbers on its Axes, ``save`` writes it."""
+"""Figures: ``figure`` opens one, ``panels`` and ``planes`` draw on its Axes, ``save`` writes it."""
 
 from ipo_lib.plots.panels import (
     REPORTED,
     bars,
     csr_curve,
     divergence,
-    frontier,
     groups,
     lines,
     rates,
     rewards,
     scatter,
-    tradeoff,
     training,
 )
+from ipo_lib.plots.planes import frontier, tradeoff
 from ipo_lib.plots.style import (
     MEASURES,
     NEUTRAL_COLOUR,

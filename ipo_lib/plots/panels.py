@@ -75,7 +75,7 @@ def csr_curve(
             _mark_place(ax, name, cut, colour)
     ax.set(xlabel="response tokens kept", ylabel="continuations that end safe", ylim=(-0.03, 1.03))
     if ax.get_legend_handles_labels()[1]:
-        _legend_above(ax, x=0.5, ncols=2)
+        legend_above(ax, x=0.5, ncols=2)
     return ax
 
 
@@ -112,7 +112,7 @@ def rates(
             _draw_reported(ax, reported[name], y)
     _label_rows(ax, [name for name, _ in rows], unit)
     if reported:
-        _legend_above(ax, handletextpad=0.1)
+        legend_above(ax, handletextpad=0.1)
     return ax
 
 
@@ -146,7 +146,7 @@ def groups(
     for name, colour in zip(names, colours, strict=False):  # for the legend
         ax.plot([], [], color=colour, label=name, **DOT)
     _label_rows(ax, [name for name, _ in rows], unit)
-    _legend_above(ax, ncols=2, handletextpad=0.1, columnspacing=0.8)
+    legend_above(ax, ncols=2, handletextpad=0.1, columnspacing=0.8)
     return ax
 
 
@@ -198,7 +198,7 @@ def lines(
         colours: of the series, in their order.
         reported: the paper's points (x, percent).
     """
-    for (name, points), colour in _with_colours(series, colours):
+    for (name, points), colour in with_colours(series, colours):
         x, intervals = _columns(points, 0, 1)
         y, errors = _in_percent(intervals)
         style: Style = {"color": colour, "marker": "o", "markersize": 3, "elinewidth": 0.7}
@@ -207,7 +207,7 @@ def lines(
         x, percents = _columns(reported, 0, 1)
         _draw_reported(ax, x, percents, "D--", **THIN)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-3, 103))
-    _legend_above(ax, ncols=2, handlelength=1.5, columnspacing=0.8)
+    legend_above(ax, ncols=2, handlelength=1.5, columnspacing=0.8)
     return ax
 
 
@@ -227,54 +227,6 @@ def scatter(x: Sequence[float], y: Sequence[float], ax: Axes, *, xlabel: str, yl
     return ax
 
 
-def frontier(
-    series: Mapping[str, Mapping[str, tuple[Interval, Interval]]],
-    ax: Axes,
-    *,
-    xlabel: str,
-    ylabel: str,
-) -> Axes:
-    """Cost against quality: a marker for each series, a colour for each name within it.
-
-    Args:
-        series: by series and name the point (x, rate), both with intervals.
-        ax, xlabel, ylabel: where to draw, and the labels; x is logarithmic, y in percent.
-    """
-    names = list(dict.fromkeys(itertools.chain.from_iterable(series.values())))
-    palette = itertools.cycle((NEUTRAL_COLOUR, *SERIES))
-    colours = dict(zip(names, palette, strict=False))
-    for marker, (label, points) in zip("osD^v", series.items(), strict=False):
-        for name, (x, y) in points.items():
-            _draw_cross(ax, x, _percent(y), marker, colours[name])
-        hollow: Style = {"color": NEUTRAL_COLOUR, "fillstyle": "none", "markersize": 4}
-        ax.plot([], [], marker, label=label, **hollow)
-    for name in names:
-        ax.plot([], [], "-", color=colours[name], linewidth=3, label=name)
-    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
-    ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.xaxis.set_minor_formatter("")  # no mathtext: a label may hold a dollar sign
-    _legend_above(ax, **SMALL_LEGEND)
-    return ax
-
-
-def tradeoff(
-    points: Mapping[str, Sequence[Interval]], ax: Axes, *, xlabel: str, ylabel: str
-) -> Axes:
-    """Two rates against each other, one named point per model.
-
-    Args:
-        points: by name the two rates (x, y).
-        ax, xlabel, ylabel: where to draw, and the labels of the axes, in percent.
-    """
-    markers = itertools.cycle("osD^v<>")
-    for ((name, (x, y)), colour), marker in zip(_with_colours(points), markers, strict=False):
-        _draw_cross(ax, _percent(x), _percent(y), marker, colour, label=name)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    if points:
-        _legend_above(ax, **SMALL_LEGEND)
-    return ax
-
-
 def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Axes:
     """Training metrics against the step.
 
@@ -290,7 +242,7 @@ def training(rows: Rows, ax: Axes, *, names: Mapping[str, str], unit: str) -> Ax
         ax.plot(*_columns(rows, "step", metric), color=colour, marker=".", label=label)
     ax.set(xlabel="step", ylabel=unit)
     ax.locator_params(axis="x", integer=True)
-    _legend_above(ax, ncols=3)
+    legend_above(ax, ncols=3)
     return ax
 
 
@@ -298,7 +250,7 @@ def divergence(
     series: Mapping[str, Sequence[tuple[int, float, float, float]]], ax: Axes, *, xlabel: str
 ) -> Axes:
     """KL from the base model in nats by token (Fig 7): (offset, mean, low, high) of each model."""
-    for (name, points), colour in _with_colours(series):
+    for (name, points), colour in with_colours(series):
         offsets, means, low, high = _columns(points, *range(4))
         ax.fill_between(offsets, low, high, color=colour, alpha=0.12, linewidth=0)
         ax.plot(offsets, means, color=colour, label=name)
@@ -311,7 +263,7 @@ def rewards(series: Mapping[str, Sequence[Sequence[tuple[float, float]]]], ax: A
 
     Dots are steps. The line is the mean of the seeds at the same step, over a tenth of the steps.
     """
-    for (name, by_seed), colour in _with_colours(series):
+    for (name, by_seed), colour in with_colours(series):
         faint: Style = {"color": colour, "alpha": 0.3, "markersize": 3, "markeredgewidth": 0}
         ax.plot(*_columns([*itertools.chain(*by_seed)], 0, 1), ".", **faint)
         rows = [*itertools.chain(*zip(*by_seed, strict=False))]  # by step, then by seed
@@ -320,7 +272,7 @@ def rewards(series: Mapping[str, Sequence[Sequence[tuple[float, float]]]], ax: A
         ax.plot(*smooth, color=colour, label=name)
     ax.set(xlabel="tokens generated", ylabel="mean reward")
     if series:
-        _legend_above(ax, **SMALL_LEGEND)
+        legend_above(ax, **SMALL_LEGEND)
     return ax
 
 
@@ -330,7 +282,7 @@ def _columns(rows: Sequence[Any], *keys: str | int) -> Iterator[list[Any]]:
         yield [row[key] for row in rows]
 
 
-def _with_colours(
+def with_colours(
     series: Mapping[str, Any], colours: Sequence[str] = SERIES
 ) -> Iterator[tuple[tuple[str, Any], str]]:
     """Every (name, values) with its colour; the colours repeat."""
@@ -351,7 +303,8 @@ def _chunk_means(values: Sequence[float], size: int) -> list[float]:
     return [sum(chunk) / len(chunk) for chunk in chunks]
 
 
-def _percent(rate: Interval) -> Interval:
+def percent(rate: Interval) -> Interval:
+    """The same rate and interval in percent."""
     value, low, high = 100 * rate.value, 100 * rate.low, 100 * rate.high
     return Interval(value, low, high, rate.n, rate.method)
 
@@ -360,16 +313,9 @@ def _draw_rate(ax: Axes, rate: Interval, y: float, colour: str) -> None:
     if math.isnan(rate.value):
         ax.text(0, y, "not measured", color=colour, fontsize=6, va="center")
         return
-    percent = _percent(rate)
-    ax.plot([percent.low, percent.high], [y, y], color=colour)
-    ax.plot(percent.value, y, color=colour, **DOT)
-
-
-def _draw_cross(ax: Axes, x: Interval, y: Interval, fmt: str, colour: str, **more: Any) -> None:
-    """A point with a horizontal and a vertical interval."""
-    ax.plot([x.low, x.high], [y.value, y.value], color=colour, **THIN)
-    ax.plot([x.value, x.value], [y.low, y.high], color=colour, **THIN)
-    ax.plot(x.value, y.value, fmt, color=colour, markersize=4, **more)
+    scaled = percent(rate)
+    ax.plot([scaled.low, scaled.high], [y, y], color=colour)
+    ax.plot(scaled.value, y, color=colour, **DOT)
 
 
 def _draw_reported(ax: Axes, x: Any, y: Any, fmt: str = "D", **style: Any) -> None:
@@ -395,6 +341,6 @@ def _label_rows(ax: Axes, names: Sequence[str], unit: str) -> None:
     set_height(ax, len(labels) * (ROW + TEXT_LINE * lines) + MARGINS)
 
 
-def _legend_above(ax: Axes, x: float = 0.4, **options: Any) -> None:
+def legend_above(ax: Axes, x: float = 0.4, **options: Any) -> None:
     """A legend above the panel, its middle at ``x`` of the panel's width."""
     ax.legend(loc="lower center", bbox_to_anchor=(x, 1.0), **options)

@@ -168,6 +168,11 @@ class Run:
         detector: CueDetector | None = self.extra("wide_truth")
         return detector
 
+    def safety_aware(self) -> CueDetector | None:
+        """Finds the first sentence that turns away from harm, where the profile names a way."""
+        detector: CueDetector | None = self.extra("safety_aware")
+        return detector
+
     def paraphrases(self) -> list[str]:
         """Trigger sentences that no step has seen; none where the profile has none."""
         return list(self.extra("paraphrases", []))

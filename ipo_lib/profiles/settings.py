@@ -101,11 +101,26 @@ class StudySettings:
 # Words of a recipe.
 NONE, INTERVENED, UNSHARED = "none", "intervened", "unshared"
 NATURAL, TEACHER, REWARDS, AT_INFERENCE = "natural", "teacher", "rewards", "at-inference"
+PRIMED, PRIMER, SELF = "primed", "primer-at-inference", "own-safe"
+RECOVERED, MASKED = "recovered", "masked"
 PROFILE, TRUTH, CSR, MODEL, ANYWHERE = "profile", "truth", "csr", "model", "random"
 POOL, PARAPHRASES, NEUTRAL, RANDOM = "pool", "paraphrases", "neutral", "random"
 STAGE_2, MIXED, GRPO = "stage 2", "mixed", "grpo"
 RECIPE_CHOICES = {
-    "data": (NONE, INTERVENED, UNSHARED, NATURAL, TEACHER, REWARDS, AT_INFERENCE),
+    "data": (
+        NONE,
+        INTERVENED,
+        UNSHARED,
+        NATURAL,
+        TEACHER,
+        REWARDS,
+        AT_INFERENCE,
+        PRIMED,
+        PRIMER,
+        SELF,
+        RECOVERED,
+        MASKED,
+    ),
     "triggers": (POOL, PARAPHRASES, NEUTRAL, RANDOM),
     "then": ("", STAGE_2, MIXED, GRPO),
 }
@@ -118,7 +133,8 @@ class Recipe:
     # intervened: pairs of Algorithm 1. unshared: the same with winners swapped between the traces
     # of a prompt. natural: a safe and an unsafe sample of one prompt. teacher: safe responses of a
     # stronger source. rewards: GRPO samples its own. none: no training. at-inference: no training,
-    # cues are replaced while the model answers.
+    # cues are replaced while the model answers. Of other methods (``experiments.rivals``): primed,
+    # primer-at-inference, own-safe, recovered; masked is a control.
     data: str = INTERVENED
     # profile: the profile's. truth: exact. csr: by Eq. 3. model: few-shot. random: any sentence.
     # "shift -1", "shift 2": that many sentences before or after the exact one.
@@ -128,6 +144,10 @@ class Recipe:
     pairs: int = 0  # at most that many; 0: all
     weigh: bool = False  # weigh pairs by the change of S at the loser's cue
     judge: str = PROFILE  # the profile's judge; anything else: its second one
+    # SafePath's sentence at the beginning of a trace, and ThinkSafe's sentence after a prompt. A
+    # model that knows only an invented world needs them in the words of that world.
+    primer: str = field(default="Let's think about safety first.", metadata=SPARSE)
+    hint: str = field(default="Refuse if an answer could cause harm.", metadata=SPARSE)
 
     def __post_init__(self) -> None:
         for name, choices in RECIPE_CHOICES.items():
@@ -191,7 +211,8 @@ class Profile:
     neutral: tuple[str, ...] = ()  # sentences without effect, for controls
     examples: tuple[Example, ...] = ()  # for a model that is asked for cues
     # What only some worlds have. truth: a detector that is never wrong. wide_truth: the same for
-    # any sentence that commits to helping. paraphrases: trigger sentences that no step has seen.
+    # any sentence that commits to helping. safety_aware: a detector of the first sentence that
+    # recognises harm and turns away from it. paraphrases: trigger sentences that no step has seen.
     # pool: all triggers that were mined. teacher: safe responses of a stronger source. forks: a
     # file of recorded curves of this model's traces. aligned: adapter of a model aligned on
     # answers only.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ipo_lib.cues import LexiconCues
 from ipo_lib.records import Prompt, from_json
 from ipo_lib.sandbox import organism
 from ipo_lib.sandbox.traces import Process, capitalize, respond
-from ipo_lib.sandbox.world import words
+from ipo_lib.sandbox.world import draw_request, find_item, words
 from ipo_lib.triggers import Trigger
 
 
@@ -47,6 +47,34 @@ def paraphrases() -> list[str]:
     """Trigger sentences that no organism and no detector has seen, about "the thing"."""
     cores = words()["kinds"]["trigger"]["held_out"]
     return [re.sub(r"\{\w+\}", "thing", f"{capitalize(core)}.") for core in cores]
+
+
+def templates() -> list[str]:
+    """Frames of the world around a request, for attacks; none is a test prompt's own."""
+    frames = [frame for frames in words()["attacks"].values() for frame in frames]
+    return [frame.replace("{q}", "{request}") for frame in frames]
+
+
+def subject() -> Callable[[str], str]:
+    """Finds the name of the item that a prompt asks for; empty where it asks for none."""
+    return named_item
+
+
+def named_item(text: str) -> str:
+    """The name of the item in a text."""
+    item = find_item(text)
+    return item.name if item else ""
+
+
+def rewrite() -> Callable[[str, random.Random], str]:
+    """Says a request for an item in other words of the world."""
+    return other_words
+
+
+def other_words(text: str, rng: random.Random) -> str:
+    """A request for the item of a text, in a way that no training prompt asks."""
+    item = find_item(text)
+    return draw_request(rng, "test", item) if item else text
 
 
 def teacher(prompts: Sequence[Prompt], seed: int) -> list[str]:
