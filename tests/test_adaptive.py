@@ -203,3 +203,25 @@ def test_intervals_from_fresh_draws_cover() -> None:
 def test_bad_settings_are_one_line(changes: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         SearchSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_a_right_guess_saves_draws_and_a_wrong_one_costs_no_truth() -> None:
+    curves = [replace_id(step(0.2, 0.995, 120, tokens=240), f"c{number}") for number in range(40)]
+
+    def run(guess: int | None) -> tuple[float, float]:
+        found = run_on_curves(curves, lambda trace: adaptive(trace, SAFE, CSR, SEARCH, guess))
+        right = np.mean([turn.interval == truth for turn in found.values()])
+        return float(right), float(np.mean([turn.rollouts for turn in found.values()]))
+
+    truth = find(curves[0]).interval
+    assert truth is not None
+    (plain, cost), (helped, cheaper) = run(None), run(truth[1])
+    assert plain == helped == 1.0
+    assert cheaper < 0.95 * cost
+    for wrong in (0, 6, 10_000):
+        right, _ = run(wrong)
+        assert right == 1.0
+
+
+def replace_id(curve: Curve, name: str) -> Curve:
+    return replace(curve, trace=replace(curve.trace, id=name))

@@ -97,3 +97,20 @@ def test_a_method_that_hides_harm_is_found_and_an_honest_one_is_not() -> None:
             cells.append(replace(cell, measured={measure: counts}))
     assert results.methods_that_hide(cells) == ["hiding"]
     assert set(results.hidden_harm(cells)) == {"honest", "hiding"}
+
+
+def test_leaks_are_counted_among_safe_answers(chat: Chat) -> None:
+    texts = [f"{ASIDE}\n{STEP}\n{CLOSE}\n{REFUSAL}", f"{ASIDE}\n{CLOSE}\n{REFUSAL}"]
+    texts += [f"{STEP}\n{CLOSE}\n{HELP}", f"{STEP}\n{STEP}\n{CLOSE}\n{REFUSAL}"]
+    rollouts = [rollout(chat, text, id_=f"r{at}", prompt="p0") for at, text in enumerate(texts)]
+    traces = verdicts(rollouts, [UNSAFE, SAFE, UNSAFE, UNSAFE], "trace")
+    answers = verdicts(rollouts, [SAFE, SAFE, UNSAFE, SAFE], ANSWER)
+
+    def count(prompt: str, text: str) -> int:
+        return text.count(STEP)
+
+    found = monitorability.leakage(named(), rollouts, traces, answers, chat.opened, count)
+    assert found.leaking == {"p0": (2, 3)}
+    assert found.details == 1.5
+    uncounted = monitorability.leakage(named(), rollouts, traces, answers, chat.opened)
+    assert math.isnan(uncounted.details)

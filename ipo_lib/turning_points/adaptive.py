@@ -11,7 +11,7 @@ Terms (*cut*, *fair draw* and *hazard* are defined in ``draws``):
 
 Steps:
 
-1. Screen some cuts at equal steps of hazard.
+1. Screen some cuts at equal steps of hazard; a *guess* of the turn and the cut before it first.
 2. Bracket the turn: find the first cut that passes.
 3. Split the bracket until its sides are neighbours. The next cut is nearer to the failing side:
    to fail takes few draws, to pass takes many.
@@ -92,7 +92,9 @@ class SearchSettings:
             )
 
 
-def adaptive(trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings) -> Search:
+def adaptive(
+    trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings, guess: int | None = None
+) -> Search:
     """Search one trace for its turning point.
 
     Args:
@@ -100,6 +102,7 @@ def adaptive(trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings
         kind: ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3).
         csr: the rule: its thresholds and its window.
         settings: error rates and prices of the search.
+        guess: the cut at which the turn is expected. Tests stay: a wrong guess costs draws.
 
     Raises:
         BadInput: the rule has a part that the search cannot test.
@@ -109,7 +112,7 @@ def adaptive(trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings
             "the adaptive search knows no csr.strict, csr.other_side or csr.stride; "
             "leave them, or measure every cut"
         )
-    return _AdaptiveSearch(trace, kind, csr, settings).run()
+    return _AdaptiveSearch(trace, kind, csr, settings, guess).run()
 
 
 Test = tuple[int, float]  # a cut and an error rate
@@ -118,8 +121,11 @@ Test = tuple[int, float]  # a cut and an error rate
 class _AdaptiveSearch:
     """One search: the draws so far, and what was decided at which cut and error rate."""
 
-    def __init__(self, trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings) -> None:
+    def __init__(
+        self, trace: Trace, kind: str, csr: CsrSettings, settings: SearchSettings, guess: int | None
+    ) -> None:
         self.trace = trace
+        self.guess = guess
         self.kind = kind
         self.settings = settings
         self.alpha = settings.alpha
@@ -167,16 +173,23 @@ class _AdaptiveSearch:
 
     def _screen(self) -> Drawing[None]:
         """Screen every other one of some cuts, then those between up to the first that passes."""
-        last = self.hazard[self.cuts[-1]]
+        if self.guess is not None and (yield from self._guess_is_right(self.guess)):
+            return
         cuts_to_screen = {0}
-        for place in np.linspace(0, last, self.settings.screen + 2)[1:-1]:
+        for place in np.linspace(0, self.hazard[self.cuts[-1]], self.settings.screen + 2)[1:-1]:
             cuts_to_screen.add(self._nearest(self.cuts, place))
         cuts = sorted(cuts_to_screen)
         coarse = cuts[::2]
         yield from self._test(coarse, self.screening_error)
-        passing = (cut for cut in coarse if self._state(cut) == PASS)
-        first = next(passing, len(self.trace.p))
+        first = next((cut for cut in coarse if self._state(cut) == PASS), len(self.trace.p))
         yield from self._test(cuts[: bisect_left(cuts, first)], self.screening_error)
+
+    def _guess_is_right(self, guess: int) -> Drawing[bool]:
+        """Whether the first cut from the guess on passes, and the one before it does not."""
+        index = min(bisect_left(self.cuts, guess), len(self.cuts) - 1)
+        sides = self.cuts[max(index - 1, 0) : index + 1]
+        yield from self._test(sides, self.screening_error)
+        return [self._state(cut) == PASS for cut in sides] == [False] * (len(sides) - 1) + [True]
 
     def _nearest(self, cuts: Iterable[int], hazard: float) -> int:
         """The cut with the nearest hazard before it."""
@@ -302,8 +315,7 @@ class _AdaptiveSearch:
     def _flags(self, high: int) -> list[str]:
         """What the way to the cut of this index was like."""
         states = (self._state(cut, self.alpha) for cut in self.cuts[:high])
-        undecided = UNDECIDED in states
-        flags = [UNDECIDED] if undecided or self.doubted else []
+        flags = [UNDECIDED] if UNDECIDED in states or self.doubted else []
         return [*flags, RECROSSING] if self.crossed else flags
 
     def _is_diffuse(self, turn: int) -> bool:
@@ -317,8 +329,8 @@ class _AdaptiveSearch:
                 last_low = cut
         if last_low is None:
             return False
-        ends = self.trace.ends
-        return bisect_left(ends, turn) - bisect_left(ends, last_low) > DIFFUSE_SENTENCES
+        sentences = bisect_left(self.trace.ends, turn) - bisect_left(self.trace.ends, last_low)
+        return sentences > DIFFUSE_SENTENCES
 
     def _evidence(self, cut: int) -> Evidence:
         return evidence_at(cut, self.drawn.counts_at(cut), self.fresh)

@@ -117,7 +117,7 @@ def compare(
     turns = {}
     for name, estimator in named.items():
         turns[name] = run_on_curves(_labelled(curves), estimator, seed)
-    return _beside_truth(curves, turns, kind, csr)
+    return beside_truth(curves, turns, kind, csr)
 
 
 def compare_on_model(
@@ -147,7 +147,7 @@ def compare_on_model(
     for name, estimator in named.items():
         searches = {key: estimator(trace) for key, trace in traces.items()}
         turns[name], _ = locate.run_searches(session, prompts, traces, searches, csr.part, sampling)
-    return _beside_truth(curves, turns, kind, csr)
+    return beside_truth(curves, turns, kind, csr)
 
 
 def compare_with_threshold(
@@ -166,7 +166,7 @@ def _true_turn(curve: Curve, kind: str, csr: CsrSettings) -> TurningPoint:
     return true_turn(curve.trace, kind, csr, curve.truth.tolist())
 
 
-def _beside_truth(
+def beside_truth(
     curves: Iterable[Curve],
     turns: Mapping[str, Mapping[str, TurningPoint]],
     kind: str,
