@@ -109,7 +109,11 @@ class Bounds:
             draws += harmful if name in evaluation.harmful else 0
             length = settings.expected.response.get(name, mean)
             yield Draws(RESPONSES, settings.prompts[name].size * draws, length)
-        attacks = ATTACKS * (1 + STAGES) * self.largest("draws", having="attacked_set")
+        made = max(
+            (len(own.get("attacks_made") or ()) for own in self.notebooks.values()), default=0
+        )
+        attacks = made + 1 if made else ATTACKS
+        attacks *= (1 + STAGES) * self.largest("draws", having="attacked_set")
         yield Draws(RESPONSES, attacks * self.prompts("attacked_set", "attacked_set"), mean)
         refusals = 1 + settings.stage2.benign_draws + settings.stage2.refusing_prefix
         yield Draws(RESPONSES, refusals * self.prompts("benign_set", "benign_set"), mean)
