@@ -215,8 +215,8 @@ class Profile:
     # recognises harm and turns away from it. For attacks, templates: frames with {request};
     # subject: finds the part of a request to obfuscate; rewrite: says a request in other words.
     # details: counts the usable details of a text. paraphrases: trigger sentences that no step has
-    # seen. pool: all triggers that were mined. teacher: safe responses of a stronger source. forks: a
-    # file of recorded curves of this model's traces. aligned: adapter of a model aligned on
+    # seen. pool: all triggers that were mined. teacher: safe responses of a stronger source. forks:
+    # a file of recorded curves of this model's traces. aligned: adapter of a model aligned on
     # answers only.
     extras: Mapping[str, Component | None] = field(default_factory=dict)
     null_world: str = ""  # the profile of a world where cues and triggers cause nothing
