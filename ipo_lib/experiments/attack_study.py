@@ -1,6 +1,6 @@
-"""A full run of attacks: every method of the table ``rivals``, with several training seeds.
+"""A full run of attacks: methods of the table ``rivals``, with several training seeds.
 
-1. Every trained model is attacked as in ``ipo_lib.experiments.attacks``; the counts of every prompt
+1. Trained models are attacked as in ``ipo_lib.experiments.attacks``; the counts of every prompt
    are kept (``load_attacks``).
 2. A method's harm under an attack is a mean over prompts and seeds, with an interval over both.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ipo_lib.experiments.attacks import AttackMaterial, AttackResult, attacks_of, measure_attacks
+from ipo_lib.experiments.attacks import AttackMaterial, AttackResult, measure_attacks
 from ipo_lib.experiments.recipes import with_seed
 from ipo_lib.experiments.results import RowDifference, row_difference
 from ipo_lib.experiments.study import read_committed, selected_rows, trained_models, write_records
@@ -37,19 +37,27 @@ class AttackCell:
 
 
 def load_attacks(
-    run: Run, full: bool, material: AttackMaterial, draws: int
+    run: Run,
+    full: bool,
+    material: AttackMaterial,
+    names: Sequence[str],
+    draws: int,
+    methods: Sequence[str] = (),
 ) -> tuple[list[AttackCell], str]:
-    """Every trained row of the table ``rivals`` under every attack, and the date.
+    """Trained rows of the table ``rivals`` under attack, and the date.
 
     Args:
         run: with the profile.
         full: measure now; False: read what was committed with the last full run.
         material: what attacks are made of.
+        names: attacks.
         draws: responses of each prompt.
+        methods: rows of the table; empty: all.
     """
     if not full:
         return read_committed(run.profile.name, "attacks", AttackCell, run.figures)
     rows = selected_rows(run, "rivals")
+    rows = {row: changes for row, changes in rows.items() if not methods or row in methods}
     if not rows:
         return [], "never"
     cells = []
@@ -59,7 +67,7 @@ def load_attacks(
         if folder is None and not untouched:
             continue  # a method without a model of its own
         session = with_seed(run, seed).adapted(folder)
-        for result in measure_attacks(run, session, attacks_of(run), material, draws):
+        for result in measure_attacks(run, session, names, material, draws):
             cells.append(_cell(row, seed, result, material))
     return cells, write_records(run, "attacks", rows, cells)
 

@@ -201,16 +201,17 @@ def effects(
 
 
 def _log_probability(run: Run, prompts: Prompts, group: Sequence[Continued]) -> Interval:
-    """The mean log-probability of a sentence's tokens at temperature 1, over traces."""
-    first_of_each = list({(one.loser.id, one.rollout.text): one for one in group}.values())
-    rollouts = [one.rollout for one in first_of_each]
+    """The mean log-probability of a sentence's tokens at temperature 1, one sentence a trace."""
+    first_of_each: dict[str, Continued] = {}
+    for one in group:
+        first_of_each.setdefault(one.loser.id, one)
+    rollouts = [one.rollout for one in first_of_each.values()]
     plain = Sampling(temperature=1.0, top_p=1.0, max_tokens=run.profile.sampling.max_tokens)
     scores = probabilities(run.session, prompts, rollouts, plain)
-    by_loser: dict[str, list[float]] = defaultdict(list)
-    for one in first_of_each:
+    means = []
+    for one in first_of_each.values():
         span: Sentence = trace_sentences(run.session, one.rollout)[one.sentence]
         tokens = scores[one.rollout.id][span.token_start : span.token_end]
         logs = [math.log(max(p, FLOOR)) for p in tokens]
-        by_loser[one.loser.id].append(sum(logs) / max(len(logs), 1))
-    means = [sum(values) / len(values) for values in by_loser.values()]
+        means.append(sum(logs) / max(len(logs), 1))
     return mean(means, (math.log(FLOOR), 0.0))
