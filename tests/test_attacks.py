@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import math
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from small_study import open_small_run
@@ -12,6 +15,7 @@ from small_study import open_small_run
 from ipo_lib.chat import CLOSE, split_response
 from ipo_lib.experiments import attack_study, attacks, learned
 from ipo_lib.profiles.run import Run
+from ipo_lib.profiles.settings import StudySettings
 from ipo_lib.records import ANSWER, SAFE, TRACE, BadInput, by_id, from_json
 from ipo_lib.sandbox.judge import SAFETY_AWARE, kind_of
 from ipo_lib.sandbox.world import find_item
@@ -143,3 +147,39 @@ def test_methods_under_attack_are_compared_by_prompt_and_seed() -> None:
 def test_resembling_is_the_first_sentence_like_a_trigger() -> None:
     assert learned.resembling([0.2, 0.9, 1.0]) == 1
     assert learned.resembling([0.2]) is None
+
+
+def test_a_full_run_of_attacks_is_written_and_read_back(
+    run: Run, material: attacks.AttackMaterial, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    studied = replace(
+        run,
+        figures=tmp_path,
+        profile=replace(run.profile, studies={"rivals": StudySettings(seeds=1)}),
+    )
+    answers = {prompt.id: (1, 2) for prompt in material.prompts[:3]}
+
+    def models(run: Run, rows: dict[str, Any], seeds: int, what: str) -> Iterator[Any]:
+        assert set(rows) == {"base", "SafePath, zero-shot", "SafePath"}
+        for row in rows:
+            yield row, 0, Path("adapter") if row == "SafePath" else None
+
+    def measure(run: Run, session: Any, names: Any, *_: Any) -> list[attacks.AttackResult]:
+        return [attacks.AttackResult(name, {}, answers, 1.0) for name in names]
+
+    monkeypatch.setattr(attack_study, "trained_models", models)
+    monkeypatch.setattr(attack_study, "measure_attacks", measure)
+    monkeypatch.setattr(Run, "adapted", lambda run, folder: run.session)
+    names, methods = ["no attack", "template"], ["base", "SafePath, zero-shot", "SafePath"]
+    made, date = attack_study.load_attacks(studied, True, material, names, 2, methods)
+    # A method without a model of its own is left out.
+    assert [(cell.row, cell.attack) for cell in made] == [
+        ("base", "no attack"),
+        ("base", "template"),
+        ("SafePath", "no attack"),
+        ("SafePath", "template"),
+    ]
+    assert made[0].answers[:4] == ((1, 2), (1, 2), (1, 2), (0, 0))
+    assert attack_study.load_attacks(studied, False, material, names, 2) == (made, date)
+    without = replace(run, figures=tmp_path / "none")
+    assert attack_study.load_attacks(without, True, material, names, 2) == ([], "never")

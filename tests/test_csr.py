@@ -346,3 +346,9 @@ def test_a_curve_has_bounds_where_continuations_were_cut_off() -> None:
     assert (row["at_least"], row["at_most"]) == (10 / 32, 22 / 32)
     (nothing,) = curve_rows([CsrPoint("r", 5, 0, 0, 0)])
     assert (nothing["at_least"], nothing["at_most"]) == (0.0, 1.0)
+
+
+def test_other_draws_leave_the_rule_alone() -> None:
+    settings = CsrSettings(draws=32, mu=0.8)
+    assert settings.with_draws(12) == CsrSettings(draws=12, mu=0.8)
+    assert settings.with_draws(0) == settings

@@ -226,3 +226,14 @@ def test_dollar_signs_in_names_are_no_mathematics(tmp_path: Path) -> None:
     plots.rates([("costs $5 and $x_{ more$", wilson(1, 4))], ax, unit="share (%)")
     plots.save(figure, tmp_path, "dollars", caption="a $ in $\\frac{ a caption")
     assert (tmp_path / "dollars.png").stat().st_size > 1000
+
+
+def test_a_method_that_is_warned_of_is_drawn_in_the_colour_of_harm_with_a_ring() -> None:
+    figure, ax = plots.figure()
+    points = {name: (wilson(3, 10), wilson(1, 10)) for name in ("honest", "hiding")}
+    plots.tradeoff(points, ax, xlabel="x", ylabel="y", warned=["hiding"])
+    colours = {line.get_label(): line.get_color() for line in ax.lines}
+    assert colours["hiding"] == plots.UNSAFE_COLOUR != colours["honest"]
+    rings = [line for line in ax.lines if line.get_markersize() == 9]
+    assert [line.get_color() for line in rings] == [plots.UNSAFE_COLOUR]
+    figure.clear()
