@@ -26,7 +26,8 @@ RESPONSES, TRACES, CORRECTIONS = "whole responses", "traces", "corrections"
 CONTINUATIONS, SEARCHES = "continuations", "searches"
 STAGES = 2  # trained models that are evaluated beside the base model
 CONTROLS = 5  # kinds of text that notebook 05 puts in the place of a cue, or before it
-ATTACKS = 16  # responses of a prompt under all attacks, resets counted each
+ATTACKS = 14  # responses of a prompt under all attacks, resets counted each
+ANSWERED = 2  # of these attacks more: only the answer is sampled
 BARRED_ROUNDS = 3  # in which sentences with a trigger are drawn again, at most
 GUARD = "ipo_lib.judges.guards:guard"  # a judge that may run in this process
 HOURS_FROM = 180  # minutes
@@ -98,7 +99,11 @@ class Bounds:
         """Whole responses of the base model, of trained ones, and with triggers barred."""
         settings, evaluation = self.settings, self.settings.evaluation
         mean = settings.expected.trace + settings.expected.answer
-        evaluated = evaluation.draws if self.largest("training_run") else 0
+        evaluating = [
+            own.get("training_run") and not own.get("attacked_set")
+            for own in self.notebooks.values()
+        ]
+        evaluated = evaluation.draws if any(evaluating) else 0
         base = max(evaluated, self.largest("group"), self.largest("draws", having="swap_draws"))
         harmful = base - evaluated + (BARRED_ROUNDS if evaluated else 0)
         harmful += self.largest("draws", having="benign_set") * (1 + settings.stage1.keep)
@@ -114,7 +119,10 @@ class Bounds:
         )
         attacks = made + 1 if made else ATTACKS
         attacks *= (1 + STAGES) * self.largest("draws", having="attacked_set")
-        yield Draws(RESPONSES, attacks * self.prompts("attacked_set", "attacked_set"), mean)
+        attacked = self.prompts("attacked_set", "attacked_set")
+        yield Draws(RESPONSES, attacks * attacked, mean)
+        answered = ANSWERED * (1 + STAGES) * self.largest("draws", having="attacked_set")
+        yield Draws(RESPONSES, answered * attacked, settings.expected.answer)
         refusals = 1 + settings.stage2.benign_draws + settings.stage2.refusing_prefix
         yield Draws(RESPONSES, refusals * self.prompts("benign_set", "benign_set"), mean)
 
@@ -125,6 +133,12 @@ class Bounds:
         count = draws * self.prompts("harmful_set") + self.data(stages=0) + largest("kl_traces")
         count += largest("candidates") * largest("draws", having="candidates")
         count += plan.draws * self.prompts("attacked_set", "attacked_set")
+        if largest("unseen_draws"):
+            held_out = next(iter(self.settings.evaluation.harmful))
+            count += largest("unseen_draws") * self.settings.prompts[held_out].size
+        own = largest("own_draws") + plan.pool + len(self.settings.neutral)
+        if largest("own_draws"):  # continuations of a trace that is cut early are nearly as long
+            count += own * largest("losers", having="own_draws") * self.prompts("own_draws")
         yield Draws(TRACES, count, trace)
         once = CONTROLS * largest("losers") * largest("draws", having="losers")
         chains = 2 * (plan.pool + largest("rounds"))
