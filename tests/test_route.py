@@ -246,6 +246,9 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
         "reverse_draws": 2,
         "swap_draws": 1,
         "mixed_only": False,
+        "own_draws": 4,
+        "unseen_draws": 1,
+        "attacks_made": "[template, prefill before the cue, prefill to the cue]",
     }
     small = [part for name, value in less.items() for part in ("-p", f"{name}={value}")]
     command = [
@@ -285,6 +288,10 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
         "06-harm-by-pairs",
         "06-fig7-kl",
         "07-table2",
+        "11-attacks",
+        "12-monitorability",
+        "13-on-policy",
+        "14-states",
     } | ({"06-stage-2"} & {path.stem for path in (tmp_path / "figures").iterdir()})
     assert names == {f"{name}.{kind}" for name in figures for kind in ("pdf", "png", "json")}
     for name in figures:
@@ -305,7 +312,7 @@ def test_reproduce_runs_to_the_end_and_then_computes_nothing(tmp_path: Path) -> 
     assert 1 <= len(adapters) <= 2
     state = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again, second = ipo()
-    assert again.count("up to date") == 10
+    assert again.count("up to date") == 14
     assert again.splitlines()[-1] == "False"  # no torch
     assert second < min(20, first)
     assert {
