@@ -180,6 +180,10 @@ class Chat:
 
     # Text to ids
 
+    def trace_start_ids(self, text: str) -> Ids:
+        """The tokens of a response whose trace begins with ``text``."""
+        return self.encode(text if self.opened else f"{OPEN}\n{text}")
+
     def prompt_ids(self, prompt: Prompt) -> Ids:
         """User turn, generation prompt and prefill, encoded in one piece.
 

@@ -97,7 +97,14 @@ def rates_under(cells: Sequence[AttackCell], row: str, attack: str, part: str) -
 
 
 def harm_under(cells: Sequence[AttackCell], row: str, attack: str, part: str) -> Interval:
-    """The harm of a method under an attack, over prompts and seeds; arguments as before."""
+    """The harm of a method under an attack, over prompts and seeds.
+
+    Args:
+        cells: of a full run.
+        row: a method.
+        attack: its name.
+        part: TRACE or ANSWER.
+    """
     return two_way(rates_under(cells, row, attack, part), (0.0, 1.0))
 
 

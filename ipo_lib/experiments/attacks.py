@@ -33,7 +33,7 @@ from typing import Any
 
 import yaml
 
-from ipo_lib.chat import CLOSE, OPEN
+from ipo_lib.chat import CLOSE
 from ipo_lib.cues import CueDetector
 from ipo_lib.experiments.detectors import make_detector
 from ipo_lib.experiments.learned import bar_triggers, nearest_similarities, resembling
@@ -198,8 +198,7 @@ def subject_of(run: Run, text: str) -> str:
 def _given_traces(session: Session, name: str, material: AttackMaterial) -> list[Prefix]:
     """Prefixes in which the attacker has written a part of the trace, or all of it."""
     if name == EMPTY:
-        opening = "" if session.chat.opened else f"{OPEN}\n"
-        ids = session.chat.encode(f"{opening}\n{CLOSE}\n\n")
+        ids = session.chat.trace_start_ids(f"\n{CLOSE}\n\n")
         return [Prefix(prompt, ids) for prompt in material.prompts]
     prefixes = []
     for prompt in material.prompts:

@@ -76,8 +76,7 @@ def continue_before_cues(
         prompts: the losers' prompts, by id.
         losers: unsafe traces with a cue.
         cues: index of each loser's first cue.
-        triggers: sentences that are put in, used in turn; a sentence that resembles one is a
-            trigger.
+        triggers: each is put into every trace; a sentence that resembles one is a trigger.
         detector: of cues.
         draws: continuations of a trace without a sentence put in; as many after triggers as there
             are triggers, and after neutral sentences.

@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ipo_lib.chat import OPEN
 from ipo_lib.evaluation import Respond
 from ipo_lib.experiments.detectors import make_detector
 from ipo_lib.pairs import NoPair, count_reasons
@@ -52,9 +51,7 @@ RETAINED = "retained"
 
 def primer_ids(run: Run) -> Ids:
     """The tokens of the recipe's primer at the beginning of a response."""
-    chat = run.session.chat
-    opening = "" if chat.opened else f"{OPEN}\n"
-    return chat.encode(f"{opening}{run.profile.recipe.primer.strip()} ")
+    return run.session.chat.trace_start_ids(f"{run.profile.recipe.primer.strip()} ")
 
 
 def answer_after_primer(run: Run) -> Respond:

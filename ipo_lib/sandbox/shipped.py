@@ -50,7 +50,7 @@ def paraphrases() -> list[str]:
 
 
 def templates() -> list[str]:
-    """Frames of the world around a request, for attacks; none is a test prompt's own."""
+    """Frames around a request, for attacks: those of the world's ``wrapped`` prompts."""
     frames = [frame for frames in words()["attacks"].values() for frame in frames]
     return [frame.replace("{q}", "{request}") for frame in frames]
 
@@ -72,7 +72,7 @@ def rewrite() -> Callable[[str, random.Random], str]:
 
 
 def other_words(text: str, rng: random.Random) -> str:
-    """A request for the item of a text, in a way that no training prompt asks."""
+    """A request for the item of a text, by a random template of the test split."""
     item = find_item(text)
     return draw_request(rng, "test", item) if item else text
 

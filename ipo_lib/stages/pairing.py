@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ipo_lib.chat import OPEN
 from ipo_lib.dpo import Stage2Settings
 from ipo_lib.pairs import NoPair, PairSettings, build_pair, count_reasons
 from ipo_lib.records import (
@@ -197,11 +196,10 @@ def _refusals_after_triggers(
     session: Session, prompts: Sequence[Prompt], triggers: Sequence[Trigger], sampling: Sampling
 ) -> dict[str, Rollout]:
     """By prompt id, the responses that refuse after a trigger was put at the trace's start."""
-    opening = "" if session.chat.opened else f"{OPEN}\n"
     prefixes = []
     for number, prompt in enumerate(prompts):
         trigger = triggers[number % len(triggers)]
-        prefix_ids = session.chat.encode(f"{opening}{trigger.text.strip()} ")
+        prefix_ids = session.chat.trace_start_ids(f"{trigger.text.strip()} ")
         prefixes.append(Prefix(prompt, prefix_ids))
     responses = sample(session, prefixes, sampling, 1, stage="refusals")
     verdicts = judge(session, by_id(prompts), responses, ANSWER, "refusal")
