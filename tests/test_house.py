@@ -59,11 +59,14 @@ HEAVY = (
 )
 # They subclass what is heavy; imported at first use.
 TORCH = {
+    "engines.captured",
     "engines.decoding",
+    "engines.graphs",
     "engines.lanes",
     "engines.prefix_sharing",
     "engines.trees",
     "engines.trl_trainer",
+    "sandbox.build.gpu_check",
 }
 THINK_TAGS = {"chat", "segmentation", "sandbox"}  # rooms that may name them
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

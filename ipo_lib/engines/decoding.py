@@ -170,7 +170,6 @@ class Decoder:
 
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.size, self.device = model, size, model.device
-        model.set_attn_implementation(ATTENTION)
         self.rows: list[Row | None] = []  # None: has ended
         self.cache: Any = DynamicCache()
         self.cache.layers = [ColumnCache() for _ in range(model.config.num_hidden_layers)]
@@ -189,7 +188,7 @@ class Decoder:
                 still going, unless that is all there was; 0: go on to the end.
         """
         waiting = deque(range(len(prefixes)))
-        self.rows = []
+        self._begin()
         while waiting or any(self.rows):
             # 1. Leave off where few rows are left, fill free places, give up places of ended rows.
             live = sum(row is not None for row in self.rows)
@@ -198,7 +197,7 @@ class Decoder:
             while waiting and live <= REFILL * self.size and live < self.size:
                 live += self._admit(waiting, prefixes, self.size - live)
             if live <= REFILL * len(self.rows):
-                self._rebuild([], [], [], None)
+                self._drop_ended()
             # 2. One step.
             logits = self._step()
             places = [place for place, row in enumerate(self.rows) if row]
@@ -257,10 +256,18 @@ class Decoder:
         for index in admitted:
             *before, last = prefixes[index]
             rows.append(Row(index, last, len(before)))
-        self._rebuild(rows, trunk_index, [starts[trunk] for trunk in trunk_index], cache)
+        self._add(rows, trunk_index, [starts[trunk] for trunk in trunk_index], cache)
         return len(rows)
 
-    def _rebuild(
+    def _begin(self) -> None:
+        self.model.set_attn_implementation(ATTENTION)
+        self.rows = []
+
+    def _drop_ended(self) -> None:
+        """Give up the places of rows that have ended."""
+        self._add([], [], [], None)
+
+    def _add(
         self, new: list[Row], trunk_index: Sequence[int], starts: Sequence[int], cache: Any
     ) -> None:
         """Rebuild the cache without ended rows, in as few columns as the longest row needs.

@@ -145,15 +145,14 @@ class DrawBatch:
 
         banned = None
         if any(draw.banned >= 0 for draw in draws):
-            banned = torch.tensor([draw.banned for draw in draws], device=logits.device)
+            banned = torch.tensor([draw.banned for draw in draws])
         if not self.sampling.temperature:
             if banned is not None:
+                banned = banned.to(logits.device)
                 has_ban = banned >= 0
                 logits[has_ban, banned[has_ban]] = -math.inf
-            return logits.argmax(-1)
-        uniforms = torch.tensor(
-            [draw.uniform for draw in draws], dtype=torch.float64, device=logits.device
-        )
+            return logits.argmax(-1).cpu()
+        uniforms = torch.tensor([draw.uniform for draw in draws], dtype=torch.float64)
         return nucleus_draw(
             logits, uniforms, self.sampling.temperature, self.sampling.top_p, banned=banned
         )

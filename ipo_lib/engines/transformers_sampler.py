@@ -57,7 +57,7 @@ class TransformersSampler:
         dtype: of the weights, one of DTYPES. "auto" is float32 for a small model, else bfloat16.
         quantize: "nf4" rounds the weights to NF4 as in QLoRA. They are then held in ``dtype``
             again, where they are as fast as any.
-        batch_size: draws that are decoded together.
+        batch_size: draws that are decoded together, on a GPU if memory suffices.
     """
 
     def __init__(
@@ -166,7 +166,8 @@ class TransformersSampler:
                 functions = batch.choose, batch.take
                 decode_in_lanes(self._model, self.batch_size, LANES, prefixes, *functions)
                 return
-            decoder = Decoder(self._model, self.batch_size)
+            on_gpu = self._model.device.type == "cuda"
+            decoder = self._on_gpu if on_gpu else Decoder(self._model, self.batch_size)
             decoder.decode(prefixes, batch.choose, batch.take, patience)
             return
         longest_tag = max(len(draw.closing_tag) for draw in batch.draws)
@@ -237,6 +238,14 @@ class TransformersSampler:
     def release(self) -> None:
         """Let the model go; it is loaded again when it is needed."""
         self.__dict__.pop("_model", None)
+        self.__dict__.pop("_on_gpu", None)
+
+    @functools.cached_property
+    def _on_gpu(self) -> Any:
+        """The decoder of a GPU, which keeps its graphs from call to call."""
+        from ipo_lib.engines.captured import CapturedDecoder
+
+        return CapturedDecoder(self._model, self.batch_size)
 
     @functools.cached_property
     def _model(self) -> Any:
