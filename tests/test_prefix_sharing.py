@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from models import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from transformers.integrations import flex_attention as integration
 
 from ipo_lib import dpo, training
 from ipo_lib.dpo import DpoSettings
@@ -186,13 +189,83 @@ def test_a_tree_holds_its_prefix_once_and_logits_are_made_for_suffixes_alone() -
     leaves = [family[0].rejected_ids, *(pair.chosen_ids for pair in family)]
     used = prefix + sum(len(leaf) - 1 for leaf in leaves)
     assert used < batch["ids"].shape[1] < used + 8
-    assert not batch["mask"][1, 0, :used, used:].any()  # nobody sees padding
+    mask = trees.dense_mask(batch["leaves"])
+    assert not mask[1, 0, :used, used:].any()  # nobody sees padding
+    before = mask.sum(-1)[:, 0] - 1  # a token's position is the number of those that it sees
+    assert (batch["positions"][1, :used] == before[1, :used]).all()
     suffixes = [*leaves, alone.chosen_ids, alone.rejected_ids]
     assert len(batch["target"]) == sum(map(len, suffixes))
     # Every leaf goes on from the prefix's end.
     end = prefix + len(leaves[0]) - 1
     assert batch["positions"][1, prefix:end].tolist() == list(range(prefix, end))
     assert (batch["positions"][1, :used] < prefix + 12).all()
+
+
+def test_block_masks_hold_the_rule_of_the_dense_mask(model: Any) -> None:
+    """Over several blocks of 128 tokens; then one attention, called without being compiled."""
+    pairs = make_families(families=2)
+    long = [replace(pair, chosen_ids=pair.chosen_ids * 40) for pair in pairs]
+    leaves = trees.collate(long, SETTINGS)["leaves"]
+    count, width = leaves.shape
+    assert width > 3 * 128
+    dense, blocks = trees.dense_mask(leaves), trees.block_mask(leaves)
+    assert torch.equal(create_mask(blocks.mask_mod, count, 1, width, width, device="cpu"), dense)
+    assert blocks.sparsity() > 50  # most blocks are left out
+    query, key, value = torch.randn(3, count, 2, width, 16, generator=torch.manual_seed(0))
+    ours = flex_attention(query, key, value, block_mask=blocks)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_a_scorer_with_block_masks_gives_the_same_sums(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(*arguments: Any, training: bool, **options: Any) -> Any:
+        assert options["block_mask"] is not None
+        return flex_attention(*arguments, **options)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", plain)
+    base, batch = model.get_base_model(), trees.collate(make_families(), SETTINGS)
+    before = base.config._attn_implementation
+    with torch.no_grad():
+        expected, counts = trees.sum_logps(trees.Scorer(model)(**batch), batch)
+        try:
+            ours, same = trees.sum_logps(trees.Scorer(model, blocks=True)(**batch), batch)
+        finally:
+            base.set_attn_implementation(before)
+    assert torch.equal(counts, same)
+    torch.testing.assert_close(ours, expected, **CLOSE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gradients_of_block_masks_are_those_of_dense_ones(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, hidden=64, spread=0.2)
+    pairs = make_families()
+    found = []
+    for blocks in (False, True):
+        torch.manual_seed(0)
+        base = lora.load_base(folder, replace(SETTINGS, use_cpu=False), "cuda")
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = get_peft_model(base, config).to("cuda")
+        for name, value in adapted.named_parameters():
+            if "lora_" in name:
+                value.data.normal_(0, 0.1)
+        batch = {name: value.cuda() for name, value in trees.collate(pairs, SETTINGS).items()}
+        sums, _ = trees.sum_logps(trees.Scorer(adapted, blocks)(**batch), batch)
+        found.append(gradients(adapted, sums.sum()))
+    assert len(found[0]) > 4
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_flex_attention_is_for_gpus_and_heads_it_has_kernels_for(model: Any) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert trees.has_block_kernels(model, gpu)
+    assert not trees.has_block_kernels(model, cpu)
+    narrow = types.SimpleNamespace(
+        config=types.SimpleNamespace(hidden_size=64, num_attention_heads=8)
+    )
+    assert not trees.has_block_kernels(narrow, gpu)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm"])

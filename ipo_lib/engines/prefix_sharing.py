@@ -31,7 +31,7 @@ from ipo_lib.engines.lora import (
     make_config,
     trainer_arguments,
 )
-from ipo_lib.engines.trees import Batch, Scorer, collate, sum_logps
+from ipo_lib.engines.trees import Batch, Scorer, collate, has_block_kernels, sum_logps
 from ipo_lib.records import BadInput, Pair
 
 REFERENCE = (
@@ -102,8 +102,9 @@ class PrefixTrainer(transformers.Trainer):
         self.pairs = pairs
         self.settings = settings
         rows: Any = range(len(pairs))
+        blocks = has_block_kernels(model, arguments.device)
         super().__init__(
-            Scorer(model), arguments, train_dataset=rows, data_collator=self.make_batch
+            Scorer(model, blocks), arguments, train_dataset=rows, data_collator=self.make_batch
         )
         self.model_accepts_loss_kwargs = False  # else accumulated losses would be summed
         # The reference's sums by (chosen, rejected, prefix); nan: not read yet.

@@ -4,7 +4,8 @@
    *leaves*, which are the rejected suffix and the chosen suffix of every pair. A tree is one row
    of a batch.
 2. A token sees what precedes it in the prefix and in its own leaf. The positions of every leaf go
-   on from the prefix's end. So a log-probability is that of a separate forward.
+   on from the prefix's end. So a log-probability is that of a separate forward. On a GPU the mask
+   is one of blocks (FlexAttention), elsewhere a dense one.
 3. The LM head reads scored positions only. Each scored token belongs to a *segment*: a leaf, or the
    response part of a prefix.
 4. Sums over segments give (chosen, rejected, prefix) of each pair.
@@ -12,12 +13,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from ipo_lib.dpo import SFT, WHOLE, DpoSettings
@@ -26,6 +28,7 @@ from ipo_lib.records import Ids
 
 HEAD = 2048  # scored positions whose logits are held at once
 PADDING = -1  # in place of a leaf
+MIN_HEAD = 16  # numbers of a head that the kernels of FlexAttention need
 Batch = dict[str, Tensor]
 
 
@@ -35,6 +38,7 @@ class Layout:
     def __init__(self) -> None:
         self.rows: list[list[int]] = []  # token ids
         self.leaves: list[list[int]] = []  # of each token: the segment of its leaf, 0 in a prefix
+        self.positions: list[list[int]] = []  # of each token: how many come before it in its text
         self.scored: list[tuple[int, ...]] = []  # (row, place that predicts, target, segment, kept)
         self.segments = 0
 
@@ -43,6 +47,7 @@ class Layout:
         row, segment = len(self.rows), self._next_segment()
         self.rows.append(list(ids))
         self.leaves.append([0] * len(ids))
+        self.positions.append([*range(len(ids))])
         for index in range(first_scored, len(ids)):
             self.scored.append((row, index - 1, ids[index], segment, 1))
         return segment
@@ -59,6 +64,7 @@ class Layout:
             self.scored.append((row, place, token, segment, int(index >= left_out)))
         self.rows[row] += ids[:-1]  # the last token predicts nothing
         self.leaves[row] += [segment] * (len(ids) - 1)
+        self.positions[row] += range(prefix_length, prefix_length + len(ids) - 1)
         return segment
 
     def _next_segment(self) -> int:
@@ -75,8 +81,8 @@ def collate(pairs: Pairs, settings: DpoSettings, indices: Sequence[int] = ()) ->
         indices: of each pair in the data set; without them 0, 1, ...
 
     Returns:
-        By tree: ``ids`` and ``positions`` [trees, length], ``mask`` [trees, 1, length, length],
-        True where a token sees another. By scored token: its ``row``, the ``place`` that predicts
+        By tree: ``ids``, ``positions`` and ``leaves`` [trees, length], of each token the segment
+        of its leaf, 0 in a prefix. By scored token: its ``row``, the ``place`` that predicts
         it, its ``target``, its ``segment``, and whether it is ``kept`` in the sums [scored]. By
         pair: ``sides``, the segments of (chosen, rejected, prefix) [pairs, 3], ``weight`` and
         ``index`` [pairs]. And how many ``segments`` there are.
@@ -104,12 +110,11 @@ def collate(pairs: Pairs, settings: DpoSettings, indices: Sequence[int] = ()) ->
     # 3. Tensors, padded on the right.
     multiple = settings.pad_to_multiple_of
     width = -(-max(map(len, layout.rows)) // multiple) * multiple
-    mask = _tree_mask(_pad(layout.leaves, width, PADDING))
     row, place, target, segment, kept = torch.tensor(layout.scored).T
     return {
         "ids": _pad(layout.rows, width, 0),
-        "positions": mask.sum(-1) - 1,  # a token's position is the number of those before it
-        "mask": mask[:, None],
+        "positions": _pad(layout.positions, width, 0),
+        "leaves": _pad(layout.leaves, width, PADDING),
         "row": row,
         "place": place,
         "target": target,
@@ -126,21 +131,67 @@ def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def _tree_mask(leaves: Tensor) -> Tensor:
-    """Which tokens (last axis) each token sees: earlier ones of the prefix and of its own leaf."""
-    width = leaves.shape[1]
-    earlier = torch.ones(width, width, dtype=torch.bool).tril()
-    in_prefix = leaves[:, None, :] == 0
-    same_leaf = leaves[:, None, :] == leaves[:, :, None]
-    return earlier & (in_prefix | same_leaf)
+def sees(leaves: Tensor) -> Callable[[Any, Any, Any, Any], Any]:
+    """The rule of the mask: a token sees itself and earlier ones of the prefix and of its own leaf.
+
+    Args:
+        leaves: of a batch, [trees, length].
+
+    Returns:
+        Whether the token at one place sees that at another, given the indices of a tree, of a head,
+        and of the two places.
+    """
+
+    def rule(tree: Any, _head: Any, place: Any, other: Any) -> Any:
+        in_prefix = leaves[tree, other] == 0
+        same_leaf = leaves[tree, other] == leaves[tree, place]
+        return (other <= place) & (in_prefix | same_leaf)
+
+    return rule
+
+
+def dense_mask(leaves: Tensor) -> Tensor:
+    """The rule as a mask, [trees, 1, length, length]: True where a token sees another."""
+    trees, width = leaves.shape
+    tree = torch.arange(trees, device=leaves.device)[:, None, None]
+    place = torch.arange(width, device=leaves.device)
+    mask: Tensor = sees(leaves)(tree, None, place[:, None], place[None, :])
+    return mask[:, None]
+
+
+def block_mask(leaves: Tensor) -> Any:
+    """The rule as FlexAttention takes it, which leaves out blocks of tokens that see nothing."""
+    trees, width = leaves.shape
+    device = str(leaves.device)
+    return create_block_mask(sees(leaves), trees, None, width, width, device=device)
+
+
+def has_block_kernels(model: Any, device: torch.device) -> bool:
+    """Whether FlexAttention trains a model: on a GPU, with heads of at least 16 numbers.
+
+    On a CPU it has no backward pass.
+    """
+    settings = model.config
+    width = getattr(settings, "head_dim", None)
+    width = width or settings.hidden_size // settings.num_attention_heads
+    return device.type == "cuda" and width >= MIN_HEAD
 
 
 class Scorer(nn.Module):
-    """A causal LM with LoRA that returns the log-probability of every scored token of a batch."""
+    """A causal LM with LoRA that returns the log-probability of every scored token of a batch.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: a PEFT model.
+        blocks: its attention is FlexAttention, with block masks. Where a third of the tokens are
+            read, a dense mask still costs their square.
+    """
+
+    def __init__(self, model: Any, blocks: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.make_mask = block_mask if blocks else dense_mask
+        if blocks:
+            model.get_base_model().set_attn_implementation("flex_attention")
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Pass on what the trainer asks for to the base model, which has the layers."""
@@ -153,7 +204,7 @@ class Scorer(nn.Module):
         hidden = decoder(
             input_ids=batch["ids"],
             position_ids=batch["positions"],
-            attention_mask=batch["mask"],
+            attention_mask=self.make_mask(batch["leaves"]),
             use_cache=False,
         ).last_hidden_state
         states, target = hidden[batch["row"], batch["place"]], batch["target"]
