@@ -100,8 +100,11 @@ def decode_with_ours(model: Any, prefixes: Sequence[Ids]) -> int:
     return sum(counts)
 
 
-def decode_with_generate(model: Any, prefixes: Sequence[Ids]) -> int:
-    """The same with ``generate``: all distinct prefixes as one left-padded batch."""
+def decode_with_generate(model: Any, prefixes: Sequence[Ids], tokens: int = 0) -> int:
+    """The same with ``generate``: all distinct prefixes as one left-padded batch.
+
+    Draws ``tokens`` after each; 0: TOKENS.
+    """
     import torch
 
     distinct = list(dict.fromkeys(prefixes))
@@ -111,14 +114,14 @@ def decode_with_generate(model: Any, prefixes: Sequence[Ids]) -> int:
         ids[index, width - len(row) :] = torch.tensor(row)
         mask[index, width - len(row) :] = 1
     out = model.generate(
-        ids,
-        attention_mask=mask,
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         do_sample=True,
         temperature=TEMPERATURE,
         top_p=TOP_P,
         top_k=0,
         pad_token_id=0,
-        max_new_tokens=TOKENS,
+        max_new_tokens=tokens or TOKENS,
         num_return_sequences=len(prefixes) // len(distinct),
     )
     return int(out.shape[0] * (out.shape[1] - width))
@@ -197,6 +200,37 @@ def trained(engine: str, shape: str, quantize: str) -> dict[str, Any]:
         The seconds of each step (reference included, loading not), the peak memory in GiB, and the
         losses.
     """
+    leaves, batch = SHAPES[shape]
+    settings = dataclasses.replace(
+        SETTINGS, engine=ENGINES[engine], quantize=quantize or None, batch_size=batch
+    )
+    base = folder("sandbox")
+    ordered = lora.sort_by_length(pairs(Chat(base), leaves, STEPS * batch), seed=0)
+    with tempfile.TemporaryDirectory() as out:
+        seconds, losses = train_and_time(ordered, base, settings, Path(out))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds, "peak": peak, "losses": losses}
+
+
+def train_and_time(
+    ordered: Sequence[Pair],
+    base: Path,
+    settings: dpo.DpoSettings,
+    out: Path,
+    change: Callable[[Any], None] = lambda trainer: None,
+) -> tuple[list[float], list[float]]:
+    """Train once over pairs.
+
+    Args:
+        ordered: the pairs in the order of ``sort_by_length``.
+        base: folder of the model.
+        settings: of the training; its engine decides the trainer.
+        out: folder of the trainer.
+        change: is given the trainer before it starts.
+
+    Returns:
+        The seconds and the losses of each step.
+    """
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerCallback
 
@@ -211,22 +245,15 @@ def trained(engine: str, shape: str, quantize: str) -> dict[str, Any]:
         def on_train_end(self, *_: Any, **__: Any) -> None:
             times.append(time.monotonic())
 
-    leaves, batch = SHAPES[shape]
-    settings = dataclasses.replace(
-        SETTINGS, engine=ENGINES[engine], quantize=quantize or None, batch_size=batch
-    )
-    base = folder("sandbox")
-    ordered = lora.sort_by_length(pairs(Chat(base), leaves, STEPS * batch), seed=0)
-    module = trl_trainer if engine == "TRL" else prefix_sharing
-    with tempfile.TemporaryDirectory() as out:
-        trainer, model = module.make_trainer(ordered, base, settings, Path(out), None)
-        trainer.add_callback(Clock())
-        with disable_input_dtype_casting(model, active=engine != "TRL"):  # as ipo_lib.training does
-            trainer.train()
+    stock = settings.engine == "trl"
+    module = trl_trainer if stock else prefix_sharing
+    trainer, model = module.make_trainer(ordered, base, settings, out, None)
+    change(trainer)
+    trainer.add_callback(Clock())
+    with disable_input_dtype_casting(model, active=not stock):  # as ipo_lib.training does
+        trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    seconds = [end - start for start, end in itertools.pairwise(times)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "peak": peak, "losses": losses}
+    return [end - start for start, end in itertools.pairwise(times)], losses
 
 
 def trained_alone(engine: str, shape: str, quantize: str) -> dict[str, Any]:
