@@ -36,6 +36,7 @@ class ScriptedServer:
         self.url = url
         self.answers = list(answers)
         self.asked: list[dict[str, Any]] = []
+        self.paths: list[str] = []  # of each question
         self.lock = threading.Lock()
 
     def answer(self, body: dict[str, Any]) -> Answer:
@@ -58,7 +59,8 @@ def scripted_server(*answers: Answer | Callable[[Any], Answer]) -> Iterator[Scri
             self.reply(200, MODELS)
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+            body = self.rfile.read(int(self.headers["content-length"] or 0)) or b"{}"
+            server.paths.append(self.path)
             self.reply(*server.answer(json.loads(body)))
 
         def reply(self, status: int, body: Any) -> None:

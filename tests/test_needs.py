@@ -109,7 +109,7 @@ def test_a_dry_run_prints_plan_cost_and_lacks_and_runs_nothing(
     app.reproduce_profile("ds-8b", dry_run=True, **folders)
     said = capsys.readouterr().out
     assert "06_ipo_training" in said
-    assert re.search(r"about \d+ hours on one H200 GPU \(sampling in process measured", said)
+    assert re.search(r"about \d+ hours on one H200 GPU \(measured with random weights", said)
     assert re.search(
         r"at most [\d,]+ generated tokens, \d+ hours, [\d,]+ verdicts and [\d,]+ dollars", said
     )

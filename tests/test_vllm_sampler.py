@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from models import tiny_tokenizer
+from scripted_server import failed, scripted_server
 
 from ipo_lib.chat import Chat
+from ipo_lib.engines import memory
 from ipo_lib.engines.nucleus import nucleus_mass
 from ipo_lib.engines.openai_api import Server, Unanswered
 from ipo_lib.engines.vllm import ServerSampler, token_probability
@@ -134,3 +136,56 @@ def test_a_draw_that_was_broken_off_is_not_a_finished_one(
         list(sampler.sample([Request("r", (1,), (), 0)], Sampling()))
     extra = bodies[0]["extra_body"]  # not the model's own settings
     assert (extra["top_k"], extra["repetition_penalty"]) == (0, 1.0)
+
+
+SLEEP, WAKE, DRAW = "/sleep?level=1", "/wake_up", "/v1/completions"
+
+
+def test_a_server_on_the_same_gpu_sleeps_while_a_model_is_loaded_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "_HOLDERS", [])
+    choice = {"index": 0, "text": "", "finish_reason": "stop", "token_ids": [7]}
+    body = {"id": "x", "object": "text_completion", "created": 1, "model": "m", "choices": [choice]}
+    chat = Chat(tiny_tokenizer(tmp_path))
+    requests = [Request("a", (5, 6), (), 1)]
+    with scripted_server((200, body)) as scripted:
+        server = Server(urls=(scripted.url,), model="m", sleeps=True, attempts=1)
+        sampler = ServerSampler(server, chat)
+        # 1. Nobody knows how an earlier process left it. So a training puts it to sleep.
+        assert memory.release_all("cuda") == 1
+        assert scripted.paths == [SLEEP]
+        # 2. A draw wakes it once.
+        for _ in range(2):
+            [*sampler.sample(requests, Sampling(max_tokens=3))]
+        assert scripted.paths[1:] == [WAKE, DRAW, DRAW]
+        # 3. Nothing is asked of a server that sleeps already.
+        assert [memory.release_all("cuda"), memory.release_all("cuda")] == [1, 0]
+        assert scripted.paths[4:] == [SLEEP]
+        # 4. A model that was loaded meanwhile leaves the GPU before the server wakes.
+        model = Holder(scripted.paths)
+        memory.register(model)
+        [*sampler.sample(requests, Sampling(max_tokens=3))]
+        assert scripted.paths[5:] == ["model left", WAKE, DRAW]
+
+
+class Holder:
+    """A model in this process that notes when it leaves."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def release(self) -> None:
+        self.notes.append("model left")
+
+
+def test_a_server_without_sleep_mode_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memory, "_HOLDERS", [])
+    with scripted_server(failed(404, "Not Found")) as scripted:
+        server = Server(urls=(scripted.url,), model="m", sleeps=True, attempts=1)
+        sampler = ServerSampler(server, Chat(tiny_tokenizer(tmp_path)))
+        with pytest.raises(BadInput, match=r"wake_up .*--enable-sleep-mode .*sleeps to") as error:
+            [*sampler.sample([Request("a", (5, 6), (), 1)], Sampling(max_tokens=3))]
+        assert "\n" not in str(error.value)

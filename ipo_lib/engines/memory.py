@@ -39,11 +39,18 @@ def make_room(device: str, size: int) -> int:
     return released
 
 
-def release_all(device: str) -> int:
-    """Release all models on a GPU, as training is about to load its own; return how many."""
+def release_all(device: str, keep: Holder | None = None) -> int:
+    """Release all models on a GPU but ``keep``; return how many.
+
+    Training does so before it loads its own, and a server on the same GPU before it wakes.
+    """
     released = 0
+    if keep is not None:
+        _HOLDERS[:] = [reference for reference in _HOLDERS if reference() is not keep]
     while device.startswith("cuda") and _HOLDERS:
         released += _release_oldest()
+    if keep is not None:
+        register(keep)
     if released:
         empty_cache()
     return released

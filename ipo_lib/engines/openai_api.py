@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
+from ipo_lib.engines import memory
 from ipo_lib.engines.replies import Reply, read_reply
 from ipo_lib.engines.server_policy import (
     ADAPT,
@@ -39,6 +40,7 @@ TOPS = 20  # vLLM reports so many log-probabilities a position without a higher 
 AHEAD = 4  # requests waiting for each that is in flight
 KEYLESS = "none"  # the client wants some key even where the server does not
 LONGEST_WAIT = 60.0  # seconds between two attempts
+AWAKE = "awake"  # in ``adaptations`` of a server that sleeps
 
 
 class Unanswered(Exception):
@@ -64,6 +66,8 @@ class Server:
     tops: int = TOPS  # likeliest tokens asked for at each position in scoring
     # Words of an error, as a pattern in lower case: a request that fails so is left out. "": none
     leave_out: str = ""
+    # A vLLM server on this machine's GPU that gives up its memory while a model is loaded here.
+    sleeps: bool = False
     adaptations: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +125,37 @@ class Server:
             url = self.urls[replica]
             raise BadInput(f"server {url}: {error}; start it, or correct the url") from None
         return {model.id: model.model_dump() for model in listed}
+
+    def wake(self) -> None:
+        """Before requests to a server that sleeps: models in this process leave the GPU to it.
+
+        Raises:
+            BadInput: the server was started without sleep mode, or does not answer.
+        """
+        if self.sleeps and AWAKE not in self.adaptations:
+            memory.release_all("cuda", keep=self)
+            self._switch("wake_up")
+            self.adaptations.add(AWAKE)
+
+    def release(self) -> None:
+        """Put the server to sleep: its weights go to the CPU's memory, keys and values are lost."""
+        self.adaptations.discard(AWAKE)
+        self._switch("sleep?level=1")
+
+    def _switch(self, path: str) -> None:
+        for replica, url in enumerate(self.urls):
+            whole = f"{url.removesuffix('/v1')}/{path}"
+
+            def ask(client: Any, to: str = whole) -> Any:
+                return {"": client.post(to, cast_to=object)}
+
+            try:
+                self.call(ask, replica)
+            except (Unanswered, Declined, BadInput) as error:
+                raise BadInput(
+                    f"{error}; {whole} was asked for: start vLLM with --enable-sleep-mode and "
+                    "VLLM_SERVER_DEV_MODE=1, or set sleeps to false"
+                ) from None
 
     def context(self) -> float:
         """Tokens that fit, where the servers tell. BadInput when one serves another model."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ipo_lib.chat import CLOSE, Chat
+from ipo_lib.engines import memory
 from ipo_lib.engines.draws import OngoingDraw
 from ipo_lib.engines.nucleus import EDGE
 from ipo_lib.engines.openai_api import Declined, Server, Unanswered
@@ -50,6 +51,8 @@ class ServerSampler:
         self.chat = chat
         self.adapter = Path(adapter) if adapter else None
         self._adapter_hashes = adapter_hashes(adapter) if adapter else []
+        if server.sleeps:
+            memory.register(server)  # it may be awake since an earlier process
 
     def fingerprint(self) -> dict[str, Any]:
         """The model and revision as named, the adapter's hashes and the chat; asks no server."""
@@ -62,6 +65,7 @@ class ServerSampler:
 
     def sample(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Completion]:
         """Answers in the order of the requests; BadInput if one is too long or the servers fail."""
+        self.server.wake()
         context = self.server.context()
         lengths = request_lengths(requests, context)
         meter, name = Meter(len(requests), "drawing"), self._served_name()
@@ -90,6 +94,7 @@ class ServerSampler:
                 f"temperature {sampling.temperature}: behind a server tokens are scored up to 1; "
                 "draw in process"
             )
+        self.server.wake()
         request_lengths(requests, self.server.context())
         name = self._served_name()
 
@@ -119,7 +124,7 @@ class ServerSampler:
 
     def _load_adapter(self, name: str, body: Mapping[str, str], replica: int) -> None:
         def load(client: Any) -> Any:
-            return client.post("/load_lora_adapter", body=body, cast_to=object) or "loaded"
+            return {"": client.post("/load_lora_adapter", body=body, cast_to=object)}
 
         try:
             self.server.call(load, replica)
