@@ -180,6 +180,9 @@ def test_places_are_as_many_as_fit(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(decoder, "device", torch.device("cuda"))
     decoder._find_places(PREFIXES)
     assert decoder.size == 5
+    decoder.capacity, decoder.steps = 256, {256: None}  # type: ignore[dict-item]
+    decoder._find_places(PREFIXES)  # no new graphs, though more rows are wanted than fit
+    assert list(decoder.steps) == [256]
 
 
 def test_a_function_gets_its_inputs_in_the_same_buffers() -> None:

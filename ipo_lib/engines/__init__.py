@@ -3,8 +3,9 @@
 Sampling:
 
 - ``transformers_sampler``: a model in this process; ``decoding`` draws many rows at once and reads
-  shared prefixes once, ``lanes`` uses two cores, ``nucleus`` is top-p, ``draws`` one request while
-  it is sampled.
+  shared prefixes once, ``nucleus`` is top-p, ``draws`` one request while it is sampled.
+- ``lanes``: the same on two cores of a CPU. ``captured``: the same on a GPU, where a step is a CUDA
+  graph (``graphs``).
 - ``loading``: models and adapters from folders, whole and without their code.
 - ``scoring``: probabilities of given tokens.
 

@@ -10,7 +10,7 @@ Nothing moves that a graph reads or writes:
 4. *Memory*: as many places as fit beside the model. Where it is short nevertheless, half of the
    places go on from where their rows stood, and the other rows wait.
 
-The draws are those of ``Decoder``, which is faster on a CPU, where tests hold the two equal.
+The draws are those of ``Decoder``: tests on a CPU compare the two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ipo_lib.engines.graphs import GraphedFunction, new_pool
 from ipo_lib.records import BadInput, Ids
 
 SMALLEST = 256  # columns of the first bucket
-AHEAD = 512  # columns for which memory is reckoned beside the longest prefix
+AHEAD = 512  # columns that a row is expected to need beside the longest prefix
 SHARE = 0.8  # of the free memory, for keys and values; the rest is for the pass over new prefixes
 LOG = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class CapturedDecoder(Decoder):
     def __init__(self, model: Any, size: int) -> None:
         super().__init__(model, size)
         self.wanted = size
+        self.planned = 0  # rows for which the present places were found
         self._forget()
 
     def decode(
@@ -155,10 +156,10 @@ class CapturedDecoder(Decoder):
     def _find_places(self, prefixes: Sequence[Ids]) -> None:
         """Set how many rows there are at a time."""
         wanted = min(self.wanted, len(prefixes))
-        if self.capacity and wanted <= self.size:
+        if self.capacity and wanted <= self.planned:
             return  # idle places take no time
         self._forget()
-        self.size = wanted
+        self.size = self.planned = wanted
         if self.device.type == "cuda":
             columns = bucket(max(map(len, prefixes)) + AHEAD)
             room = SHARE * memory.free_bytes()
