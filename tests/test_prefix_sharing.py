@@ -237,6 +237,75 @@ def test_a_scorer_with_block_masks_gives_the_same_sums(
     torch.testing.assert_close(ours, expected, **CLOSE)
 
 
+def by_path(
+    query: Tensor, key: Tensor, value: Tensor, starts_q: Tensor, starts_k: Tensor, *_: Any, **o: Any
+) -> Tensor:
+    """What the GPU kernel of TRL's trees does: each segment sees its path, causally to the right.
+
+    ``query`` is [tokens, heads, width], keys and values [path tokens, key heads, width].
+    """
+    groups = query.shape[1] // key.shape[1]
+    parts = []
+    for segment in range(len(starts_q) - 1):
+        mine = query[starts_q[segment] : starts_q[segment + 1]].transpose(0, 1)
+        path = slice(int(starts_k[segment]), int(starts_k[segment + 1]))
+        keys, values = (
+            part[path].transpose(0, 1).repeat_interleave(groups, 0) for part in (key, value)
+        )
+        count, length = mine.shape[1], keys.shape[1]
+        mask = torch.ones(count, length, dtype=torch.bool).tril(length - count)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            mine, keys, values, attn_mask=mask, scale=o["softmax_scale"]
+        )
+        parts.append(attended.transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_sums_are_those_of_trl_s_own_trees(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL packs samples that share a prefix into a tree of its own, for GRPO on GPUs.
+
+    Its layout and its model run here; only its GPU kernel is replaced by ``by_path``.
+    """
+    packing = pytest.importorskip("trl.experimental.async_grpo.packing")
+    kernel = types.SimpleNamespace(flash_attn_varlen_func=by_path)
+    monkeypatch.setattr(packing, "_flash_attn", lambda: kernel)
+    pairs = make_families(families=2)
+    row = packing.TreeRow()
+    for pair in pairs:
+        for side in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor(pair.prompt_ids + side)
+            scored = torch.zeros(len(ids), dtype=torch.long)
+            scored[len(pair.prompt_ids) :] = 1
+            sample = {"input_ids": ids, "completion_mask": scored, "advantage": 0.0}
+            row.add(sample | {"old_log_probs": torch.zeros(len(ids)), "group_id": 0})
+    packed = row.pack()
+    assert len(packed["input_ids"]) < sum(len(nodes) for nodes in row.sample_nodes)
+    base = model.get_base_model()
+    before = base.config._attn_implementation
+    packing.register_tree_attention()
+    base.set_attn_implementation(packing.TREE_ATTENTION)
+    try:
+        with torch.no_grad():
+            logits = base(
+                packed["input_ids"][None],
+                position_ids=packed["position_ids"][None],
+                use_cache=False,
+                tree_kv_index=packed["tree_kv_index"],
+                tree_cu_seqlens_q=packed["tree_cu_seqlens_q"],
+                tree_cu_seqlens_k=packed["tree_cu_seqlens_k"],
+                tree_max_seqlen_q=0,
+                tree_max_seqlen_k=0,
+            ).logits[0]
+    finally:
+        base.set_attn_implementation(before)
+    labels = packed["shift_labels"][packed["token_index"]]
+    logps = logits.float().log_softmax(-1)[packed["token_index"], labels]
+    theirs = torch.zeros(len(row.samples)).index_add(0, packed["segment_id"], logps)
+    with torch.no_grad():
+        ours, _, _ = batch_loss(model, pairs, SETTINGS)
+    torch.testing.assert_close(ours[:, :2].flatten(), theirs, **CLOSE)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_gradients_of_block_masks_are_those_of_dense_ones(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, hidden=64, spread=0.2)
