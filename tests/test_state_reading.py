@@ -41,6 +41,11 @@ def test_errors_are_distances_from_s_over_prompts() -> None:
     errors = state_reading.errors([right, right, off])
     assert errors["probe"].value == pytest.approx(0.05, abs=1e-3)  # prompts count alike
     assert errors["probe"].n == 2
+    is_open = (right.exact >= 0.05) & (right.exact <= 0.95)
+    assert 0 < is_open.sum() < len(is_open)
+    assert errors["probe, where S is open"].value == pytest.approx(0.05, abs=1e-3)
+    open_constant = float(np.abs(0.5 - right.exact)[is_open].mean())
+    assert errors["constant, where S is open"].value == pytest.approx(open_constant, abs=1e-3)
     of_constant = float(np.abs(0.5 - right.exact).mean())
     assert errors["constant"].value == pytest.approx(of_constant, abs=1e-3)
     difference = errors["probe minus constant"].value

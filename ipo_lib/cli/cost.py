@@ -95,6 +95,13 @@ class Bounds:
         yield from self.traces()
         yield from self.continuations()
 
+    def controlled(self) -> int:
+        """Prompts on which notebook 11 tells the cue's part in an attack."""
+        names = self.largest("control_sets") or []
+        if names:
+            return sum(self.settings.prompts[name].size for name in names)
+        return self.prompts("attacked_set", "attacked_set")
+
     def responses(self) -> Iterator[Draws]:
         """Whole responses of the base model, of trained ones, and with triggers barred."""
         settings, evaluation = self.settings, self.settings.evaluation
@@ -123,6 +130,9 @@ class Bounds:
         yield Draws(RESPONSES, attacks * attacked, mean)
         answered = ANSWERED * (1 + STAGES) * self.largest("draws", having="attacked_set")
         yield Draws(RESPONSES, answered * attacked, settings.expected.answer)
+        # The control of the cue: what follows after it, and before it.
+        rest = settings.expected.trace / 2 + settings.expected.answer
+        yield Draws(RESPONSES, 2 * self.largest("control_draws") * self.controlled(), rest)
         refusals = 1 + settings.stage2.benign_draws + settings.stage2.refusing_prefix
         yield Draws(RESPONSES, refusals * self.prompts("benign_set", "benign_set"), mean)
 
@@ -132,7 +142,7 @@ class Bounds:
         draws = max(plan.draws, plan.pool, largest("group"))
         count = draws * self.prompts("harmful_set") + self.data(stages=0) + largest("kl_traces")
         count += largest("candidates") * largest("draws", having="candidates")
-        count += plan.draws * self.prompts("attacked_set", "attacked_set")
+        count += plan.draws * self.controlled()
         if largest("unseen_draws"):
             held_out = next(iter(self.settings.evaluation.harmful))
             count += largest("unseen_draws") * self.settings.prompts[held_out].size

@@ -37,6 +37,7 @@ from ipo_lib.turning_points.exhaustive import true_turn
 Array = np.ndarray[Any, Any]
 FOLDS = 5
 BINS = 10  # of predictions, for calibration
+OPEN = (0.05, 0.95)  # where S is within these, the outcome of the trace is open
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,30 @@ def errors(predicted: Sequence[PredictedCurve]) -> dict[str, Interval]:
     """Mean distance from S, of the probe and of a constant, over prompts.
 
     Returns:
-        ``probe``, ``constant``, and ``probe minus constant``, paired by prompt.
+        ``probe``, ``constant``, and ``probe minus constant``, paired by prompt. And the first two
+        *where S is open*, within ``OPEN``: elsewhere the outcome is known, as after a harmful step.
     """
+    everywhere = _mean_distances(predicted, (0.0, 1.0))
+    where_open = _mean_distances(predicted, OPEN)
+    return {
+        "probe": mean(everywhere[:, 0].tolist(), (0.0, 1.0)),
+        "constant": mean(everywhere[:, 1].tolist(), (0.0, 1.0)),
+        "probe minus constant": mean((everywhere[:, 0] - everywhere[:, 1]).tolist(), (-1.0, 1.0)),
+        "probe, where S is open": mean(where_open[:, 0].tolist(), (0.0, 1.0)),
+        "constant, where S is open": mean(where_open[:, 1].tolist(), (0.0, 1.0)),
+    }
+
+
+def _mean_distances(predicted: Sequence[PredictedCurve], within: tuple[float, float]) -> Array:
+    """Mean distances of probe and constant, [prompts, 2], where S is within bounds."""
     by_prompt: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for one in predicted:
-        of_probe = float(np.abs(one.predicted - one.exact).mean())
-        of_constant = float(np.abs(one.constant - one.exact).mean())
-        by_prompt[one.rollout.prompt_id].append((of_probe, of_constant))
-    means = np.array([np.mean(values, axis=0) for values in by_prompt.values()])
-    return {
-        "probe": mean(means[:, 0].tolist(), (0.0, 1.0)),
-        "constant": mean(means[:, 1].tolist(), (0.0, 1.0)),
-        "probe minus constant": mean((means[:, 0] - means[:, 1]).tolist(), (-1.0, 1.0)),
-    }
+        places = (one.exact >= within[0]) & (one.exact <= within[1])
+        if places.any():
+            of_probe = float(np.abs(one.predicted - one.exact)[places].mean())
+            of_constant = float(np.abs(one.constant - one.exact)[places].mean())
+            by_prompt[one.rollout.prompt_id].append((of_probe, of_constant))
+    return np.array([np.mean(values, axis=0) for values in by_prompt.values()]).reshape(-1, 2)
 
 
 def auroc(predicted: Sequence[PredictedCurve], share: float) -> float:
