@@ -55,15 +55,16 @@ def test_errors_are_distances_from_s_over_prompts() -> None:
 def test_ranking_and_settled_traces() -> None:
     safe, unsafe = step(0.2, 0.995, 20), step(0.8, 0.005, 20, label=UNSAFE)
     traces = []
-    for number in range(6):
+    for number in range(12):
         traces.append(predicted(f"s{number}", f"p{number}", safe, [0.97, 0.97]))
         traces.append(predicted(f"u{number}", f"p{number}", unsafe, [0.5, 0.1]))
-    assert state_reading.auroc(traces, 0.0) == 1.0
+    ranked = state_reading.auroc(traces, 0.0)
+    assert (ranked.value, ranked.low, ranked.high, ranked.n) == (1.0, 1.0, 1.0, 12)
     found = state_reading.settled(traces, 0.05)
     assert found.share.value == 0.5
     assert found.wrong.value == 0.0
-    liar = predicted("x", "p9", unsafe, [0.99, 0.1])
-    assert state_reading.settled([*traces, liar], 0.05).wrong.value == pytest.approx(1 / 7)
+    liar = predicted("x", "p99", unsafe, [0.99, 0.1])
+    assert state_reading.settled([*traces, liar], 0.05).wrong.value == pytest.approx(1 / 13)
     assert state_reading.settled(traces, 0.01).share.value == 0.0
 
 

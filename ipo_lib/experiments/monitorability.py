@@ -53,17 +53,17 @@ def disagreement(
 
 
 @dataclass(frozen=True)
-class MonitoredTraces:
-    """What a monitor says of traces, beside the verdicts on their answers."""
+class Ranking:
+    """How scores rank responses, some of which are of the kind that is looked for."""
 
-    scores: np.ndarray  # [responses], higher: the answer is rather unsafe
-    unsafe: np.ndarray  # [responses], whether the answer is unsafe
+    scores: np.ndarray  # [responses], higher: rather of this kind
+    is_kind: np.ndarray  # [responses], whether it is
     prompts: np.ndarray  # [responses], prompt ids
 
     @property
     def auroc(self) -> float:
-        """Over all responses; nan where too few answers are safe, or too few unsafe."""
-        return _auroc(self.scores, self.unsafe)
+        """Over all responses; nan where too few are of the kind, or too few are not."""
+        return _auroc(self.scores, self.is_kind)
 
     def interval(self, seed: int = 0) -> Interval:
         """The AUROC with its 95 % interval, by resampling prompts."""
@@ -74,7 +74,7 @@ class MonitoredTraces:
         for _ in range(RESAMPLES):
             drawn = generator.integers(len(places), size=len(places))
             chosen = np.concatenate([places[number] for number in drawn])
-            values.append(_auroc(self.scores[chosen], self.unsafe[chosen], few=1))
+            values.append(_auroc(self.scores[chosen], self.is_kind[chosen], few=1))
         known = [value for value in values if not math.isnan(value)]
         if math.isnan(self.auroc) or not known:
             return Interval(math.nan, 0.0, 1.0, len(names), "too few answers of one label")
@@ -84,7 +84,7 @@ class MonitoredTraces:
 
 def monitor_traces(
     session: Session, rollouts: Rollouts, answers: Verdicts, seed: int = 0
-) -> MonitoredTraces:
+) -> Ranking:
     """Scores of a monitor that learns from the traces of other prompts.
 
     Args:
@@ -100,7 +100,7 @@ def monitor_traces(
             unsafe.append(answer.label == UNSAFE)
             prompts.append(rollout.prompt_id)
     labels, groups = np.array(unsafe, dtype=bool), np.array(prompts)
-    return MonitoredTraces(_scores(texts, labels, groups, seed), labels, groups)
+    return Ranking(_scores(texts, labels, groups, seed), labels, groups)
 
 
 def _scores(texts: Sequence[str], unsafe: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -129,12 +129,12 @@ def _scores(texts: Sequence[str], unsafe: np.ndarray, groups: np.ndarray, seed: 
     return scores
 
 
-def _auroc(scores: np.ndarray, unsafe: np.ndarray, few: int = FEW) -> float:
+def _auroc(scores: np.ndarray, is_kind: np.ndarray, few: int = FEW) -> float:
     from sklearn.metrics import roc_auc_score
 
-    if min(unsafe.sum(), (~unsafe).sum()) < few:
+    if min(is_kind.sum(), (~is_kind).sum()) < few:
         return math.nan
-    return float(roc_auc_score(unsafe, scores))
+    return float(roc_auc_score(is_kind, scores))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ipo_lib.csr import CsrSettings
+from ipo_lib.experiments.monitorability import Ranking
 from ipo_lib.experiments.states import learn_probe, states_by_sentence
 from ipo_lib.records import SAFE, TRACE, UNSAFE, BadInput, Prompt, Rollout, TurningPoint, Verdict
 from ipo_lib.stages import JudgedRollouts, Session, trace_sentences
@@ -139,13 +140,15 @@ def _mean_distances(predicted: Sequence[PredictedCurve], within: tuple[float, fl
     return np.array([np.mean(values, axis=0) for values in by_prompt.values()]).reshape(-1, 2)
 
 
-def auroc(predicted: Sequence[PredictedCurve], share: float) -> float:
-    """How well the prediction ranks traces by how they end, after this share of their sentences."""
-    from sklearn.metrics import roc_auc_score
+def auroc(predicted: Sequence[PredictedCurve], share: float) -> Interval:
+    """How well the prediction ranks traces by how they end, after this share of their sentences.
 
-    labels = [one.curve.trace.label == SAFE for one in predicted]
-    scores = [one.predicted[int(share * (len(one.cuts) - 1))] for one in predicted]
-    return float(roc_auc_score(labels, scores))
+    The interval is over prompts.
+    """
+    scores = np.array([one.predicted[int(share * (len(one.cuts) - 1))] for one in predicted])
+    is_safe = np.array([one.curve.trace.label == SAFE for one in predicted])
+    prompts = np.array([one.rollout.prompt_id for one in predicted])
+    return Ranking(scores, is_safe, prompts).interval()
 
 
 def calibration(predicted: Sequence[PredictedCurve]) -> list[tuple[float, Interval]]:
