@@ -175,7 +175,7 @@ def test_places_are_as_many_as_fit(folder: Path, monkeypatch: pytest.MonkeyPatch
     column = 2 * settings.num_hidden_layers * settings.num_key_value_heads * width * 4
     assert decoder._bytes_of_a_column() == column
     free = 5.5 * column * bucket(40 + captured.AHEAD) / captured.SHARE
-    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: free)
     monkeypatch.setattr(memory, "empty_cache", lambda: None)
     monkeypatch.setattr(decoder, "device", torch.device("cuda"))
     decoder._find_places(PREFIXES)
@@ -199,14 +199,33 @@ def test_a_function_gets_its_inputs_in_the_same_buffers() -> None:
 
 
 @on_gpu
+def test_rows_that_outgrow_their_bucket_are_graphs_still(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured, "SMALLEST", 16)
+    decoder, graphed = CapturedDecoder(load(folder), 8), []
+
+    def choose(live: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        graphed.extend(step.graph is not None for step in decoder.steps.values())
+        return greedy(live, logits)
+
+    drawn(decoder, [30] * len(PREFIXES), choose)  # all places live, over several buckets
+    assert decoder.capacity >= 64
+    assert all(graphed)
+
+
+@on_gpu
 def test_a_capture_that_fails_is_logged_and_the_function_called(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    stream = torch.cuda.current_stream()
+
     def waits(numbers: torch.Tensor) -> torch.Tensor:
         return numbers * float(numbers.sum().item())  # a graph cannot wait for the GPU
 
     function = GraphedFunction(waits, [torch.ones(2, device=DEVICE)])
     assert function.graph is None
+    assert torch.cuda.current_stream() == stream
     assert function(torch.tensor([2.0, 3.0])).tolist() == [10, 15]
     assert "no CUDA graph" in caplog.text
 

@@ -12,6 +12,7 @@ from ipo_lib.chat import Chat
 from ipo_lib.dpo import DpoSettings
 from ipo_lib.engines import lora, memory
 from ipo_lib.engines.transformers_sampler import TransformersSampler
+from ipo_lib.records import BadInput
 from ipo_lib.sampling import Request, Sampling
 
 GIB = 2**30
@@ -39,7 +40,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """An empty card of 36 GiB."""
     state = {"free": 36 * GIB}
     monkeypatch.setattr(memory, "_HOLDERS", [])
-    monkeypatch.setattr(memory, "free_bytes", lambda: state["free"])
+    monkeypatch.setattr(memory, "free_bytes", lambda _: state["free"])
     return state
 
 
@@ -62,6 +63,18 @@ def test_training_has_the_card_for_itself(card: dict[str, int]) -> None:
     assert memory.release_all("cpu") == 0
     assert memory.release_all("cuda") == 2
     assert card["free"] == 36 * GIB
+
+
+def test_a_holder_that_cannot_leave_is_asked_again(card: dict[str, int]) -> None:
+    class Stuck(Model):
+        def release(self) -> None:
+            raise BadInput("not now")
+
+    stuck = Stuck(15 * GIB, card)
+    stuck.load()
+    for _ in range(2):
+        with pytest.raises(BadInput, match="not now"):
+            memory.release_all("cuda")
 
 
 def test_a_sampler_that_let_its_model_go_draws_the_same_again(tmp_path: Path) -> None:

@@ -335,6 +335,10 @@ def test_flex_attention_is_for_gpus_and_heads_it_has_kernels_for(model: Any) -> 
         config=types.SimpleNamespace(hidden_size=64, num_attention_heads=8)
     )
     assert not trees.has_block_kernels(narrow, gpu)
+    narrow.config.hidden_size = 512
+    assert trees.has_block_kernels(narrow, gpu)
+    narrow.config.attention_dropout = 0.1
+    assert not trees.has_block_kernels(narrow, gpu)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "sigmoid_norm"])

@@ -189,3 +189,26 @@ def test_a_server_without_sleep_mode_is_one_line(
         with pytest.raises(BadInput, match=r"wake_up .*--enable-sleep-mode .*sleeps to") as error:
             [*sampler.sample([Request("a", (5, 6), (), 1)], Sampling(max_tokens=3))]
         assert "\n" not in str(error.value)
+
+
+def test_a_server_that_is_down_is_taken_for_asleep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(memory, "_HOLDERS", [])
+    server = Server(("http://127.0.0.1:9/v1",), "m", sleeps=True, attempts=2, pause=0.01)
+    sampler = ServerSampler(server, Chat(tiny_tokenizer(tmp_path)))
+    assert memory.release_all("cuda") == 1
+    assert "taken for asleep" in caplog.text
+    with pytest.raises(BadInput, match="start it again"):
+        [*sampler.sample([Request("a", (5, 6), (), 1)], Sampling(max_tokens=3))]
+
+
+def test_of_two_equal_servers_each_is_put_to_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_HOLDERS", [])
+    with scripted_server((200, {})) as scripted:
+        servers = [Server((scripted.url,), "m", sleeps=True, attempts=1) for _ in range(2)]
+        assert servers[0] == servers[1]
+        for server in servers:
+            memory.register(server)
+        assert memory.release_all("cuda") == 2
+        assert scripted.paths == [SLEEP, SLEEP]

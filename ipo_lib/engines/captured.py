@@ -162,7 +162,7 @@ class CapturedDecoder(Decoder):
         self.size = self.planned = wanted
         if self.device.type == "cuda":
             columns = bucket(max(map(len, prefixes)) + AHEAD)
-            room = SHARE * memory.free_bytes()
+            room = SHARE * memory.free_bytes(self.device)
             self.size = max(1, min(wanted, int(room / (columns * self._bytes_of_a_column()))))
 
     def _bytes_of_a_column(self) -> int:
@@ -212,6 +212,7 @@ class CapturedDecoder(Decoder):
         if columns <= self.capacity:
             return
         self.steps.clear()
+        self.pool = new_pool()  # a pool dies with its last graph
         self.capacity = bucket(columns)
         for layer in self.cache.layers:
             layer.widen(like, self.size, self.capacity)

@@ -64,24 +64,36 @@ class GraphedFunction:
         return self.output  # type: ignore[no-any-return]
 
     def _capture(self, pool: Any) -> None:
-        here = torch.cuda.current_stream()
-        # A capture may not run on the default stream.
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self.function(*self.buffers)
-        here.wait_stream(aside)
+        device = self.buffers[0].device
+        with torch.cuda.device(device):
+            here = torch.cuda.current_stream()
+            aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    self.function(*self.buffers)
+            here.wait_stream(aside)
+            # All captures share a stream, and with it the workspace of cuBLAS. Without it, each
+            # graph has a workspace in memory of its own, and none is left in that of another.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with torch.cuda.stream(here):  # also after a capture that has failed
+                    self._record(pool)
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
+
+    def _record(self, pool: Any) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=pool):
                 self.output = self.function(*self.buffers)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            LOG.warning(
-                "no CUDA graph (%s); steps are slower without", str(error).partition("\n")[0]
-            )
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            reason = str(error).partition("\n")[0]
+            LOG.warning("no CUDA graph (%s); steps are slower without", reason)
             self.output = None
         else:
             self.graph = graph

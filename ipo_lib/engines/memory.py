@@ -23,7 +23,9 @@ class Holder(Protocol):
 
 def register(holder: Holder) -> None:
     """Note that ``holder`` has loaded a model."""
-    _HOLDERS[:] = [reference for reference in _HOLDERS if reference() not in (None, holder)]
+    # Two servers may be equal, and yet only one of them known to be awake.
+    alive = [reference for reference in _HOLDERS if reference() is not None]
+    _HOLDERS[:] = [reference for reference in alive if reference() is not holder]
     _HOLDERS.append(weakref.ref(holder))
 
 
@@ -33,7 +35,9 @@ def make_room(device: str, size: int) -> int:
     On other devices nothing is released.
     """
     released = 0
-    while device.startswith("cuda") and _HOLDERS and free_bytes() < size + RESERVE:
+    if device.startswith("cuda") and _HOLDERS:
+        empty_cache()  # what torch keeps for itself counts as used
+    while device.startswith("cuda") and _HOLDERS and free_bytes(device) < size + RESERVE:
         released += _release_oldest()
         empty_cache()
     return released
@@ -58,18 +62,18 @@ def release_all(device: str, keep: Holder | None = None) -> int:
 
 def _release_oldest() -> bool:
     """Release the model loaded longest ago; False where its holder is gone."""
-    holder = _HOLDERS.pop(0)()
-    if holder is None:
-        return False
-    holder.release()
-    return True
+    holder = _HOLDERS[0]()
+    if holder is not None:
+        holder.release()
+    _HOLDERS.pop(0)
+    return holder is not None
 
 
-def free_bytes() -> int:
-    """Free bytes on the GPU."""
+def free_bytes(device: Any) -> int:
+    """Free bytes on a GPU, such as "cuda" or "cuda:1"."""
     import torch
 
-    return int(torch.cuda.mem_get_info()[0])
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def empty_cache() -> None:

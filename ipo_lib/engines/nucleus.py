@@ -123,7 +123,7 @@ def _draw_from_head(
     return torch.stack([drawn, wide.long(), finite.long()], 1)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _graphed(
     rows: int, vocabulary: int, dtype: Any, device: Any, temperature: float, top_p: float
 ) -> GraphedFunction:

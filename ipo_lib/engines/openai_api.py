@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -40,6 +41,7 @@ TOPS = 20  # vLLM reports so many log-probabilities a position without a higher 
 AHEAD = 4  # requests waiting for each that is in flight
 KEYLESS = "none"  # the client wants some key even where the server does not
 LONGEST_WAIT = 60.0  # seconds between two attempts
+LOG = logging.getLogger(__name__)
 AWAKE = "awake"  # in ``adaptations`` of a server that sleeps
 
 
@@ -132,15 +134,28 @@ class Server:
         Raises:
             BadInput: the server was started without sleep mode, or does not answer.
         """
-        if self.sleeps and AWAKE not in self.adaptations:
-            memory.release_all("cuda", keep=self)
+        if not self.sleeps or AWAKE in self.adaptations:
+            return
+        memory.release_all("cuda", keep=self)
+        try:
             self._switch("wake_up")
-            self.adaptations.add(AWAKE)
+        except Unanswered as error:
+            raise BadInput(f"server {self.urls[0]}: {error}; start it again") from None
+        self.adaptations.add(AWAKE)
 
     def release(self) -> None:
-        """Put the server to sleep: its weights go to the CPU's memory, keys and values are lost."""
+        """Put the server to sleep: its weights go to the CPU's memory, keys and values are lost.
+
+        A server that does not answer holds no memory.
+
+        Raises:
+            BadInput: the server was started without sleep mode.
+        """
         self.adaptations.discard(AWAKE)
-        self._switch("sleep?level=1")
+        try:
+            self._switch("sleep?level=1")
+        except Unanswered as error:
+            LOG.warning("server %s: %s; taken for asleep", self.urls[0], error)
 
     def _switch(self, path: str) -> None:
         for replica, url in enumerate(self.urls):
@@ -151,7 +166,7 @@ class Server:
 
             try:
                 self.call(ask, replica)
-            except (Unanswered, Declined, BadInput) as error:
+            except (Declined, BadInput) as error:
                 raise BadInput(
                     f"{error}; {whole} was asked for: start vLLM with --enable-sleep-mode and "
                     "VLLM_SERVER_DEV_MODE=1, or set sleeps to false"

@@ -28,6 +28,7 @@ from ipo_lib.records import Ids
 
 HEAD = 2048  # scored positions whose logits are held at once
 PADDING = -1  # in place of a leaf
+COMPILED_KINDS = 64  # of batches, for which FlexAttention may be compiled
 MIN_HEAD = 16  # numbers of a head that the kernels of FlexAttention need
 Batch = dict[str, Tensor]
 
@@ -167,14 +168,15 @@ def block_mask(leaves: Tensor) -> Any:
 
 
 def has_block_kernels(model: Any, device: torch.device) -> bool:
-    """Whether FlexAttention trains a model: on a GPU, with heads of at least 16 numbers.
+    """Whether FlexAttention trains a model: on a GPU, with wide heads and without dropout.
 
     On a CPU it has no backward pass.
     """
     settings = model.config
     width = getattr(settings, "head_dim", None)
     width = width or settings.hidden_size // settings.num_attention_heads
-    return device.type == "cuda" and width >= MIN_HEAD
+    dropout = getattr(settings, "attention_dropout", 0.0)
+    return device.type == "cuda" and width >= MIN_HEAD and not dropout
 
 
 class Scorer(nn.Module):
@@ -192,6 +194,10 @@ class Scorer(nn.Module):
         self.make_mask = block_mask if blocks else dense_mask
         if blocks:
             model.get_base_model().set_attn_implementation("flex_attention")
+            # It is compiled for each kind of batch. Beyond the limit it would run uncompiled,
+            # without a word, and hold whole score matrices.
+            torch._dynamo.reset()
+            torch._dynamo.config.recompile_limit = COMPILED_KINDS
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Pass on what the trainer asks for to the base model, which has the layers."""
