@@ -229,17 +229,21 @@ def sampling_speed(model: Any, shape: Shape, stream: Iterator[int]) -> Iterator[
     for work, prefixes in works(shape, stream).items():
         for name, (make, run) in makers.items():
             peak_gib()
-            decoder, seconds = make(len(prefixes)), 0.0
-            for _ in range(2):
-                wait()
-                started = time.monotonic()
-                tokens, prefill = run(decoder, prefixes)
-                wait()
-                seconds = time.monotonic() - started
-            del decoder
-            yield {
-                "work": work,
-                "decoder": name,
+            row: Row = {"work": work, "decoder": name}
+            try:
+                decoder = make(len(prefixes))
+                for _ in range(2):
+                    wait()
+                    started = time.monotonic()
+                    tokens, prefill = run(decoder, prefixes)
+                    wait()
+                    seconds = time.monotonic() - started
+            except torch.OutOfMemoryError:
+                yield row | {"failed": "out of memory"}
+                continue
+            finally:
+                decoder = None
+            yield row | {
                 "tokens a second": tokens / seconds,
                 "ms a step": 1000 * (seconds - prefill) / shape.tokens,
                 "seconds": seconds,
@@ -296,14 +300,17 @@ def training_speed(base: Path, shape: Shape, stream: Iterator[int]) -> Iterator[
                 **{"quantize": None, **changes},
             )
             dense = name == "shared, dense mask"
+            row: Row = {"work": work, "trainer": name}
             peak_gib()
-            with tempfile.TemporaryDirectory() as out:
-                seconds, losses = benchmark.train_and_time(
-                    pairs, base, settings, Path(out), _use_dense_mask if dense else _leave
-                )
-            yield {
-                "work": work,
-                "trainer": name,
+            try:
+                with tempfile.TemporaryDirectory() as out:
+                    seconds, losses = benchmark.train_and_time(
+                        pairs, base, settings, Path(out), _use_dense_mask if dense else _leave
+                    )
+            except torch.OutOfMemoryError:
+                yield row | {"failed": "out of memory"}
+                continue
+            yield row | {
                 "seconds a step": statistics.median(seconds[1:]),
                 "range": [min(seconds[1:]), max(seconds[1:])],
                 "losses": losses,
