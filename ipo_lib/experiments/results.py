@@ -259,12 +259,13 @@ def markdown(cells: Sequence[Cell], against: str = "DPO on Part") -> list[str]:
     rows = row_names(cells)
     against = against if against in rows else rows[0]
     change_column = f"harmful traces minus {against}"
-    head = ["method", *COLUMNS.values(), change_column, "tokens to make", "seeds"]
+    head = ["method", *COLUMNS.values(), change_column, "pairs", "tokens to make", "seeds"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for line in summary(cells, list(COLUMNS), against):
         rates = [line[measure] for measure in COLUMNS]
         change = "" if line["row"] == against else line[f"minus {against}"]
-        columns = [line["row"], *rates, change, f"{line['generated']:,}", str(line["seeds"])]
+        counts = [f"{line[name]:,}" for name in ("pairs", "generated", "seeds")]
+        columns = [line["row"], *rates, change, *counts]
         lines.append(f"| {' | '.join(columns)} |")
     return lines
 
