@@ -107,18 +107,22 @@ class Bounds:
         settings, evaluation = self.settings, self.settings.evaluation
         mean = settings.expected.trace + settings.expected.answer
         evaluating = [
-            own.get("training_run") and not own.get("attacked_set")
+            own
             for own in self.notebooks.values()
+            if own.get("training_run") and not own.get("attacked_set")
         ]
-        evaluated = evaluation.draws if any(evaluating) else 0
+        evaluated = evaluation.draws if evaluating else 0
+        whole = any("again" in own for own in evaluating)  # 07; 12 asks harmful prompts only
         base = max(evaluated, self.largest("group"), self.largest("draws", having="swap_draws"))
-        harmful = base - evaluated + (BARRED_ROUNDS if evaluated else 0)
+        harmful = base - evaluated + (BARRED_ROUNDS if whole else 0)
         harmful += self.largest("draws", having="benign_set") * (1 + settings.stage1.keep)
         if settings.extras.get("aligned"):
             harmful += self.largest("draws", having="swap_draws")
         for name in evaluation.sets:
-            draws = evaluated * (1 + STAGES) + self.cells() * evaluation.draws
-            draws += harmful if name in evaluation.harmful else 0
+            is_harmful = name in evaluation.harmful
+            draws = evaluated * (1 + STAGES) if whole or is_harmful else 0
+            draws += self.cells() * evaluation.draws
+            draws += harmful if is_harmful else 0
             length = settings.expected.response.get(name, mean)
             yield Draws(RESPONSES, settings.prompts[name].size * draws, length)
         made = max(
