@@ -259,12 +259,18 @@ def markdown(cells: Sequence[Cell], against: str = "DPO on Part") -> list[str]:
     rows = row_names(cells)
     against = against if against in rows else rows[0]
     change_column = f"harmful traces minus {against}"
-    head = ["method", *COLUMNS.values(), change_column, "pairs", "tokens to make", "seeds"]
+    counted = {
+        "judged": "judged",
+        "pairs": "pairs",
+        "generated": "tokens to make",
+        "seeds": "seeds",
+    }
+    head = ["method", *COLUMNS.values(), change_column, *counted.values()]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
     for line in summary(cells, list(COLUMNS), against):
         rates = [line[measure] for measure in COLUMNS]
         change = "" if line["row"] == against else line[f"minus {against}"]
-        counts = [f"{line[name]:,}" for name in ("pairs", "generated", "seeds")]
+        counts = [f"{line[name]:,}" if name != "judged" else line[name] for name in counted]
         columns = [line["row"], *rates, change, *counts]
         lines.append(f"| {' | '.join(columns)} |")
     return lines
