@@ -201,6 +201,7 @@ def test_a_tree_holds_its_prefix_once_and_logits_are_made_for_suffixes_alone() -
     assert (batch["positions"][1, :used] < prefix + 12).all()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_block_masks_hold_the_rule_of_the_dense_mask(model: Any) -> None:
     """Over several blocks of 128 tokens; then one attention, called without being compiled."""
     pairs = make_families(families=2)
@@ -217,6 +218,7 @@ def test_block_masks_hold_the_rule_of_the_dense_mask(model: Any) -> None:
     torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_a_scorer_with_block_masks_gives_the_same_sums(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
