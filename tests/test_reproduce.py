@@ -786,3 +786,15 @@ def test_all_kernels_of_a_run_count_in_one_budget_file(
         assert os.environ[budget.BUDGET_FILE] == "of-mine.json"
     finally:
         papermill_engines.register(None, InProcess)
+
+
+def test_notebooks_are_named_by_how_they_begin_also_those_that_a_profile_leaves_out() -> None:
+    assert arguments.choose_notebooks("sandbox", ["04", "05"]) == (
+        "notebooks=[04_compliance_cues, 05_corrective_intervention]"
+    )
+    assert "13_on_policy" not in reading.read_profile("sandbox").notebooks
+    assert arguments.choose_notebooks("sandbox", ["06", "13"]) == (
+        "notebooks=[06_ipo_training, 13_on_policy]"
+    )
+    with pytest.raises(BadInput, match="there is no notebook '77'; there are 00_quickstart, "):
+        arguments.choose_notebooks("sandbox", ["77"])

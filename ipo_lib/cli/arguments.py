@@ -109,20 +109,21 @@ def choose_notebooks(profile: str, words: Sequence[str]) -> str:
 
     Args:
         profile: a profile's name, or the path of its file.
-        words: how the names begin.
+        words: how the names begin; of the profile's notebooks, or else of any other.
 
     Raises:
-        BadInput: no notebook of the profile begins so.
+        BadInput: no notebook begins so.
     """
     names = read_profile(profile).notebooks
+    others = [path.stem for path in sorted((checkout() / "notebooks").glob("*.ipynb"))]
     chosen = []
     for word in words:
         begin = word.removesuffix(".ipynb")
         found = [name for name in names if Path(name).name.startswith(begin)]
+        found = found or [name for name in others if name.startswith(begin)]
         if not found:
-            raise BadInput(
-                f"profile {profile!r} has no notebook {word!r}; it has {', '.join(names)}"
-            )
+            known = dict.fromkeys([*names, *others])
+            raise BadInput(f"there is no notebook {word!r}; there are {', '.join(known)}")
         chosen += found
     return f"notebooks=[{', '.join(dict.fromkeys(chosen))}]"
 
