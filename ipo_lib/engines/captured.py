@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ipo_lib.engines import memory
-from ipo_lib.engines.decoding import ChooseTokens, Decoder, Row, TakeToken
+from ipo_lib.engines.decoding import ChooseTokens, Decoder, Row, TakeToken, head_width
 from ipo_lib.engines.graphs import GraphedFunction, new_pool
 from ipo_lib.records import BadInput, Ids
 
@@ -168,9 +168,8 @@ class CapturedDecoder(Decoder):
     def _bytes_of_a_column(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         settings = self.model.config
-        width = getattr(settings, "head_dim", None)
-        width = width or settings.hidden_size // settings.num_attention_heads
-        numbers = 2 * settings.num_hidden_layers * settings.num_key_value_heads * width
+        heads = settings.num_key_value_heads * head_width(settings)
+        numbers = 2 * settings.num_hidden_layers * heads
         return int(numbers * self.model.dtype.itemsize)
 
     def _forget(self) -> None:

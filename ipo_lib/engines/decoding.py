@@ -40,6 +40,12 @@ ChooseTokens = Callable[[Sequence[int], Tensor], Tensor]
 TakeToken = Callable[[int, int], bool]
 
 
+def head_width(settings: Any) -> int:
+    """How many numbers one attention head has, by the settings of a model."""
+    width = getattr(settings, "head_dim", None)
+    return int(width or settings.hidden_size // settings.num_attention_heads)
+
+
 def grouped_attention(
     module: Any,
     query: Tensor,

@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from ipo_lib.dpo import SFT, WHOLE, DpoSettings
+from ipo_lib.engines.decoding import head_width
 from ipo_lib.engines.lora import Pairs
 from ipo_lib.records import Ids
 
@@ -82,8 +83,8 @@ def collate(pairs: Pairs, settings: DpoSettings, indices: Sequence[int] = ()) ->
         indices: of each pair in the data set; without them 0, 1, ...
 
     Returns:
-        By tree: ``ids``, ``positions`` and ``leaves`` [trees, length], of each token the segment
-        of its leaf, 0 in a prefix. By scored token: its ``row``, the ``place`` that predicts
+        By tree: ``ids``, ``positions``, and ``leaves``, the segment of each token's leaf (0 in a
+        prefix), all [trees, length]. By scored token: its ``row``, the ``place`` that predicts
         it, its ``target``, its ``segment``, and whether it is ``kept`` in the sums [scored]. By
         pair: ``sides``, the segments of (chosen, rejected, prefix) [pairs, 3], ``weight`` and
         ``index`` [pairs]. And how many ``segments`` there are.
@@ -172,11 +173,8 @@ def has_block_kernels(model: Any, device: torch.device) -> bool:
 
     On a CPU it has no backward pass.
     """
-    settings = model.config
-    width = getattr(settings, "head_dim", None)
-    width = width or settings.hidden_size // settings.num_attention_heads
-    dropout = getattr(settings, "attention_dropout", 0.0)
-    return device.type == "cuda" and width >= MIN_HEAD and not dropout
+    has_dropout = bool(getattr(model.config, "attention_dropout", 0.0))
+    return device.type == "cuda" and head_width(model.config) >= MIN_HEAD and not has_dropout
 
 
 class Scorer(nn.Module):
