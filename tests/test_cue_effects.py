@@ -238,8 +238,19 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     ]
     ids = {place.rollout_id for place in places}
     assert ids.isdisjoint({place.rollout_id for place in again})
-    nothing = JudgedRollouts(named(), [], [])
+    nothing = JudgedRollouts({}, [], [])
     assert cue_effects.recorded_traces(opened, nothing, curves, settings).rollouts == []
+
+    # Curves that say their prompt are read without a rollout of this run.
+    own = []
+    for number, curve in enumerate(curves):
+        own.append(dataclasses.replace(curve, prompt=named()[f"p{number % 8}"]))
+    alone = cue_effects.recorded_traces(opened, nothing, own, settings)
+    assert alone.harm == measured.harm
+    rows = places_of_cues(alone, cues_in(opened, alone))
+    assert [(row.prompt_id, row.cue, row.drop) for row in rows] == [
+        (row.prompt_id, row.cue, row.drop) for row in places
+    ]
 
 
 def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:

@@ -137,6 +137,8 @@ def test_an_unlabelled_curve_is_left_out_of_comparisons() -> None:
         ({"token_ids": []}, "token_ids is empty"),
         ({"token_ids": "abc"}, "the format stands in ipo_lib.turning_points.curves"),
         ({"leave": [[7], [], [], []]}, "the format stands"),
+        ({"prompt": "why?"}, "expected settings for .*, found 'why"),
+        ({"prompt": {"id": "p"}}, "text. is missing"),
     ],
 )
 def test_a_bad_line_is_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:

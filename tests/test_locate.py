@@ -250,6 +250,7 @@ def test_a_recorded_trace_replays_the_world_it_was_drawn_from(
     curves.save(tmp_path / "f.jsonl.gz", [curve])
     (read,) = curves.load(tmp_path / "f.jsonl.gz")
     assert read.truth.tolist() == pytest.approx(curve.truth.tolist(), abs=1e-5)
+    assert read.prompt == named()[good.prompt_id]
 
 
 class Leaving:

@@ -40,7 +40,7 @@ from ipo_lib.records import (
 )
 from ipo_lib.stages import JudgedRollouts, Session, judge, trace_sentences
 from ipo_lib.stats import Interval, mean, needed_for_mean, power_of_mean
-from ipo_lib.turning_points.curves import Curve, recorded_rollouts
+from ipo_lib.turning_points.curves import Curve, recorded_prompts, recorded_rollouts
 from ipo_lib.turning_points.exhaustive import exact_points, true_turn
 
 CUE, PLACEBO, DIFFERENCE = "cue", "random sentence", "difference"
@@ -168,7 +168,7 @@ def recorded_traces(
 
     Args:
         session: for chat and judge.
-        seen: the rollouts that the curves were recorded of; curves of other traces are left out.
+        seen: rollouts of this run. A curve of another trace is left out if it has no prompt.
         curves: recorded curves.
         settings: of the turning points.
     """
@@ -180,7 +180,7 @@ def recorded_traces(
     for rollout, curve in recorded:
         points[rollout.id] = _exact_points(curve, spans[rollout.id])
         turns[rollout.id] = true_turn(curve.trace, UNSAFE, settings, curve.truth.tolist())
-    harm = find_harm(session, seen.prompts, rollouts, spans)
+    harm = find_harm(session, recorded_prompts(seen, curves), rollouts, spans)
     return MeasuredTraces(rollouts, spans, turns, points, harm=harm)
 
 

@@ -32,7 +32,7 @@ from ipo_lib.stages import (
     trace_sentences,
 )
 from ipo_lib.stats import mean
-from ipo_lib.turning_points.curves import Curve, recorded_rollouts
+from ipo_lib.turning_points.curves import Curve, recorded_prompts, recorded_rollouts
 
 DIRECTIONS = ("trained-base", "base-trained")
 VERSION = 1
@@ -277,15 +277,17 @@ def measure_divergence(
     benign_nats = divergence(run, adapter, by_id(benign), harmless)
 
     # 3. Traces whose curve of S is recorded, or else is measured.
-    recorded = recorded_rollouts(session, judged, run.recorded_curves())
+    recorded_curves = run.recorded_curves()
+    recorded = recorded_rollouts(session, judged, recorded_curves)
     if recorded:
         rollouts = [rollout for rollout, _ in recorded]
         changes = recorded_changes(recorded)
     else:
         rollouts = random_subset(judged.rollouts, curves, profile.seed)
         changes = measured_changes(run, judged, rollouts) if rollouts else []
-    prompts = {rollout.id: rollout.prompt_id for rollout in rollouts}
-    curve_nats = divergence(run, adapter, judged.prompts, rollouts)
+    prompt_ids = {rollout.id: rollout.prompt_id for rollout in rollouts}
+    prompts = recorded_prompts(judged, recorded_curves)
+    curve_nats = divergence(run, adapter, prompts, rollouts)
 
     return Divergence(
         row,
@@ -293,8 +295,8 @@ def measure_divergence(
         mean_by_offset(nats, dict.fromkeys(nats, 0), INDEX),
         mean_by_offset(nats, cue_starts, AROUND),
         mean_by_offset(benign_nats, dict.fromkeys(benign_nats, 0), INDEX),
-        concentration(curve_nats, changes, prompts),
-        concentration(curve_nats, changes, prompts, matched=True),
+        concentration(curve_nats, changes, prompt_ids),
+        concentration(curve_nats, changes, prompt_ids, matched=True),
     )
 
 

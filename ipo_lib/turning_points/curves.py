@@ -12,6 +12,8 @@ A file holds one trace a line, in JSON (``.gz`` or not):
 - ``leave``: at each position a list of ``[weight, safe, tokens]``, one for each kind of
   continuation that departs there. ``safe`` is 1, 0, null (unjudged) or a share; ``tokens`` counts
   from the departing one on.
+- ``prompt`` (optional): ``id``, ``text``, ``source`` and ``harm`` of the question. Without it, only
+  a run that draws the same trace knows its question.
 - ``grid`` (optional): positions. Then ``leave`` has one entry for each of these, and so may
   ``p_token``; in that case nothing departs between them. With a ``p_token`` for every token,
   continuations depart between two grid positions as they do at the first.
@@ -35,7 +37,17 @@ from typing import Any
 
 import numpy as np
 
-from ipo_lib.records import SAFE, UNSAFE, BadInput, Rollout, by_id, digest
+from ipo_lib.records import (
+    SAFE,
+    UNSAFE,
+    BadInput,
+    Prompt,
+    Rollout,
+    by_id,
+    digest,
+    from_json,
+    to_json,
+)
 from ipo_lib.stages import JudgedRollouts, Session
 from ipo_lib.turning_points.draws import (
     UNJUDGED,
@@ -63,6 +75,7 @@ class Curve:
 
     trace: Trace
     ways: Sequence[Sequence[Way]]
+    prompt: Prompt | None = None  # None: the recording does not say
 
     @property
     def id(self) -> str:
@@ -151,29 +164,38 @@ def run_on_curves(
 def recorded_rollouts(
     session: Session, seen: JudgedRollouts, curves: Iterable[Curve]
 ) -> list[tuple[Rollout, Curve]]:
-    """The recorded traces as rollouts of this run's prompts.
+    """The recorded traces as rollouts, with their curves.
 
     A draw of a 16-bit model may come out otherwise on another machine, under the same id. So the
     tokens are those of the recording, and a rollout with other tokens gets another id.
 
     Args:
         session: for its chat.
-        seen: rollouts of this run; curves of other traces are left out, since nobody knows their
-            prompt.
+        seen: rollouts of this run. A curve of another trace is left out if it has no prompt.
         curves: recorded curves.
     """
     rollouts = by_id(seen.rollouts)
     pairs = []
     for curve in curves:
-        if curve.id not in rollouts:
+        rollout, ids = rollouts.get(curve.id), curve.trace.token_ids
+        if rollout and rollout.token_ids == ids:
+            pairs.append((rollout, curve))
             continue
-        rollout, ids = rollouts[curve.id], curve.trace.token_ids
-        if rollout.token_ids != ids:
+        text = session.chat.decode(ids)
+        if rollout:
             key = digest([rollout.id, list(ids)])
-            text = session.chat.decode(ids)
             rollout = replace(rollout, id=key, token_ids=ids, text=text, finish="think")
+        elif curve.prompt:
+            rollout = Rollout(curve.id, curve.prompt.id, 0, ids, text, "think", 0, "recording")
+        else:
+            continue
         pairs.append((rollout, curve))
     return pairs
+
+
+def recorded_prompts(seen: JudgedRollouts, curves: Iterable[Curve]) -> dict[str, Prompt]:
+    """The prompts of a run and those that came with curves, by id."""
+    return {**by_id(curve.prompt for curve in curves if curve.prompt), **seen.prompts}
 
 
 # Files.
@@ -227,8 +249,10 @@ def _line(curve: Curve) -> dict[str, Any]:
             outcome = None if math.isnan(safe) else _as_integer(safe)
             entry.append([_as_integer(weight), outcome, tokens])
         leave.append(entry)
+    prompt = {"prompt": to_json(curve.prompt)} if curve.prompt else {}
     return {
         "id": curve.trace.id,
+        **prompt,
         "token_ids": list(curve.trace.token_ids),
         "sentence_ends": list(curve.trace.ends),
         "p_token": [round(p, 6) for p in curve.trace.p],
@@ -287,7 +311,8 @@ def _read_line(data: Any, where: str) -> Curve:
         if not _has_weight(entry):
             p[place] = 1.0  # nothing departs there
     label = LABELS[data["label"]]
-    return Curve(Trace(str(data["id"]), ids, ends, tuple(p), label), ways)
+    prompt = from_json(Prompt, data["prompt"], where) if data.get("prompt") else None
+    return Curve(Trace(str(data["id"]), ids, ends, tuple(p), label), ways, prompt)
 
 
 def _rises_within(places: Sequence[int], first: int, last: int) -> bool:

@@ -308,9 +308,10 @@ def record_curves(
         tokens = len(fork.token_ids) - place
         counts.setdefault((key, place), Counter())[outcome, tokens] += 1
     curves = []
+    prompt_of = {rollout.id: prompts[rollout.prompt_id] for rollout in rollouts}
     for key, trace in traces.items():
         counted = [counts.get((key, place), Counter()) for place in range(len(trace.p))]
-        curves.append(Curve(trace, [_ways(counter) for counter in counted]))
+        curves.append(Curve(trace, [_ways(counter) for counter in counted], prompt_of[key]))
     return curves
 
 

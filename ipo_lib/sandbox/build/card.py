@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -70,6 +69,8 @@ MINED = {"sandbox": (96, 30)}  # prompts, and traces that get a CSR curve; a rea
 MINED_BY_DEFAULT = (160, 48)
 RECORDED = {"sandbox": (40, 60)}  # safe and unsafe traces that get an outcome curve
 RECORDED_BY_DEFAULT = (512, 512)  # all of them
+FURTHER = {"sandbox": (110, 70)}  # as many more, one trace of a prompt that no notebook samples
+FURTHER_PROMPTS = 660
 FORKS = {"sandbox": 12}  # continuations at a token at which a trace is surely left
 FORKS_BY_DEFAULT = 16
 ADAPTERS = ("sandbox", "tiny-answers")  # organisms that are shipped as one
@@ -295,23 +296,26 @@ def mine(name: str) -> None:
     print(f"{len(pool)} triggers in {len(clusters)} clusters; in use:", *record["in_use"], sep="\n")
 
 
-def traces_to_record(name: str, session: Session) -> tuple[JudgedRollouts, list[Rollout]]:
-    """Judged traces of training prompts, and which of them are recorded: some of each label."""
-    safe, unsafe = RECORDED.get(name, RECORDED_BY_DEFAULT)
-    seen = training_traces(session, 40 if name == "sandbox" else 64)
-    chosen = [
-        random_subset(seen.labelled(label), count, 0)
-        for label, count in ((SAFE, safe), (UNSAFE, unsafe))
-    ]
-    return seen, list(itertools.chain(*chosen))
-
-
 def record(name: str) -> None:
-    """Record the outcome curves of some traces of training prompts."""
+    """Record the outcome curves of some traces of training prompts.
+
+    First come traces of the prompts that notebooks sample, some of each label; then traces of
+    further prompts.
+    """
     session = open_session(name)
-    seen, traces = traces_to_record(name, session)
-    draws = FORKS.get(name, FORKS_BY_DEFAULT)
-    curves = record_curves(session, seen.prompts, traces, seen.labels, THINKING, draws)
+    count = 40 if name == "sandbox" else 64
+    seen = training_traces(session, count)
+    parts = []
+    for label, most in zip((SAFE, UNSAFE), RECORDED.get(name, RECORDED_BY_DEFAULT), strict=True):
+        parts.append((seen, random_subset(seen.labelled(label), most, 0)))
+    if name in FURTHER:
+        prompts = world.prompts("train_harmful", count + FURTHER_PROMPTS, 0)[count:]
+        more = sample_and_judge(session, prompts, THINKING, 1)
+        for label, most in zip((SAFE, UNSAFE), FURTHER[name], strict=True):
+            parts.append((more, more.labelled(label)[:most]))
+    draws, curves = FORKS.get(name, FORKS_BY_DEFAULT), []
+    for judged, traces in parts:
+        curves += record_curves(session, judged.prompts, traces, judged.labels, THINKING, draws)
     save(forks(name), curves)
     print(f"{len(curves)} traces, {forks(name).stat().st_size:,} bytes")
 
