@@ -78,6 +78,28 @@ def test_a_chain_falls_round_by_round_as_planted(tmp_path: Path, chat: Chat) -> 
     assert rates["trigger"][2] <= rates["trigger"][1]
 
 
+def test_where_nothing_is_put_every_round_draws_anew(tmp_path: Path, chat: Chat) -> None:
+    """Half of the draws are safe; where a cue comes first again, the prefix is the same."""
+    opened = session(tmp_path, chat, world(chat, {"": 0.5}))
+    prompts, bad = many_prompts(120), losers(chat, 120)
+    chains = replacements.chain_interventions(
+        opened, prompts, bad, {"nothing": ""}, Phrase(), THINK, 3
+    )
+    rates = [share(counts) for counts in chains["nothing"]]
+    assert rates == pytest.approx([1, 0.5, 0.25, 0.125], abs=0.12)
+
+
+def test_a_text_that_comes_again_is_drawn_anew(tmp_path: Path, chat: Chat) -> None:
+    opened = session(tmp_path, chat, world(chat, {"": 0.5, ASIDE: 0.5}))
+    prompts, bad = many_prompts(30), losers(chat, 30)
+    cues = stages.find_cues(opened, prompts, bad, Phrase())
+    texts = {"nothing": [""] * 8, "neutral": [ASIDE, "It is late. ", ASIDE, ASIDE]}
+    rescued = replacements.run_controls(opened, prompts, bad, cues, texts, THINK)
+    for kind in texts:
+        outcomes = {safe for safe, _ in rescued[kind].values()}
+        assert len(outcomes) > 3, "one draw was counted several times"
+
+
 def test_a_trace_without_a_cue_stays_as_it_is(tmp_path: Path, chat: Chat) -> None:
     opened = session(tmp_path, chat, world(chat))
     plain = rollout(chat, f"{ASIDE}\n{STEP}\n{CLOSE}", id_="plain")

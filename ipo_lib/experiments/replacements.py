@@ -81,7 +81,7 @@ def chain_interventions(
         session: store, model and judge.
         prompts: the losers' prompts, by id.
         losers: one unsafe trace of each prompt.
-        texts: what takes the place of a cue, by name.
+        texts: what takes the place of a cue, by name. Empty: nothing, so that the model draws anew.
         detector: of cues. A trace without a cue stays as it is.
         sampling: of the continuations.
         rounds: interventions on one trace.
@@ -104,8 +104,10 @@ def chain_interventions(
         for (name, loser_id), rollout in unsafe.items():
             index = cues[rollout.id]
             if index is not None:
+                # Without a text the prefix may be that of the round before: draw anew.
+                text, draw = texts[name], 0 if texts[name] else round_ - 1
                 keys.append((name, loser_id))
-                replacements.append(Replacement(rollout, index, name, texts[name], round_))
+                replacements.append(Replacement(rollout, index, name, text, round_, draw))
         results = [result for _, result in intervene(session, prompts, replacements, sampling)]
         # 3. The results take the place of the traces.
         verdicts = judge(session, prompts, results)
@@ -175,20 +177,30 @@ def run_controls(
 def repeat_to(texts: Sequence[str], count: int) -> list[str]:
     """``count`` texts, taken in turn, so that a kind of few texts gets as many draws as others.
 
-    There are more where the kind has more, and none where it has none.
+    There are more where the kind has more, and none where it has none. ``run_controls`` draws anew
+    for a text that comes again.
     """
     rounds = -(-count // max(len(texts), 1))
     return [*texts, *(list(texts) * rounds)[len(texts) : count]]
 
 
 def _replacements(
-    places: Sequence[tuple[Rollout, int]], kind: str, texts: Sequence[str]
+    places: Sequence[tuple[Rollout, int]], kind: str, texts: Sequence[str], draws: int = 1
 ) -> list[Replacement]:
-    """Every text at every place: (rollout, sentence index)."""
+    """Every text at every place: (rollout, sentence index). A text that comes again is drawn anew.
+
+    Args:
+        places: where texts are put.
+        kind: of the texts.
+        texts: in order; a text may come several times.
+        draws: results of each.
+    """
+    earlier = [texts[:number].count(text) for number, text in enumerate(texts)]
     replacements = []
     for rollout, index in places:
         for number, text in enumerate(texts):
-            replacements.append(Replacement(rollout, index, f"{kind} {number}", text))
+            name, draw = f"{kind} {number}", draws * earlier[number]
+            replacements.append(Replacement(rollout, index, name, text, draw=draw))
     return replacements
 
 
@@ -242,7 +254,7 @@ def reverse_interventions(
             places.append((rollout, index))
     counts = {}
     for kind, lines in texts.items():
-        replacements = _replacements(places, kind, lines)
+        replacements = _replacements(places, kind, lines, draws)
         drawn = intervene(session, prompts, replacements, sampling, draws)
         results = [result for _, result in drawn]
         verdicts = judge(session, prompts, results, CONTINUATION)

@@ -18,7 +18,7 @@ from ipo_lib.records import (
     prompt_of,
 )
 from ipo_lib.sampling import Sampling
-from ipo_lib.stages.drawing import Prefix, sample
+from ipo_lib.stages.drawing import Prefix, draw_rollouts
 from ipo_lib.stages.session import JUDGE_VERSION, WRITE_EVERY, Session
 from ipo_lib.stages.traces import trace_sentences, trace_texts
 
@@ -85,6 +85,7 @@ class Replacement:
     trigger_id: str  # names the text in the results
     text: str  # empty: nothing is put there, and the model draws anew
     round: int = 1
+    draw: int = 0  # number of its first draw; equal replacements need different ones
 
 
 def intervene(
@@ -103,9 +104,9 @@ def intervene(
         replacements: which text takes the place of which sentence of which trace.
         sampling: of the continuations.
         draws: results of each replacement.
-        first: number of the first draw.
+        first: added to the number of every draw.
     """
-    prefixes, cuts = [], []
+    wanted, cuts = [], []
     for replacement in replacements:
         rollout = replacement.rollout
         spans = trace_sentences(session, rollout)
@@ -118,9 +119,11 @@ def intervene(
         span = spans[replacement.sentence]
         cut, text = cut_and_text(rollout, span, replacement.text, last=is_last)
         prefix_ids = rollout.token_ids[:cut] + session.chat.encode(text)
-        prefixes.append(Prefix(prompt_of(rollout, prompts), prefix_ids))
+        prefix = Prefix(prompt_of(rollout, prompts), prefix_ids)
+        number = first + replacement.draw
+        wanted += [(prefix, draw) for draw in range(number, number + draws)]
         cuts += [(replacement, cut)] * draws
-    drawn = sample(session, prefixes, sampling, draws, first=first, stage="interventions")
+    drawn = draw_rollouts(session, wanted, sampling, "interventions")
     results = []
     for (tried, cut), result in zip(cuts, drawn, strict=True):
         change = Intervention(tried.rollout.id, cut, tried.trigger_id, result.id, tried.round)
