@@ -253,6 +253,25 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
     ]
 
 
+def test_the_turn_in_the_sentence_of_cue_and_random_sentence() -> None:
+    """Prompt p0 has two traces with a turn, p1 one; a trace without a turn is left out."""
+    by_seed = []
+    for others in ((4, 0, 7), (0, 0, 2)):
+        rows = [
+            CuePlace(key, prompt, cue, other, turn, 0, 0.0, 0.0)
+            for key, prompt, cue, other, turn in (
+                ("a", "p0", 4, others[0], 4),
+                ("b", "p0", 2, others[1], 5),
+                ("c", "p1", 7, others[2], 7),
+            )
+        ]
+        by_seed.append([*rows, CuePlace("d", "p2", 1, None, None, None, 0.0, 0.0)])
+    shares = cue_effects.share_in_same_sentence(by_seed)
+    assert shares["cue"].value == pytest.approx((1 / 2 + 1) / 2)
+    assert shares["random sentence"].value == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert {share.n for share in shares.values()} == {2}
+
+
 def test_risk_by_cue(tmp_path: Path, chat: Chat) -> None:
     opened = session(tmp_path, chat, world(chat))
     traces = []

@@ -256,6 +256,28 @@ def _compared(
     return cue, placebo, cue - placebo
 
 
+def share_in_same_sentence(places_by_seed: Sequence[Sequence[CuePlace]]) -> dict[str, Interval]:
+    """How often the turn lies in the first cue's own sentence, and in the random one's.
+
+    Args:
+        places_by_seed: the same traces with random sentences of several seeds. Traces without a
+            turn are left out.
+
+    Returns:
+        ``CUE`` and ``PLACEBO``, means over prompts; the second is averaged over the seeds, too.
+    """
+    columns: dict[str, dict[str, list[float]]] = {CUE: {}, PLACEBO: {}}
+    for places in places_by_seed:
+        for row in places:
+            if row.turn is not None:
+                columns[CUE].setdefault(row.prompt_id, []).append(row.cue == row.turn)
+                columns[PLACEBO].setdefault(row.prompt_id, []).append(row.other == row.turn)
+    shares = {}
+    for name, by_prompt in columns.items():
+        shares[name] = mean([float(np.mean(hits)) for hits in by_prompt.values()], (0.0, 1.0))
+    return shares
+
+
 def mean_drops(places: Sequence[CuePlace]) -> dict[str, Interval]:
     """Mean drop of S at the cue, elsewhere in the trace, and their difference; over prompts."""
     return {name: mean(column.tolist()) for name, column in _drops_by_prompt(places).items()}
