@@ -10,11 +10,12 @@ A response that could not be judged has no label (None). It counts in neither k 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from ipo_lib.records import UNSAFE, BadInput, Rollouts, Verdicts
-from ipo_lib.stats import Interval, paired_difference, pooled_rate
+from ipo_lib.stats import Interval, Limits, mean, paired_difference, pooled_rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,6 +81,23 @@ def count_outcomes(
 def rate(by_prompt: Counts) -> Interval:
     """The mean over prompts of k / n, with its interval over prompts."""
     return pooled_rate(list(by_prompt.values()))
+
+
+def mean_over_prompts(
+    prompts: Iterable[str], values: Iterable[float], limits: Limits = (-1.0, 1.0)
+) -> Interval:
+    """The mean over prompts of each prompt's mean value, with its interval over prompts.
+
+    Args:
+        prompts: id of the prompt of each value.
+        values: numbers; nan is left out.
+        limits: the numbers lie between these two.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, values, strict=True):
+        if not math.isnan(value):
+            by_prompt.setdefault(prompt, []).append(value)
+    return mean([sum(some) / len(some) for some in by_prompt.values()], limits)
 
 
 def difference(before: Counts, after: Counts) -> Interval:

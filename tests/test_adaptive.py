@@ -10,7 +10,7 @@ import pytest
 from planted import course, step
 
 from ipo_lib.csr import END, NO_TURN, RECROSSING, START_LOCKED, CsrSettings
-from ipo_lib.records import SAFE, UNSAFE, BadInput, TurningPoint
+from ipo_lib.records import SAFE, UNSAFE, BadInput, Prompt, TurningPoint
 from ipo_lib.sandbox import curves as made_up
 from ipo_lib.turning_points import benchmark
 from ipo_lib.turning_points.adaptive import DIFFUSE, SearchSettings, adaptive
@@ -180,6 +180,29 @@ def test_agreement_cost_and_coverage_on_made_up_curves() -> None:
     wrong = benchmark.decision_errors(ours)
     assert wrong["pass at S <= 0.85"].low <= 0.05
     assert wrong["fail at S >= 0.97"].low <= 0.05
+
+
+def test_traces_of_one_prompt_are_no_independent_traces() -> None:
+    """Six times the same curves, as traces of one prompt each, tell no more than once."""
+    prompts = [Prompt(f"p{number}", "?", "made up", True) for number in range(40)]
+    once = []
+    for curve, prompt in zip(made_up.curves(40, 8, made_up.SHAPES[:6]), prompts, strict=True):
+        once.append(replace(curve, prompt=prompt))
+    often = []
+    for copy in range(6):
+        for curve in once:
+            trace = replace(curve.trace, id=f"{curve.id}/{copy}")
+            often.append(replace(curve, trace=trace))
+    turned, turned_often = (benchmark.turning_share(some, SAFE, CSR) for some in (once, often))
+    assert turned_often == turned
+    assert turned.n == 40
+    every = benchmark.estimators(SAFE, CSR, SEARCH)
+    named = {name: every[name] for name in (benchmark.PER_SENTENCE, benchmark.ADAPTIVE)}
+    rows = benchmark.compare(often, named, SAFE, CSR)
+    ours, others = rows[benchmark.ADAPTIVE], rows[benchmark.PER_SENTENCE]
+    shares = benchmark.agreement(ours, others)
+    assert {share.n for share in shares.values()} == {40}
+    assert benchmark.token_saving(ours, others).n == 40
 
 
 def test_intervals_from_fresh_draws_cover() -> None:

@@ -138,19 +138,19 @@ def test_chosen_takes_one_trace_a_prompt_and_the_papers_filter(tmp_path: Path, c
         choose(none_mixed, 1, only_mixed=True)
 
 
-def turn(sentence: int | None, *flags: str, token: int | None = 9) -> TurningPoint:
-    return TurningPoint("r", UNSAFE, token, sentence, None, flags)
+def turn(id_: str, sentence: int | None, *flags: str, token: int | None = 9) -> TurningPoint:
+    return TurningPoint(id_, UNSAFE, token, sentence, None, flags)
 
 
 def test_prevalence_tells_real_turns_from_locks_and_ends() -> None:
     turns = [
-        turn(2, "diffuse"),
-        turn(3, "end"),
-        turn(1, "recrossing"),
-        turn(None, "start-locked", token=0),
-        turn(None, "none", token=None),
+        turn("a", 2, "diffuse"),
+        turn("b", 3, "end"),
+        turn("c", 1, "recrossing"),
+        turn("d", None, "start-locked", token=0),
+        turn("e", None, "none", token=None),
     ]
-    shares = findings.prevalence(turns)
+    shares = findings.prevalence(turns, {key: f"p-{key}" for key in "abcde"})
     assert {kind: round(share.value * 5) for kind, share in shares.items()} == {
         "turns": 3,
         "before the end": 2,
@@ -160,3 +160,6 @@ def test_prevalence_tells_real_turns_from_locks_and_ends() -> None:
         "undecided": 0,
     }
     assert {share.n for share in shares.values()} == {5}
+    # Three traces of one prompt, all of which turn, and two of another, which do not.
+    shares = findings.prevalence(turns, {"a": "p0", "b": "p0", "c": "p0", "d": "p1", "e": "p1"})
+    assert (shares["turns"].value, shares["turns"].n) == (0.5, 2)

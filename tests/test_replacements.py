@@ -100,6 +100,18 @@ def test_a_text_that_comes_again_is_drawn_anew(tmp_path: Path, chat: Chat) -> No
         assert len(outcomes) > 3, "one draw was counted several times"
 
 
+def test_traces_with_one_beginning_are_drawn_apart(tmp_path: Path, chat: Chat) -> None:
+    """Four traces of a prompt are alike up to the cue: with a text there, one prefix."""
+    opened = session(tmp_path, chat, world(chat, {ASIDE: 0.5}))
+    text = f"{ASIDE}\n{CUE}\n{STEP}\n{CLOSE}"
+    alike = [rollout(chat, text, id_=f"l{number}", prompt="p0") for number in range(16)]
+    cues = stages.find_cues(opened, named(), alike, Phrase())
+    rescued = replacements.run_controls(opened, named(), alike, cues, {"neutral": [ASIDE]}, THINK)
+    k, n = rescued["neutral"]["p0"]
+    assert n == 16
+    assert 0 < k < 16, "one draw was counted several times"
+
+
 def test_a_trace_without_a_cue_stays_as_it_is(tmp_path: Path, chat: Chat) -> None:
     opened = session(tmp_path, chat, world(chat))
     plain = rollout(chat, f"{ASIDE}\n{STEP}\n{CLOSE}", id_="plain")

@@ -351,6 +351,16 @@ def test_no_trace_no_sentences(tmp_path: Path, chat: Chat) -> None:
 # intervene
 
 
+def test_nothing_in_the_first_place_is_no_rollout_of_the_prompt(tmp_path: Path, chat: Chat) -> None:
+    """The prefix is empty there, as that of the rollouts from which the trace was chosen."""
+    run = session(tmp_path, chat, world(chat))
+    chosen = stages.sample(run, [stages.Prefix(named()["p0"])], THINK, 8)
+    case = Replacement(chosen[0], 0, "nothing", "")
+    drawn = [result for _, result in stages.intervene(run, named(), [case], THINK, 8)]
+    assert {result.prefix_len for result in drawn} == {0}
+    assert {result.id for result in drawn}.isdisjoint({one.id for one in chosen})
+
+
 @pytest.mark.parametrize("gap", [" ", "\n", "\n\n", "  "])
 def test_intervene_cuts_at_the_first_token_of_the_sentence(
     tmp_path: Path, chat: Chat, gap: str

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from ipo_lib import csr
-from ipo_lib.frame import count_outcomes, counts, rate, responses
+from ipo_lib.frame import count_outcomes, counts, mean_over_prompts, rate, responses
 from ipo_lib.intervention import random_earlier_sentence
 from ipo_lib.records import (
     UNSAFE,
@@ -266,16 +266,12 @@ def share_in_same_sentence(places_by_seed: Sequence[Sequence[CuePlace]]) -> dict
     Returns:
         ``CUE`` and ``PLACEBO``, means over prompts; the second is averaged over the seeds, too.
     """
-    columns: dict[str, dict[str, list[float]]] = {CUE: {}, PLACEBO: {}}
-    for places in places_by_seed:
-        for row in places:
-            if row.turn is not None:
-                columns[CUE].setdefault(row.prompt_id, []).append(row.cue == row.turn)
-                columns[PLACEBO].setdefault(row.prompt_id, []).append(row.other == row.turn)
-    shares = {}
-    for name, by_prompt in columns.items():
-        shares[name] = mean([float(np.mean(hits)) for hits in by_prompt.values()], (0.0, 1.0))
-    return shares
+    rows = [row for places in places_by_seed for row in places if row.turn is not None]
+    prompts, limits = [row.prompt_id for row in rows], (0.0, 1.0)
+    return {
+        CUE: mean_over_prompts(prompts, [row.cue == row.turn for row in rows], limits),
+        PLACEBO: mean_over_prompts(prompts, [row.other == row.turn for row in rows], limits),
+    }
 
 
 def mean_drops(places: Sequence[CuePlace]) -> dict[str, Interval]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 
@@ -33,7 +33,7 @@ from ipo_lib.stages import (
     sample,
     trace_end,
 )
-from ipo_lib.stats import Interval, clopper_pearson, wilson
+from ipo_lib.stats import Interval, clopper_pearson
 from ipo_lib.turning_points.adaptive import DIFFUSE
 from ipo_lib.turning_points.curves import Curve, recorded_rollouts
 from ipo_lib.turning_points.exhaustive import true_turn
@@ -155,25 +155,31 @@ def choose_traces(
     return chosen
 
 
-def prevalence(turns: Iterable[TurningPoint]) -> dict[str, Interval]:
-    """Fig 5a: the share of traces that turn.
+def prevalence(turns: Iterable[TurningPoint], prompt_of: Mapping[str, str]) -> dict[str, Interval]:
+    """Fig 5a: the share of traces that turn; a mean over prompts.
+
+    Args:
+        turns: one of every trace.
+        prompt_of: id of the prompt, by rollout id.
 
     Returns:
         ``turns``: somewhere. ``before the end``: in a sentence whose window of later cuts fits into
         the trace, so that the trace's own label has no part in it. ``start-locked``: the rule holds
         before the first token. And the other flags: ``recrossing``, ``diffuse``, ``undecided``.
     """
-    points = list(turns)
-    counts_by_kind = Counter[str]()
-    for point in points:
-        flags = set(point.flags)
-        if point.token is not None and csr.START_LOCKED not in flags:
-            counts_by_kind["turns"] += 1
-        if point.sentence is not None and csr.END not in flags:
-            counts_by_kind["before the end"] += 1
-        counts_by_kind.update(flags)
-    kinds = ("turns", "before the end", csr.START_LOCKED, csr.RECROSSING, DIFFUSE, UNDECIDED)
-    return {kind: wilson(counts_by_kind[kind], len(points)) for kind in kinds}
+    prompts, found = [], []
+    for turn in turns:
+        kinds = set(turn.flags)
+        if turn.token is not None and csr.START_LOCKED not in kinds:
+            kinds.add("turns")
+        if turn.sentence is not None and csr.END not in kinds:
+            kinds.add("before the end")
+        prompts.append(prompt_of[turn.rollout_id])
+        found.append(kinds)
+    shares = {}
+    for kind in ("turns", "before the end", csr.START_LOCKED, csr.RECROSSING, DIFFUSE, UNDECIDED):
+        shares[kind] = rate(count_outcomes(prompts, [kind in kinds for kinds in found]))
+    return shares
 
 
 def recorded_turns(

@@ -104,8 +104,11 @@ def chain_interventions(
         for (name, loser_id), rollout in unsafe.items():
             index = cues[rollout.id]
             if index is not None:
-                # Without a text the prefix may be that of the round before: draw anew.
-                text, draw = texts[name], 0 if texts[name] else round_ - 1
+                text = texts[name]
+                # Where the prefix stays that of the round before, a new draw is needed: nothing is
+                # put there, or the text itself is taken for a cue.
+                stays = text.strip() in ("", trace_texts(session, rollout)[index].strip())
+                draw = round_ - 1 if stays else 0
                 keys.append((name, loser_id))
                 replacements.append(Replacement(rollout, index, name, text, round_, draw))
         results = [result for _, result in intervene(session, prompts, replacements, sampling)]
@@ -168,7 +171,8 @@ def run_controls(
     counts = {}
     for kind, (places, lines) in plan.items():
         replacements = _replacements(places, kind, lines)
-        results = [result for _, result in intervene(session, prompts, replacements, sampling)]
+        drawn = intervene(session, prompts, replacements, sampling, apart=True)
+        results = [result for _, result in drawn]
         safe = [verdict.label == SAFE for verdict in judge(session, prompts, results)]
         counts[kind] = nothing | count_outcomes([result.prompt_id for result in results], safe)
     return counts
@@ -185,22 +189,13 @@ def repeat_to(texts: Sequence[str], count: int) -> list[str]:
 
 
 def _replacements(
-    places: Sequence[tuple[Rollout, int]], kind: str, texts: Sequence[str], draws: int = 1
+    places: Sequence[tuple[Rollout, int]], kind: str, texts: Sequence[str]
 ) -> list[Replacement]:
-    """Every text at every place: (rollout, sentence index). A text that comes again is drawn anew.
-
-    Args:
-        places: where texts are put.
-        kind: of the texts.
-        texts: in order; a text may come several times.
-        draws: results of each.
-    """
-    earlier = [texts[:number].count(text) for number, text in enumerate(texts)]
+    """Every text at every place: (rollout, sentence index)."""
     replacements = []
     for rollout, index in places:
         for number, text in enumerate(texts):
-            name, draw = f"{kind} {number}", draws * earlier[number]
-            replacements.append(Replacement(rollout, index, name, text, draw=draw))
+            replacements.append(Replacement(rollout, index, f"{kind} {number}", text))
     return replacements
 
 
@@ -254,8 +249,8 @@ def reverse_interventions(
             places.append((rollout, index))
     counts = {}
     for kind, lines in texts.items():
-        replacements = _replacements(places, kind, lines, draws)
-        drawn = intervene(session, prompts, replacements, sampling, draws)
+        replacements = _replacements(places, kind, lines)
+        drawn = intervene(session, prompts, replacements, sampling, draws, apart=True)
         results = [result for _, result in drawn]
         verdicts = judge(session, prompts, results, CONTINUATION)
         counts[kind] = count_labels(results, verdicts)

@@ -15,7 +15,6 @@ from ipo_lib.experiments.asking import closed_sentence
 from ipo_lib.profiles.run import Run
 from ipo_lib.records import BadInput, Rollout
 from ipo_lib.stages import (
-    FRESH,
     JudgedRollouts,
     Prefix,
     Replacement,
@@ -29,6 +28,7 @@ from ipo_lib.stages import (
 from ipo_lib.stats import format_interval, wilson
 
 STATIC = "IPO_STATIC"  # environment variable: nobody is in front of the notebook
+ASKED = 200_000  # number of the first draw that is asked for: no measurement has used it
 
 
 def explore(
@@ -83,7 +83,7 @@ class TraceExplorer:
         prefix = Prefix(self.judged.prompts[self.rollout.prompt_id], self.rollout.token_ids[:end])
         total = self._count(None)
         session, thinking = self.run.session, self.run.thinking
-        drawn = sample(session, [prefix], thinking, total, first=FRESH, stage="continuations")
+        drawn = sample(session, [prefix], thinking, total, first=ASKED, stage="continuations")
         return self._outcome(f"drawn again after sentence {self.sentence + 1}", drawn)
 
     def put(self, text: str) -> str:

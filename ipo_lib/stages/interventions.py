@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from ipo_lib.records import (
 )
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages.drawing import Prefix, draw_rollouts
-from ipo_lib.stages.session import JUDGE_VERSION, WRITE_EVERY, Session
+from ipo_lib.stages.session import FRESH, JUDGE_VERSION, WRITE_EVERY, Session
 from ipo_lib.stages.traces import trace_sentences, trace_texts
 
 
@@ -85,7 +86,7 @@ class Replacement:
     trigger_id: str  # names the text in the results
     text: str  # empty: nothing is put there, and the model draws anew
     round: int = 1
-    draw: int = 0  # number of its first draw; equal replacements need different ones
+    draw: int = 0  # number of its first draw
 
 
 def intervene(
@@ -95,6 +96,7 @@ def intervene(
     sampling: Sampling,
     draws: int = 1,
     first: int = 0,
+    apart: bool = False,
 ) -> list[tuple[Intervention, Rollout]]:
     """Cut each trace before a sentence, put a text there and let the model continue.
 
@@ -105,8 +107,11 @@ def intervene(
         sampling: of the continuations.
         draws: results of each replacement.
         first: added to the number of every draw.
+        apart: replacements that come to the same prefix get draws of their own. Else they share
+            their draws.
     """
     wanted, cuts = [], []
+    before = Counter[Prefix]()  # how often a prefix came before
     for replacement in replacements:
         rollout = replacement.rollout
         spans = trace_sentences(session, rollout)
@@ -121,6 +126,11 @@ def intervene(
         prefix_ids = rollout.token_ids[:cut] + session.chat.encode(text)
         prefix = Prefix(prompt_of(rollout, prompts), prefix_ids)
         number = first + replacement.draw
+        if apart:
+            number += draws * before[prefix]
+            before[prefix] += 1
+        if not prefix_ids:
+            number += FRESH  # else these would be the prompt's own rollouts
         wanted += [(prefix, draw) for draw in range(number, number + draws)]
         cuts += [(replacement, cut)] * draws
     drawn = draw_rollouts(session, wanted, sampling, "interventions")

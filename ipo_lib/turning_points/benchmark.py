@@ -1,7 +1,8 @@
 """Compare estimators of turning points with the truth, on recorded curves.
 
 How often an estimator agrees with the truth, what it costs, whether its intervals cover S, and how
-often its tests are wrong. Every number is a mean over traces, compared within traces.
+often its tests are wrong. Estimators are compared on the same traces. Numbers are means over
+prompts, since traces of one prompt are alike.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from functools import partial
 import numpy as np
 
 from ipo_lib.csr import END, SENTENCE, START_LOCKED, TOKEN, CsrSettings
+from ipo_lib.frame import count_outcomes, mean_over_prompts, rate
 from ipo_lib.records import SAFE, Prompts, TurningPoint, by_id, from_json, to_json
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import Session
-from ipo_lib.stats import Interval, clopper_pearson, format_interval, mean, wilson
+from ipo_lib.stats import Interval, clopper_pearson, format_interval, wilson
 from ipo_lib.turning_points import locate
 from ipo_lib.turning_points.adaptive import SearchSettings, adaptive
 from ipo_lib.turning_points.curves import Curve, run_on_curves
@@ -197,14 +199,14 @@ def agreement(
         "kind of trace": [row.same_kind for row in rows],
         "undecided": [UNDECIDED in row.turn.flags for row in rows],
     }
-    table = {}
+    table, prompts = {}, [row.curve.prompt_id for row in rows]
     for name, values in shares.items():
-        table[name] = mean([float(value) for value in values], (0.0, 1.0))
+        table[name] = mean_over_prompts(prompts, map(float, values), (0.0, 1.0))
     if against:
         differences = []
         for row, other in zip(rows, against, strict=True):
             differences.append(float(row.within_one_sentence) - float(other.within_one_sentence))
-        table["difference"] = mean(differences)
+        table["difference"] = mean_over_prompts(prompts, differences)
     return table
 
 
@@ -229,17 +231,20 @@ def token_saving(
     Args:
         rows: of this estimator.
         against: of the other one.
-        resamples: of the bootstrap over traces.
+        resamples: of the bootstrap over prompts.
         seed: of the bootstrap.
     """
-    tokens = np.array([row.turn.tokens for row in rows], dtype=float)
-    others = np.array([row.turn.tokens for row in against], dtype=float)
-    n = len(tokens)
+    # 1. Tokens of every prompt's traces.
+    prompts, group = np.unique([row.curve.prompt_id for row in rows], return_inverse=True)
+    n = len(prompts)
+    tokens = np.bincount(group, [row.turn.tokens for row in rows], n)
+    others = np.bincount(group, [row.turn.tokens for row in against], n)
+    # 2. Their ratio, on samples of prompts.
     picks = np.random.default_rng(seed).integers(0, n, (resamples, n))
     ratios = others[picks].sum(1) / tokens[picks].sum(1)
     low, high = np.quantile(ratios, (0.025, 0.975)).tolist()
     value = float(others.sum() / tokens.sum())
-    return Interval(value, low, high, n, "bootstrap over traces")
+    return Interval(value, low, high, n, "bootstrap over prompts")
 
 
 def summary_table(rows: Mapping[str, Sequence[EstimatorResult]]) -> dict[str, dict[str, str]]:
@@ -345,12 +350,12 @@ def true_turns(curves: Sequence[Curve], kind: str, csr: CsrSettings) -> list[Tur
 
 def turning_share(curves: Sequence[Curve], kind: str, csr: CsrSettings) -> Interval:
     """Share of traces that meet Eq. 2 or 3 on their true curve before their own ending counts."""
-    return _share_before_end(true_turns(curves, kind, csr))
+    return _share_before_end(curves, true_turns(curves, kind, csr))
 
 
-def _share_before_end(turns: Iterable[TurningPoint]) -> Interval:
+def _share_before_end(curves: Sequence[Curve], turns: Iterable[TurningPoint]) -> Interval:
     turned = [turn.sentence is not None and END not in turn.flags for turn in turns]
-    return wilson(sum(turned), len(turned))
+    return rate(count_outcomes([curve.prompt_id for curve in curves], turned))
 
 
 def vary_rule(
@@ -376,7 +381,8 @@ def vary_rule(
             rule = from_json(CsrSettings, to_json(csr) | {name: value})
             if name == "draws":
                 estimator = partial(exhaustive, kind=kind, csr=rule)
-                share = _share_before_end(run_on_curves(curves, estimator, seed).values())
+                turns = run_on_curves(curves, estimator, seed)
+                share = _share_before_end(curves, turns.values())
             else:
                 share = turning_share(curves, kind, rule)
             table[name].append((value, share))

@@ -82,6 +82,11 @@ class Curve:
         """That of its trace."""
         return self.trace.id
 
+    @property
+    def prompt_id(self) -> str:
+        """That of its prompt; where the recording does not say, its own."""
+        return self.prompt.id if self.prompt else self.id
+
     @cached_property
     def truth(self) -> Array:
         """S at every cut, exactly, [tokens + 1]; nan throughout where the label is None.

@@ -61,7 +61,7 @@ def turn_reliability(
         kind: ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3).
         csr: the rule.
         splits: random splits, over which r is averaged.
-        resamples: bootstrap samples of the traces.
+        resamples: bootstrap samples of the prompts.
         seed: of the splits and of the bootstrap.
 
     Returns:
@@ -76,17 +76,16 @@ def turn_reliability(
         for side in range(2):
             found = true_turns([pair[side] for pair in pairs], kind, csr)
             turns[side, split] = [np.nan if turn.sentence is None else turn.token for turn in found]
-    ones = np.ones(len(curves))
-    value = _reliability(turns, ones)
-    drawn = []
-    for _ in range(resamples if len(curves) else 0):
-        weights = random.multinomial(len(curves), ones / len(curves))
-        drawn.append(_reliability(turns, weights.astype(float)))
+    value, drawn = _reliability(turns, np.ones(len(curves))), []
+    prompts, prompt_of = np.unique([curve.prompt_id for curve in curves], return_inverse=True)
+    for _ in range(resamples if len(prompts) else 0):
+        often = random.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)))
+        drawn.append(_reliability(turns, often[prompt_of].astype(float)))
     known = [one for one in drawn if not np.isnan(one)]
     low, high = np.quantile(known, (0.025, 0.975)).tolist() if known else (-1.0, 1.0)
     in_both = ~np.isnan(turns).any(0)
     n = int((in_both.mean(0) > 0.5).sum()) if len(curves) else 0
-    return Interval(value, low, high, n, "bootstrap over traces")
+    return Interval(value, low, high, n, "bootstrap over prompts")
 
 
 def _reliability(turns: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> float:
