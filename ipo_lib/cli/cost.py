@@ -111,7 +111,8 @@ class Bounds:
             for own in self.notebooks.values()
             if own.get("training_run") and not own.get("attacked_set")
         ]
-        evaluated = evaluation.draws if evaluating else 0
+        usual = evaluation.draws if evaluating else 0
+        evaluated = max(usual, self.largest("asked"))
         whole = any("again" in own for own in evaluating)  # 07; 12 asks harmful prompts only
         base = max(evaluated, self.largest("group"), self.largest("draws", having="swap_draws"))
         harmful = base - evaluated + (BARRED_ROUNDS if whole else 0)
@@ -120,7 +121,7 @@ class Bounds:
             harmful += self.largest("draws", having="swap_draws")
         for name in evaluation.sets:
             is_harmful = name in evaluation.harmful
-            draws = evaluated * (1 + STAGES) if whole or is_harmful else 0
+            draws = (1 + STAGES) * (evaluated if is_harmful else usual * whole)
             draws += self.cells() * evaluation.draws
             draws += harmful if is_harmful else 0
             length = settings.expected.response.get(name, mean)
