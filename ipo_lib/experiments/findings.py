@@ -193,7 +193,7 @@ def recorded_turns(
 
     Args:
         session: for its chat.
-        seen: the rollouts that the curves were recorded of.
+        seen: rollouts of this run. A curve of another trace is left out if it has no prompt.
         curves: recorded curves.
         kind: ``safe`` (Eq. 2 on safe traces) or ``unsafe`` (Eq. 3 on unsafe ones).
         settings: the rule.

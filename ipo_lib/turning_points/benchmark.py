@@ -1,8 +1,8 @@
 """Compare estimators of turning points with the truth, on recorded curves.
 
 How often an estimator agrees with the truth, what it costs, whether its intervals cover S, and how
-often its tests are wrong. Estimators are compared on the same traces. Numbers are means over
-prompts, since traces of one prompt are alike.
+often its tests are wrong. Estimators are compared on the same traces. Agreement and savings have
+intervals over prompts, since traces of one prompt are alike; costs are means over traces.
 """
 
 from __future__ import annotations

@@ -69,8 +69,9 @@ MINED = {"sandbox": (96, 30)}  # prompts, and traces that get a CSR curve; a rea
 MINED_BY_DEFAULT = (160, 48)
 RECORDED = {"sandbox": (40, 60)}  # safe and unsafe traces that get an outcome curve
 RECORDED_BY_DEFAULT = (512, 512)  # all of them
-FURTHER = {"sandbox": (66, 42)}  # as many more, one trace of a prompt that no notebook samples
-FURTHER_PROMPTS = 660
+# Safe and unsafe traces of further prompts, which no notebook samples; one of a prompt.
+FURTHER = {"sandbox": (66, 42)}
+FURTHER_PROMPTS = 660  # from which these are taken
 FORKS = {"sandbox": 12}  # continuations at a token at which a trace is surely left
 FORKS_BY_DEFAULT = 16
 ADAPTERS = ("sandbox", "tiny-answers")  # organisms that are shipped as one
