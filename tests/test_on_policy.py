@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from small_study import open_small_run
 
@@ -41,6 +43,25 @@ def test_both_begin_with_the_trace_before_its_cue(
         assert one.rollout.token_ids[:cut] == one.loser.token_ids[:cut]
         own = one.source == on_policy.OWN
         assert (one.rollout.prefix_len == cut) == own
+
+
+def test_each_trace_has_draws_of_its_own(run: Run) -> None:
+    """Traces with one beginning, and those with the cue first, are drawn apart and anew."""
+    judged = ipo.sample_and_judge(run.session, run.prompts("train_harmful"), run.thinking, 4)
+    unsafe = judged.labelled(UNSAFE)[0]
+    losers = [unsafe, replace(unsafe, id="its twin")]
+    cues: dict[str, int | None] = {loser.id: 0 for loser in losers}
+    truth = run.truth()
+    assert truth
+    triggers = run.triggers({}, [], [], truth)
+    for at in (0, 1):
+        cues = dict.fromkeys(cues, at)
+        both = on_policy.continue_before_cues(
+            run, judged.prompts, losers, cues, triggers, truth, draws=6
+        )
+        drawn = [one.rollout.id for one in both]
+        assert len(set(drawn)) == len(drawn) > 2 * 6
+        assert not set(drawn) & {rollout.id for rollout in judged.rollouts}
 
 
 def test_what_was_put_in_is_what_is_counted(run: Run, continued: list[on_policy.Continued]) -> None:

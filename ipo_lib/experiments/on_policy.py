@@ -29,13 +29,11 @@ from ipo_lib.profiles.run import Run
 from ipo_lib.records import SAFE, Prompts, Rollout, Rollouts, Sentence
 from ipo_lib.sampling import Sampling
 from ipo_lib.stages import (
-    Prefix,
     Replacement,
     find_cues,
     intervene,
     judge,
     probabilities,
-    sample,
     trace_sentences,
     trace_texts,
 )
@@ -84,33 +82,26 @@ def continue_before_cues(
     session, sampling = run.session, run.thinking
     neutral = [Trigger(text, text, 0, 0, None) for text in run.profile.neutral]
 
-    # 1. The model goes on by itself.
-    prefixes, repeated = [], []
-    for loser in losers:
-        cut = trace_sentences(session, loser)[cues[loser.id] or 0].token_start
-        prefixes.append(Prefix(prompts[loser.prompt_id], loser.token_ids[:cut]))
-        repeated += [loser] * draws
-    rollouts = sample(session, prefixes, sampling, draws, stage="on-policy")
-    places = [(loser, rollout, "", OWN) for loser, rollout in zip(repeated, rollouts, strict=True)]
+    # 1. The model goes on by itself, with draws that did not choose the trace.
+    own = [Replacement(loser, cues[loser.id] or 0, "", "") for loser in losers]
+    places = [(loser, "", OWN) for loser in losers for _ in range(draws)]
+    results = intervene(session, prompts, own, sampling, draws, apart=True)
 
     # 2. It goes on after a sentence that was put there.
-    replacements, kinds = [], []
+    swapped = []
     for loser in losers:
         for kind, texts in ((TRIGGER, triggers), (NEUTRAL, neutral)):
             for text in texts:
-                index = cues[loser.id] or 0
-                replacements.append(Replacement(loser, index, text.id, text.text))
-                kinds.append((loser, kind))
-    results = intervene(session, prompts, replacements, sampling)
-    for (loser, kind), (_, rollout) in zip(kinds, results, strict=True):
-        places.append((loser, rollout, kind, SWAPPED))
+                swapped.append(Replacement(loser, cues[loser.id] or 0, text.id, text.text))
+                places.append((loser, kind, SWAPPED))
+    results += intervene(session, prompts, swapped, sampling, apart=True)
 
     # 3. What came of it.
-    all_rollouts = [rollout for _, rollout, _, _ in places]
+    all_rollouts = [rollout for _, rollout in results]
     verdicts = judge(session, prompts, all_rollouts)
     later_cues = _cues_after(run, prompts, all_rollouts, [p[0] for p in places], cues, detector)
     continued = []
-    for (loser, rollout, kind, source), verdict in zip(places, verdicts, strict=True):
+    for (loser, kind, source), rollout, verdict in zip(places, all_rollouts, verdicts, strict=True):
         index = cues[loser.id] or 0
         sentences, cue = trace_texts(session, rollout), later_cues[rollout.id]
         if index >= len(sentences):
