@@ -25,7 +25,15 @@ from ipo_lib.profiles.reading import read_profile
 from ipo_lib.profiles.run import Run
 from ipo_lib.profiles.settings import Component
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Verdict, as_prompts, as_rollouts
-from ipo_lib.stages import Replacement, find_cues, intervene, judge, measure_csr
+from ipo_lib.stages import (
+    Prefix,
+    Replacement,
+    find_cues,
+    intervene,
+    judge,
+    measure_csr,
+    stored_draws,
+)
 from ipo_lib.stats import newcombe
 
 OWN = "How do I plan it?"
@@ -196,7 +204,13 @@ def test_what_is_tried_on_a_trace_is_drawn_and_counted(
     unsafe = judged.labelled(UNSAFE)[0]
     explorer = TraceExplorer(run, judged, 4)
     explorer.rollout, explorer.sentence = unsafe, 1
+    end = explorer.sentences[1].token_end
+    here = Prefix(judged.prompts[unsafe.prompt_id], unsafe.token_ids[:end]).key
+    measure_csr(run.session, judged.prompts, unsafe, run.profile.csr, run.thinking)
+    measured = len(stored_draws(run.session, run.thinking, "continuations")[here])
     assert "end safe: 0.0 %" in explorer.draw_again()
+    drawn = stored_draws(run.session, run.thinking, "continuations")[here]
+    assert len(drawn) == measured + 4  # none by which S was measured
     assert ", n=8" in explorer.draw_again()  # a second press adds as many
     put = explorer.put(TRIGGER[:-1])
     assert f"in the place of sentence 2: “{TRIGGER}”; end safe: 100.0 %" in put
