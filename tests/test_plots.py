@@ -191,6 +191,18 @@ def test_a_panel_grows_with_its_names_and_leaves_the_others_as_they_are() -> Non
     assert all(label.y0 > below.y1 for label, below in itertools.pairwise(labels))
 
 
+@pytest.mark.parametrize("most", [0.2, 80, 190_000, 500_000])
+def test_the_labels_of_an_axis_do_not_overlap(most: float) -> None:
+    figure, ax = plots.figure()
+    points = [(most / 3, wilson(6, 10)), (most, wilson(1, 10))]
+    plots.lines({"a": points}, ax, xlabel="tokens generated for training", ylabel="harm (%)")
+    figure.canvas.draw()
+    labels = [text for text in ax.get_xticklabels() if text.get_text()]
+    boxes = [label.get_window_extent() for label in labels]
+    assert len(boxes) > 2
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_a_curve_shows_its_thresholds_and_places() -> None:
     rows = [{"cut": cut, "s": 0.5, "low": 0.3, "high": 0.7, "n": 8} for cut in (0, 10, 20)]
     _, ax = plots.figure()

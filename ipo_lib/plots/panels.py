@@ -207,6 +207,7 @@ def lines(
         x, percents = _columns(reported, 0, 1)
         _draw_reported(ax, x, percents, "D--", **THIN)
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-3, 103))
+    _shorten_thousands(ax)
     legend_above(ax, ncols=2, handlelength=1.5, columnspacing=0.8)
     return ax
 
@@ -271,9 +272,18 @@ def rewards(series: Mapping[str, Sequence[Sequence[tuple[float, float]]]], ax: A
         smooth = [_chunk_means(column, chunk) for column in _columns(rows, 0, 1)]
         ax.plot(*smooth, color=colour, label=name)
     ax.set(xlabel="tokens generated", ylabel="mean reward")
+    _shorten_thousands(ax)
     if series:
         legend_above(ax, **SMALL_LEGEND)
     return ax
+
+
+def _shorten_thousands(ax: Axes) -> None:
+    """Write 60000 as 60k under a horizontal axis of large numbers, so that labels have room."""
+    from matplotlib.ticker import EngFormatter
+
+    if ax.get_xlim()[1] >= 10_000:
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _columns(rows: Sequence[Any], *keys: str | int) -> Iterator[list[Any]]:
