@@ -50,12 +50,11 @@ def test_each_trace_has_draws_of_its_own(run: Run) -> None:
     judged = ipo.sample_and_judge(run.session, run.prompts("train_harmful"), run.thinking, 4)
     unsafe = judged.labelled(UNSAFE)[0]
     losers = [unsafe, replace(unsafe, id="its twin")]
-    cues: dict[str, int | None] = {loser.id: 0 for loser in losers}
     truth = run.truth()
     assert truth
     triggers = run.triggers({}, [], [], truth)
     for at in (0, 1):
-        cues = dict.fromkeys(cues, at)
+        cues = {loser.id: at for loser in losers}
         both = on_policy.continue_before_cues(
             run, judged.prompts, losers, cues, triggers, truth, draws=6
         )
