@@ -2,13 +2,14 @@
 
 ``python -m ipo_lib.sandbox.build.gpu_check FILE`` takes about six minutes on a GPU of 80 GB:
 
-1. *Parity*, with the model ``tiny`` in float32: tokens and scores of the GPU against the CPU's.
-2. *Training*, with the same model: the losses of four steps of each engine, in float32, in NF4, and
+1. ``parity``, with the model ``tiny`` in float32: tokens and scores of the GPU against the CPU's.
+2. ``losses``, with the same model: the losses of four steps of each engine, in float32, in NF4, and
    with activation checkpointing, against those of the CPU.
-3. *Speed of sampling* and 4. *of training*, with random weights in the shape of Llama-3 8B.
+3. ``sampling`` and 4. ``training``: their speed, with random weights in the shape of Llama-3 8B.
 
-FILE gets the rows as JSON, after every row, so that a run that is cut short leaves what it has. On
-a machine without a GPU all parts run with a small shape, as a test does.
+Parts named after FILE are run alone. FILE gets the rows as JSON, after every row, so that a run
+that is cut short leaves what it has. On a machine without a GPU all parts run with a small shape,
+as a test does.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from ipo_lib.sandbox.organism import folder
 
 Row = dict[str, Any]
 MODULE = "ipo_lib.sandbox.build.gpu_check"
+PARTS = ("parity", "losses", "sampling", "training")
 ENGINES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 CAPTURED, PLAIN, GENERATE = "captured step", "plain step", "generate"
 
@@ -358,8 +360,8 @@ def write_model(shape: Shape, target: Path) -> Any:
     return model.eval()
 
 
-def run(path: Path) -> dict[str, Any]:
-    """Run all parts and write each row as soon as it is there. Returns what was written."""
+def run(path: Path, parts: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Run some of ``PARTS`` and write each row as soon as it is there. Returns what was written."""
     shape = LARGE if on_gpu() else SMALL
     name = torch.cuda.get_device_name() if on_gpu() else "CPU"
     record: dict[str, Any] = {"machine": name, **{engine: version(engine) for engine in ENGINES}}
@@ -367,6 +369,8 @@ def run(path: Path) -> dict[str, Any]:
     stream = itertools.chain.from_iterable(texts)
 
     def add(part: str, rows: Iterator[Row]) -> None:
+        if part not in parts:
+            return
         record[part] = []
         for row in rows:
             record[part].append(row)
@@ -375,13 +379,14 @@ def run(path: Path) -> dict[str, Any]:
 
     add("parity", parity())
     add("losses", engines())
-    with tempfile.TemporaryDirectory() as space:
-        base = Path(space) / "model"
-        model: Any = write_model(shape, base)
-        with torch.inference_mode():
-            add("sampling", sampling_speed(model, shape, stream))
-        del model
-        add("training", training_speed(base, shape, stream))
+    if {"sampling", "training"} & {*parts}:
+        with tempfile.TemporaryDirectory() as space:
+            base = Path(space) / "model"
+            model: Any = write_model(shape, base)
+            with torch.inference_mode():
+                add("sampling", sampling_speed(model, shape, stream))
+            del model
+            add("training", training_speed(base, shape, stream))
     return record
 
 
@@ -390,6 +395,6 @@ def _short(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: python -m {MODULE} FILE")
-    run(Path(sys.argv[1]))
+    if len(sys.argv) < 2 or not {*sys.argv[2:]} <= {*PARTS}:
+        sys.exit(f"usage: python -m {MODULE} FILE [{' | '.join(PARTS)} ...]")
+    run(Path(sys.argv[1]), sys.argv[2:] or PARTS)
