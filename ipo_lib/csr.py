@@ -55,7 +55,7 @@ class CsrSettings:
     window: str = "K+1"  # the threshold is met at cuts i to i + K ("K+1") or i to i + K - 1 ("K")
     strict: bool = False  # S > mu and S < eta instead of >= and <=
     other_side: bool = False  # the cut before the turn must not meet it; so the start is no turn
-    part: str = TRACE  # what the judge reads: prefix and continuation, with the answer, or without
+    part: str = TRACE  # what the judge reads: trace, trace+answer, or continuation (no prefix)
     grain: str = SENTENCE  # cuts at sentence ends or at tokens
     stride: int = 1  # every so many sentence ends or tokens
     # For this judge a trace that holds harm stays unsafe: S need not be sampled from there on.
@@ -149,7 +149,7 @@ def find_turning_point(
         The turn, with these flags:
 
         - ``start-locked``: it holds from cut 0, before the trace begins. Together with ``none``:
-          only the side condition ruled this turn out.
+          only ``other_side`` ruled this turn out.
         - ``none``: there is no turn.
         - ``unknown``: a cut without verdicts, or a trace without label, may hide an earlier turn.
         - ``end``: its window passes the end of the trace.
@@ -239,7 +239,7 @@ def _names(flags: Mapping[str, bool]) -> list[str]:
 
 
 def change_by_sentence(points: Points, sentences: Sentences) -> dict[int, float]:
-    """S after minus S before each sentence, by its index; without sentences of an unjudged end."""
+    """S after minus S before each sentence, by its index; none where S is unknown."""
     s = {point.cut: point.s for point in points if point.n}
     changes = {}
     for sentence in sentences:

@@ -6,7 +6,8 @@ asks a language model for it (``ipo_lib.judges.rubric``). Here are two detectors
 - ``KeywordCues`` looks for phrases. It is a toy.
 - ``LexiconCues`` learns words from judged traces:
 
-  1. *Weights*: an n-gram weighs as much as it is more frequent in unsafe than in safe traces.
+  1. *Weights*: an n-gram weighs more, the more frequent it is in sentences of unsafe
+     traces than in those of safe ones.
   2. *Threshold*: the score of a sentence, pooled from its n-grams, that best separates the two.
   3. What separates them best is often the harm itself, after the cue. So a second *layer* learns
      from what comes before the finds of the first.

@@ -165,7 +165,7 @@ class DpoSettings:
     max_length: int = 1024  # tokens of prompt and longest side; longer pairs are left out
     pad_to_multiple_of: int = 8
     length_buckets: bool = True  # batches of pairs of similar length, in random order
-    quantize: str | None = "auto"  # "nf4": QLoRA; "auto": as the profile's model, without one not
+    quantize: str | None = "auto"  # "nf4": QLoRA; "auto": as the profile's model
     dtype: str = "bfloat16"
     activation_checkpointing: bool = False
     use_cpu: bool = False
@@ -182,7 +182,8 @@ class DpoSettings:
             if not isinstance(value, int | float):
                 continue
             if value < 0 or (name in POSITIVE and not value > 0):
-                raise BadInput(f"dpo: {name} {value} is too small; give a number above 0")
+                least = "a number above 0" if name in POSITIVE else "0 or more"
+                raise BadInput(f"dpo: {name} {value} is too small; give {least}")
         if self.engine == "trl":
             self._check_trl()
         elif self.loss == KTO:

@@ -1,12 +1,13 @@
 """Corrective intervention: put a safety trigger in the place of a compliance cue.
 
-Algorithm 1 for one unsafe trace:
+Algorithm 1 for one trace with a cue:
 
 1. A cue detector finds the first compliance cue (``ipo_lib.cues``).
 2. The trace is cut before that sentence, and a safety trigger (``ipo_lib.triggers``) is put there:
    ``cut_and_text``.
 3. The model continues after the trigger.
-4. If the new trace has a cue again, repeat from step 1; else it is accepted: ``is_accepted``.
+4. If the new trace has a cue again, repeat from step 1, at most N times; else it is accepted:
+   ``is_accepted``.
 
 Controls replace the cue by a neutral sentence (``nearest_neutral``) or replace another sentence
 (``random_earlier_sentence``). Nothing here samples: ``ipo_lib.stages.intervene`` does one

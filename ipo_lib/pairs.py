@@ -32,7 +32,7 @@ KEPT = "kept"
 class PairSettings:
     """What enters a pair."""
 
-    part: str = TRACE  # the trace through </think>, or with the answer ("trace+answer")
+    part: str = TRACE  # each side's end: "trace" (</think>) or "trace+answer"; not the paper's Part
     eos: bool = False  # append an EOS where the model stopped
     max_length: int = 1024  # tokens of the prompt and the longer side
     unfinished: bool = False  # take cut-off responses as they are: for tests, for no result

@@ -75,3 +75,23 @@ def test_every_finding_is_answered_by_a_profile() -> None:
     for finding in findings.read_findings():
         claims = [findings.find_claim(finding, name, figures / name) for name in PROFILES]
         assert any(claims), finding.finding
+
+
+def test_what_the_null_world_confirms_is_void() -> None:
+    """But for the probe of notebook 14, which claims to read, not that something is a cause."""
+    null = checkout() / "figures" / "tiny-null"
+    confirmed = set()
+    for finding in findings.read_findings():
+        found = findings.find_claim(finding, "tiny-null", null)
+        if found and found["verdict"] == "holds" and "margin" not in found:
+            confirmed.add(finding)
+    void = {finding for finding in findings.read_findings() if finding.void}
+    shown = {finding for finding in confirmed - void if finding.shown}
+    assert void
+    assert void <= confirmed
+    assert {finding.figure for finding in shown} == {"14-states"}
+    table = findings.markdown(PROFILES, checkout() / "figures")
+    (row,) = [line for line in table if "three resets" in line]
+    assert row.count("**void**") == 2
+    lines = findings.verdicts("tiny", checkout() / "figures" / "tiny", ["11_attacks"])
+    assert [line.split()[0] for line in lines if "three resets" in line] == ["void"]

@@ -390,7 +390,8 @@ def test_what_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
     training.train(pairs, folder, SETTINGS, adapter)
     cases: list[tuple[dict[str, Any], Path | None, str]] = [
         ({"engine": "trl", "scope": "whole"}, None, "stock TRL has no scope"),
-        ({"beta": 0.0}, None, "beta 0.0 is too small"),
+        ({"beta": 0.0}, None, "beta 0.0 is too small; give a number above 0"),
+        ({"dropout": -0.1}, None, "dropout -0.1 is too small; give 0 or more"),
         ({}, adapter, "was made for model 'one', not for 'two'"),
     ]
     for changes, start, message in cases:

@@ -35,6 +35,8 @@ class Finding:
     front: bool = False  # whether README.md shows it, too
     name: str = ""  # by which a sentence of a page names it
     shown: bool = True  # in the table; False: sentences of a page only
+    # The null world confirms it, too, so that it decides nothing; a test looks at its figures.
+    void: bool = False
 
 
 def read_findings() -> list[Finding]:
@@ -68,7 +70,7 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT, void: bool = Fal
     Args:
         claim: of a sidecar; None: there is none.
         unit: "%", or "" for a number that is no share.
-        void: the null world shows a difference, too, so that the claim decides nothing.
+        void: the null world shows the same, so that the claim decides nothing.
     """
     if claim is None:
         return ""
@@ -107,7 +109,8 @@ def markdown(profiles: Sequence[str], figures: Path, front: bool = False) -> lis
             null = next(filter(differs_in_null_world, claims), None)
             cells = []
             for claim in claims:
-                cells.append(describe(claim, finding.unit, bool(null) and claim is not null))
+                void = finding.void or (bool(null) and claim is not null)
+                cells.append(describe(claim, finding.unit, void))
             lines.append(f"| {' | '.join([finding.finding, finding.paper, *cells])} |")
     return lines
 
@@ -130,6 +133,7 @@ def verdicts(
         if finding.shown and finding.figure.startswith(begins) and claim and claim["verdict"]:
             number = describe(claim | {"verdict": None}, finding.unit)
             null = find_claim(finding, null_world, figures) if null_world else None
-            verdict = VOID if differs_in_null_world(null) else claim["verdict"]
+            void = finding.void or differs_in_null_world(null)
+            verdict = VOID if void else claim["verdict"]
             lines.append(f"{verdict:20} {finding.finding}: {number}")
     return lines
