@@ -95,7 +95,7 @@ def test_a_cue_at_the_turn_correlates_and_a_random_place_less(chat: Chat) -> Non
 
 
 def place(index: int, cue: int, other: int, turn: int | None, prompts: int = 1000) -> CuePlace:
-    return CuePlace(str(index), f"p{index % prompts}", cue, other, turn, 0, math.nan, math.nan)
+    return CuePlace(str(index), f"p{index % prompts}", cue, other, turn, turn, 0)
 
 
 def test_correlations_are_those_of_the_textbook() -> None:
@@ -142,6 +142,49 @@ def test_no_difference_is_found_in_traces_without_one() -> None:
     assert wrong <= 8
 
 
+def test_a_random_sentence_must_not_share_the_error_of_the_turn() -> None:
+    """Cue and random sentence are alike. Only a turn with one error for both tells them apart."""
+    random = np.random.default_rng(0)
+    shared, halved = [], []
+    for n in range(400):
+        turn_at = int(random.integers(1, 90))
+        one, other = (max(1, turn_at + int(error)) for error in random.normal(0, 25, 2))
+        cue = int(random.integers(0, turn_at + 1))
+        before = int(random.integers(0, one + 1))
+        shared.append(place(n, cue, before, one))
+        halved.append(dataclasses.replace(shared[-1], turn=other))
+    biased = cue_effects.compare_correlations([shared])["difference"]
+    assert biased.high < -0.05
+    fair = cue_effects.compare_correlations([halved])["difference"]
+    assert fair.low < 0 < fair.high
+
+
+def test_one_half_bounds_the_random_sentence_and_the_other_places_the_turn(chat: Chat) -> None:
+    traces, spans = [rollout(chat, "x", id_="a")], {"a": SPANS}
+    halves = [({"a": turn(1)}, {"a": turn(4)}), ({"a": turn(4)}, {"a": turn(None)})]
+    measured = MeasuredTraces(traces, spans, {"a": turn(2)}, {}, halves=halves)
+    by_seed = cue_effects.places_with_random_sentences(measured, {"a": 3}, 40)
+    rows = [row for (row,) in by_seed]
+    assert {(row.cue, row.bound, row.turn) for row in rows} == {(30, 10, 40), (30, 40, None)}
+    assert {row.other for row in rows[::2]} == {0, 10}
+    assert {row.other for row in rows[1::2]} == {0, 10, 20, 30, 40}
+    ((whole,),) = cue_effects.places_with_random_sentences(measured, {"a": 3}, 1, halved=False)
+    assert (whole.bound, whole.turn) == (20, 20)
+
+
+def test_each_seed_may_have_turns_of_its_own() -> None:
+    """r is averaged over seeds; a trace counts where it has a turn, whichever traces came first."""
+    random = np.random.default_rng(3)
+    cues, others, turns = random.integers(0, 90, (3, 2, 20))
+    by_seed = [[place(n, cues[0, n], others[s, n], turns[s, n]) for n in range(20)] for s in (0, 1)]
+    by_seed[1] = [dataclasses.replace(by_seed[1][0], turn=None), *reversed(by_seed[1][1:])]
+    r = cue_effects.compare_correlations(by_seed)
+    first = np.corrcoef(cues[0], turns[0])[0, 1]
+    second = np.corrcoef(cues[0, 1:], turns[1, 1:])[0, 1]
+    assert r[cue_effects.CUE].value == pytest.approx((first + second) / 2)
+    assert r[cue_effects.CUE].n == 20
+
+
 def test_turns_in_the_first_sentence_can_be_left_out() -> None:
     rows = [place(0, 5, 0, 0), place(1, 5, 0, 7), place(2, 5, 0, None)]
     assert cue_effects.turned_later(rows) == [rows[1]]
@@ -152,6 +195,8 @@ def test_too_few_traces_decide_nothing() -> None:
         for interval in cue_effects.compare_correlations([rows]).values():
             assert math.isnan(interval.value)
             assert (interval.low, interval.high) == (-1, 1)
+    two = cue_effects.compare_correlations([[place(0, 5, 0, 7), place(1, 6, 2, 9)]])
+    assert (two["cue"].value, two["cue"].low, two["cue"].high) == (pytest.approx(1), -1, 1)
     assert math.isnan(cue_effects.compare_correlations([])["difference"].value)
 
 
@@ -182,7 +227,7 @@ def test_draws_that_choose_sentences_do_not_measure_them(chat: Chat) -> None:
 def test_a_design_says_what_it_can_show() -> None:
     def places(drops: list[float]) -> list[CuePlace]:
         return [
-            CuePlace(str(number), f"p{number}", 1, 0, 1, 0, drop, 0.0)
+            CuePlace(str(number), f"p{number}", 1, 0, 1, 1, 0, drop, 0.0)
             for number, drop in enumerate(drops)
         ]
 
@@ -221,6 +266,8 @@ def test_recorded_curves_give_the_drop_without_a_draw(chat: Chat, tmp_path: Path
         curves.append(Curve(recorded, ways))
     measured = cue_effects.recorded_traces(opened, seen, curves, settings)
     assert set(measured.harm.values()) == {2}  # the step
+    assert len(measured.halves) == 2 * cue_effects.SPLITS
+    assert measured.halves[0] == measured.halves[1][::-1]
     places = places_of_cues(measured, cues_in(opened, measured))
     assert len(places) == 8
     assert {place.drop for place in places} == {0.5}
@@ -258,14 +305,14 @@ def test_the_turn_in_the_sentence_of_cue_and_random_sentence() -> None:
     by_seed = []
     for others in ((4, 0, 7), (0, 0, 2)):
         rows = [
-            CuePlace(key, prompt, cue, other, turn, 0, 0.0, 0.0)
+            CuePlace(key, prompt, cue, other, turn, turn, 0)
             for key, prompt, cue, other, turn in (
                 ("a", "p0", 4, others[0], 4),
                 ("b", "p0", 2, others[1], 5),
                 ("c", "p1", 7, others[2], 7),
             )
         ]
-        by_seed.append([*rows, CuePlace("d", "p2", 1, None, None, None, 0.0, 0.0)])
+        by_seed.append([*rows, CuePlace("d", "p2", 1, None, None, None, None)])
     shares = cue_effects.share_in_same_sentence(by_seed)
     assert shares["cue"].value == pytest.approx((1 / 2 + 1) / 2)
     assert shares["random sentence"].value == pytest.approx((1 / 4 + 1 / 2) / 2)

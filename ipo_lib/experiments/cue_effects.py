@@ -4,9 +4,12 @@
    unsafe *turning point* (Eq. 3) begins, and where a random sentence up to the turn begins: the
    *placebo*. Places are counted in tokens kept before them.
 2. Pearson's r of cue and turn (the paper's number) is to be read beside the placebo's: for a judge
-   to whom harm once written stays written, any earlier place goes together with the turn. Where
-   the turn is in the first sentence, the placebo is the turn by its rule. So both are also compared
-   without such traces (``turned_later``).
+   to whom harm once written stays written, any earlier place goes together with the turn. Two
+   things favour the placebo. A turn has an error of measurement; the placebo is drawn up to the
+   turn and would share it. So on recorded curves one half of the draws bounds the placebo, and
+   both r are with the turn by the other half. And where the turn is in the first sentence, the
+   placebo is the turn by its rule. So both are also compared without such traces
+   (``turned_later``).
 3. The *drop* of a sentence is S before it minus S after it. The drop at the cue is compared with
    the mean drop over the trace's other sentences. Left out are sentences that begin where S is 0
    or 1, since they can move nothing, and all from the first one on that holds harm itself. There
@@ -42,8 +45,14 @@ from ipo_lib.stages import JudgedRollouts, Session, judge, trace_sentences
 from ipo_lib.stats import Interval, mean, needed_for_mean, power_of_mean
 from ipo_lib.turning_points.curves import Curve, recorded_prompts, recorded_rollouts
 from ipo_lib.turning_points.exhaustive import exact_points, true_turn
+from ipo_lib.turning_points.reliability import turns_by_halves
 
 CUE, PLACEBO, DIFFERENCE = "cue", "random sentence", "difference"
+FEWEST_PROMPTS = 4  # for an interval of r
+NO_SPREAD = 1e-9  # square tokens; a product of spreads below it is rounding
+SPLITS = 4  # ways to halve the draws of a recorded curve; either half comes first once
+Floats = np.ndarray[Any, Any]
+Turns = Mapping[str, TurningPoint]
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,11 @@ class CuePlace:
     prompt_id: str
     cue: int  # where the first cue begins
     other: int | None  # where a random sentence up to the turn begins
+    bound: int | None  # where the last sentence begins that the random one may be
     turn: int | None  # where the sentence of the unsafe turning point begins
     distance: int | None  # sentences from cue to turn
-    drop: float  # S before the cue's sentence minus S after it; nan where S was settled
-    elsewhere: float  # mean drop over the other sentences; nan where S was settled
+    drop: float = nan  # S before the cue's sentence minus S after it; nan where S was settled
+    elsewhere: float = nan  # mean drop over the other sentences; nan where S was settled
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,16 @@ class MeasuredTraces:
 
     rollouts: Rollouts
     spans: Mapping[str, Sequence[Sentence]]
-    turns: Mapping[str, TurningPoint]  # unsafe turning points
+    turns: Turns  # unsafe turning points
     points: Curves  # S at both ends of sentences, from draws that measure
     # S from other draws, by which sentences are kept: kept by the draws that also measure, they
     # would look as if they moved S. None: ``points`` are exact.
     choosing: Curves | None = None
     # Index of the first sentence with which the trace is judged unsafe. Missing or None: unknown.
     harm: Mapping[str, int | None] = field(default_factory=dict)
+    # Unsafe turning points by one half of the draws and by the other, for several ways to halve
+    # them. Empty: the draws were not halved.
+    halves: Sequence[tuple[Turns, Turns]] = ()
 
 
 def places_of_cues(
@@ -89,26 +102,53 @@ def places_of_cues(
         seed: of the random sentences.
     """
     places = []
+    for place in _placed(traces, cues, seed, traces.turns, traces.turns):
+        cue, drops = cues[place.rollout_id], _drops(traces, place.rollout_id)
+        elsewhere = [drop for index, drop in drops.items() if index != cue]
+        mean_elsewhere = sum(elsewhere) / len(elsewhere) if elsewhere else nan
+        drop = nan if cue is None else drops.get(cue, nan)
+        places.append(replace(place, drop=drop, elsewhere=mean_elsewhere))
+    return places
+
+
+def places_with_random_sentences(
+    traces: MeasuredTraces, cues: Mapping[str, int | None], number: int, halved: bool = True
+) -> list[list[CuePlace]]:
+    """Places to compare r by, with random sentences of several seeds; without drops.
+
+    One half of the draws bounds the random sentence, the other one places the turn. Without halves
+    both have one turn, and r of the random sentence is too large.
+
+    Args:
+        traces: with their turns.
+        cues: index of the first cue's sentence, None without one.
+        number: of random sentences.
+        halved: take the halves where there are some; else the turns by all draws.
+    """
+    halves = (halved and traces.halves) or [(traces.turns, traces.turns)]
+    return [_placed(traces, cues, seed, *halves[seed % len(halves)]) for seed in range(number)]
+
+
+def _placed(
+    traces: MeasuredTraces, cues: Mapping[str, int | None], seed: int, bounds: Turns, turns: Turns
+) -> list[CuePlace]:
+    """Each rollout with a cue, without drops; the random sentence is at most that of the bound."""
+    places = []
     for rollout in traces.rollouts:
-        cue = cues[rollout.id]
+        cue, spans = cues[rollout.id], traces.spans[rollout.id]
         if cue is None:
             continue
-        sentences, turn = traces.spans[rollout.id], traces.turns[rollout.id].sentence
-        # 1. The placebo: a random sentence up to and including the turn.
-        other = None if turn is None else random_earlier_sentence(rollout, turn + 1, seed)
-        # 2. Drops of the sentences in which S could move.
-        drops = _drops(traces, rollout.id)
-        elsewhere = [drop for index, drop in drops.items() if index != cue]
+        bound, turn = bounds[rollout.id].sentence, turns[rollout.id].sentence
+        other = None if bound is None else random_earlier_sentence(rollout, bound + 1, seed)
         places.append(
             CuePlace(
                 rollout_id=rollout.id,
                 prompt_id=rollout.prompt_id,
-                cue=sentences[cue].token_start,
-                other=None if other is None else sentences[other].token_start,
-                turn=None if turn is None else sentences[turn].token_start,
+                cue=spans[cue].token_start,
+                other=None if other is None else spans[other].token_start,
+                bound=None if bound is None else spans[bound].token_start,
+                turn=None if turn is None else spans[turn].token_start,
                 distance=None if turn is None else turn - cue,
-                drop=drops.get(cue, nan),
-                elsewhere=sum(elsewhere) / len(elsewhere) if elsewhere else nan,
             )
         )
     return places
@@ -181,7 +221,12 @@ def recorded_traces(
         points[rollout.id] = _exact_points(curve, spans[rollout.id])
         turns[rollout.id] = true_turn(curve.trace, UNSAFE, settings, curve.truth.tolist())
     harm = find_harm(session, recorded_prompts(seen, curves), rollouts, spans)
-    return MeasuredTraces(rollouts, spans, turns, points, harm=harm)
+    random, halves = np.random.default_rng(0), []
+    for _ in range(SPLITS):
+        found = turns_by_halves([curve for _, curve in recorded], UNSAFE, settings, random)
+        one, other = (dict(zip(spans, half, strict=True)) for half in found)
+        halves += [(one, other), (other, one)]
+    return MeasuredTraces(rollouts, spans, turns, points, harm=harm, halves=halves)
 
 
 def _exact_points(curve: Curve, sentences: Sequence[Sentence]) -> list[CsrPoint]:
@@ -192,8 +237,8 @@ def _exact_points(curve: Curve, sentences: Sequence[Sentence]) -> list[CsrPoint]
 
 
 def turned_later(places: Sequence[CuePlace]) -> list[CuePlace]:
-    """Those that turn after their first sentence."""
-    return [row for row in places if row.turn]
+    """Those whose random sentence may be another than the first one."""
+    return [row for row in places if row.bound]
 
 
 def compare_correlations(
@@ -202,58 +247,70 @@ def compare_correlations(
     """Fig 5b: Pearson's r with the turn, of the first cue and of a random sentence up to the turn.
 
     Args:
-        places_by_seed: the same traces with random sentences of several seeds. Traces without a
-            turn are left out.
+        places_by_seed: traces with random sentences of several seeds. A trace counts in those in
+            which it has a turn and a random sentence.
         resamples: bootstrap samples of the prompts.
 
     Returns:
-        ``CUE``; ``PLACEBO``, the mean over the seeds; and ``DIFFERENCE``, the first minus the
-        second. Each has a 95 % bootstrap interval over prompts; ``n`` counts traces.
+        ``CUE`` and ``PLACEBO``, means over the seeds; and ``DIFFERENCE``, the first minus the
+        second. Each has a 95 % bootstrap interval over prompts, [-1, 1] below ``FEWEST_PROMPTS``.
+        ``n`` counts traces that count in half of the seeds or more.
     """
-    # 1. One column for each trace, one row for the cue and one for each seed's random sentence.
-    by_seed = [[row for row in places if row.turn is not None] for places in places_by_seed]
-    first = by_seed[0] if by_seed else []
-    starts = np.array(
-        [[row.cue for row in first], *([row.other for row in rows] for rows in by_seed)], float
-    )
-    turns = np.array([row.turn for row in first], float)
-    prompts, prompt_of = np.unique([row.prompt_id for row in first], return_inverse=True)
+    # 1. One row for each seed, one column for each trace; nan where it does not count.
+    by_seed = []
+    for places in places_by_seed:
+        by_seed.append([row for row in places if None not in (row.other, row.turn)])
+    traces = {row.rollout_id: row for rows in by_seed for row in rows}
+    column = {key: number for number, key in enumerate(traces)}
+    table = np.full((3, len(by_seed), len(traces)), nan)
+    for number, row in [(number, row) for number, rows in enumerate(by_seed) for row in rows]:
+        table[:, number, column[row.rollout_id]] = row.cue, row.other, row.turn
+    n = int((2 * (~np.isnan(table[0])).sum(0) >= len(by_seed)).sum())
 
-    # 2. To draw prompts with replacement is to draw how often each comes.
-    random = np.random.default_rng(0)
-    values = [_compared(starts, turns, np.ones(len(first)))]
-    if len(prompts) > 1:
-        often = random.multinomial(len(prompts), [1 / len(prompts)] * len(prompts), resamples)
-        values += [_compared(starts, turns, weights[prompt_of]) for weights in often]
-    table = np.array(values)
+    # 2. To draw prompts with replacement is to draw how often each comes; first, each comes once.
+    names, prompt_of = np.unique([row.prompt_id for row in traces.values()], return_inverse=True)
+    often = np.ones((1, len(names)))
+    if len(names) >= FEWEST_PROMPTS:
+        random, even = np.random.default_rng(0), np.full(len(names), 1 / len(names))
+        often = np.concatenate([often, random.multinomial(len(names), even, resamples)])
+    weights = often[:, prompt_of].T
+
+    # 3. r of each, and its interval.
+    of_cue, of_other = (_mean_r(table[side], table[2], weights) for side in range(2))
     intervals = {}
-    for column, name in enumerate((CUE, PLACEBO, DIFFERENCE)):
-        drawn = table[1:, column][~np.isnan(table[1:, column])]
-        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (-1.0, 1.0)
-        value, n = float(table[0, column]), len(first)
-        intervals[name] = Interval(value, float(low), float(high), n, "bootstrap over prompts")
+    for name, r in ((CUE, of_cue), (PLACEBO, of_other), (DIFFERENCE, of_cue - of_other)):
+        known = r[1:][~np.isnan(r[1:])]
+        low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (-1.0, 1.0)
+        intervals[name] = Interval(
+            float(r[0]), float(low), float(high), n, "bootstrap over prompts"
+        )
     return intervals
 
 
-def _compared(
-    starts: np.ndarray[Any, Any], turns: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]
-) -> tuple[float, float, float]:
-    """r of the first row of ``starts``, mean r of the others, and the difference; nan: no spread.
+def _mean_r(x: Floats, y: Floats, weights: Floats) -> Floats:
+    """The mean over rows of r of x and y; nan without a row in which both vary.
 
     Args:
-        starts: [rows, traces], places.
-        turns: [traces].
-        weights: how often each trace counts.
+        x: [rows, traces]; nan where a trace does not count.
+        y: the same, with nan at the same places.
+        weights: [traces, samples], how often each trace counts.
+
+    Returns:
+        [samples].
     """
-    if not weights.sum():
-        return nan, nan, nan
-    x = starts - (starts @ weights / weights.sum())[:, None]
-    y = turns - turns @ weights / weights.sum()
-    spread = np.sqrt((x**2 @ weights) * (y**2 @ weights))
+    if not x.size:
+        return np.full(weights.shape[1], nan)
+    known = ~np.isnan(x)
+    x, y = (np.where(known, side - np.nanmean(side), 0.0) for side in (x, y))
+    total = known @ weights
     with np.errstate(divide="ignore", invalid="ignore"):
-        r = np.where(spread > 0, (x * y) @ weights / spread, nan)
-    cue, placebo = float(r[0]), float(np.mean(r[1:]))
-    return cue, placebo, cue - placebo
+        mean_x, mean_y, xx, yy, xy = (
+            side @ weights / total for side in (x, y, x * x, y * y, x * y)
+        )
+        spread = np.sqrt((xx - mean_x**2).clip(min=0) * (yy - mean_y**2).clip(min=0))
+        r = np.where(spread > NO_SPREAD, (xy - mean_x * mean_y) / spread, nan)
+    rows = (~np.isnan(r)).sum(0)
+    return np.where(rows > 0, np.nansum(r, 0) / np.maximum(rows, 1), nan)
 
 
 def share_in_same_sentence(places_by_seed: Sequence[Sequence[CuePlace]]) -> dict[str, Interval]:

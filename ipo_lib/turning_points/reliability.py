@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ipo_lib.csr import CsrSettings
+from ipo_lib.records import TurningPoint
 from ipo_lib.stats import Interval
 from ipo_lib.turning_points.benchmark import true_turns
 from ipo_lib.turning_points.curves import Curve, Way
@@ -46,6 +47,22 @@ def split_in_halves(curve: Curve, random: np.random.Generator) -> tuple[Curve, C
     return Curve(curve.trace, first_half), Curve(curve.trace, second_half)
 
 
+def turns_by_halves(
+    curves: Sequence[Curve], kind: str, csr: CsrSettings, random: np.random.Generator
+) -> tuple[list[TurningPoint], list[TurningPoint]]:
+    """The turning point of each curve by one random half of its continuations, and by the other.
+
+    Args:
+        curves: recorded curves.
+        kind: ``safe`` (Eq. 2) or ``unsafe`` (Eq. 3).
+        csr: the rule.
+        random: decides which continuation goes where.
+    """
+    pairs = [split_in_halves(curve, random) for curve in curves]
+    one, other = ([pair[side] for pair in pairs] for side in range(2))
+    return true_turns(one, kind, csr), true_turns(other, kind, csr)
+
+
 def turn_reliability(
     curves: Sequence[Curve],
     kind: str,
@@ -72,9 +89,7 @@ def turn_reliability(
     # Tokens before the turn by each half, [2, splits, traces]; nan: no turn.
     turns = np.full((2, splits, len(curves)), np.nan)
     for split in range(splits):
-        pairs = [split_in_halves(curve, random) for curve in curves]
-        for side in range(2):
-            found = true_turns([pair[side] for pair in pairs], kind, csr)
+        for side, found in enumerate(turns_by_halves(curves, kind, csr, random)):
             turns[side, split] = [np.nan if turn.sentence is None else turn.token for turn in found]
     value, drawn = _reliability(turns, np.ones(len(curves))), []
     prompts, prompt_of = np.unique([curve.prompt_id for curve in curves], return_inverse=True)
