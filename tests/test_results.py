@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_cells import HARM, PROMPTS, made_cells
+from scipy import stats as scipy_stats
 
 from ipo_lib.experiments import results, study
 from ipo_lib.experiments.study_cells import Cell
@@ -123,3 +124,11 @@ def test_the_token_curve_reads_the_budgets_that_were_run() -> None:
     for name in study.read_studies()["claims"]:
         same_tokens = "GRPO at the same generated tokens" in name
         assert not same_tokens or "first few steps" in name
+
+
+def test_an_interval_over_seeds_alone_says_so() -> None:
+    values = [0.80, 0.84, 0.83, 0.86, 0.82, 0.85]
+    found = results.over_seeds(values)
+    expected = scipy_stats.t.interval(0.95, 5, np.mean(values), scipy_stats.sem(values))
+    assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), *expected))
+    assert (found.n, found.method) == (6, "t over seeds")

@@ -25,7 +25,7 @@ def predicted(
     length = len(curve.truth) - 1
     cuts = tuple(np.linspace(0, length, len(values)).astype(int).tolist())
     named = replace(curve, trace=replace(curve.trace, id=name))
-    return PredictedCurve(rollout, named, cuts, np.array(values), constant)
+    return PredictedCurve(rollout, named, cuts, np.array(values), constant, constant)
 
 
 def exactly(name: str, prompt: str, curve: Curve) -> PredictedCurve:
@@ -50,6 +50,17 @@ def test_errors_are_distances_from_s_over_prompts() -> None:
     assert errors["constant"].value == pytest.approx(of_constant, abs=1e-3)
     difference = errors["probe minus constant"].value
     assert difference == pytest.approx(0.05 - of_constant, abs=1e-3)
+
+
+def test_the_constant_is_the_best_there_is() -> None:
+    s = np.array([0.0, 0.0, 0.0, 0.0, 0.2, 0.3, 0.9, 1.0])
+    everywhere, where_open = state_reading._medians(s)
+    grid = np.linspace(0, 1, 101)
+    for constant, values in ((everywhere, s), (where_open, s[4:7])):
+        distances = np.abs(grid[:, None] - values).mean(1)
+        assert np.abs(constant - values).mean() <= distances.min() + 1e-9
+    assert where_open == 0.3
+    assert state_reading._medians(np.array([0.0, 0.0, 1.0])) == (0.0, 0.5)
 
 
 def test_ranking_and_settled_traces() -> None:
@@ -124,5 +135,9 @@ def test_a_fold_never_learns_from_its_own_prompts(monkeypatch: pytest.MonkeyPatc
     for number in range(7):
         assert sum(f"p{number}" not in prompts for prompts in learnt) == 1
     assert all(one.predicted.tolist() == [0.5, 0.5] for one in found)
+    # Every trace is the same curve, read at tokens 0 and 5: the medians of S there.
+    here = curve.truth[[0, 5]]
+    assert all(one.constant == pytest.approx(np.median(here)) for one in found)
+    assert all(one.open_constant == pytest.approx(np.median(here)) for one in found)
     with pytest.raises(BadInput, match="1 prompts with recorded curves; 5 are needed"):
         state_reading.predict_curves(None, {}, recorded[:1])  # type: ignore[arg-type]

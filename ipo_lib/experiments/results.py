@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from scipy import stats as scipy_stats
 
 from ipo_lib.experiments.study_cells import UNSAFE_AFTER, Cell
 from ipo_lib.records import SAFE
-from ipo_lib.stats import Interval, format_interval, seed_p, two_way
+from ipo_lib.stats import Interval, format_interval, mean, seed_p, two_way
 
 BASE = "base"  # the row of the untouched model
 HOPELESS, OTHERS = "nearly always unsafe", "other prompts"  # strata of prompts
@@ -187,6 +187,14 @@ def row_difference(
     change = two_way(table.tolist(), (-widest, widest))
     p = max(p_prompts, seed_p(by_seed))
     return RowDifference(row, other, measure, change, by_seed, p, coverage)
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of a share, one value a seed, with Student's t over seeds; ``n`` counts seeds.
+
+    The prompts are the same in all of them: how much depends on the prompts is not in the interval.
+    """
+    return replace(mean(values, (0.0, 1.0)), method="t over seeds")
 
 
 def _mean_without_nan(values: np.ndarray[Any, Any]) -> float:

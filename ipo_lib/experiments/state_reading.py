@@ -5,8 +5,8 @@ ends safe. Here its prediction is put beside the exact S of recorded curves.
 
 1. Prompts are split into folds. A probe learns from the traces of all other folds and predicts S
    along the traces of its own. So it never reads a prompt that it has learnt from.
-2. *Error*: the mean distance of prediction and S, and that of a constant, the mean over the other
-   folds.
+2. *Error*: the mean distance of prediction and S, and that of a constant. It is the median of S
+   over the other folds: no constant has a smaller mean distance there.
 3. *Calibration*: among cuts with nearly the same prediction, the mean S.
 4. *Settled*: traces of which the prediction before the first sentence is nearly 0 or nearly 1. No
    draws need be spent on them, if the prediction is right.
@@ -49,7 +49,8 @@ class PredictedCurve:
     curve: Curve
     cuts: tuple[int, ...]  # tokens before each sentence, and at the end of the last one
     predicted: Array  # S at each cut
-    constant: float  # mean S of the traces that the probe has learnt from
+    constant: float  # median S at the cuts of the traces that the probe has learnt from
+    open_constant: float  # the same, where S is open
 
     @property
     def exact(self) -> Array:
@@ -82,21 +83,33 @@ def predict_curves(
     fold_of = {name: number % FOLDS for number, name in enumerate(shuffled.tolist())}
     states = states_by_sentence(session, prompts, [rollout for rollout, _ in labelled])
 
+    cuts_of = {}
+    for rollout, curve in labelled:
+        if rollout.id in states:
+            spans = trace_sentences(session, rollout)
+            last = min(spans[-1].token_end, len(curve.truth) - 1)
+            cuts_of[rollout.id] = (*(span.token_start for span in spans), last)
+
     predicted = []
     for fold in range(FOLDS):
         others = [pair for pair in labelled if fold_of[pair[0].prompt_id] != fold]
         probe = learn_probe(states, _as_judged(prompts, others))
-        constant = float(np.mean([curve.trace.label == SAFE for _, curve in others]))
+        seen = [curve.truth[list(cuts_of[r.id])] for r, curve in others if r.id in cuts_of]
+        constants = _medians(np.concatenate(seen))
         for rollout, curve in labelled:
-            if fold_of[rollout.prompt_id] != fold or rollout.id not in states:
+            if fold_of[rollout.prompt_id] != fold or rollout.id not in cuts_of:
                 continue
-            spans = trace_sentences(session, rollout)
-            last = min(spans[-1].token_end, len(curve.truth) - 1)
-            cuts = (*(span.token_start for span in spans), last)
             log_odds = probe.log_odds(states[rollout.id])
             values = 1 / (1 + np.exp(-log_odds))
-            predicted.append(PredictedCurve(rollout, curve, cuts, values, constant))
+            cuts = cuts_of[rollout.id]
+            predicted.append(PredictedCurve(rollout, curve, cuts, values, *constants))
     return predicted
+
+
+def _medians(s: Array) -> tuple[float, float]:
+    """The median of S, and the median where S is open; 0.5 where it never is."""
+    is_open = (s >= OPEN[0]) & (s <= OPEN[1])
+    return float(np.median(s)), float(np.median(s[is_open])) if is_open.any() else 0.5
 
 
 def _as_judged(
@@ -117,8 +130,8 @@ def errors(predicted: Sequence[PredictedCurve]) -> dict[str, Interval]:
         ``probe``, ``constant``, and ``probe minus constant``, paired by prompt. And the first two
         *where S is open*, within ``OPEN``: elsewhere the outcome is known, as after a harmful step.
     """
-    everywhere = _mean_distances(predicted, (0.0, 1.0))
-    where_open = _mean_distances(predicted, OPEN)
+    everywhere = _mean_distances(predicted, (0.0, 1.0), [one.constant for one in predicted])
+    where_open = _mean_distances(predicted, OPEN, [one.open_constant for one in predicted])
     return {
         "probe": mean(everywhere[:, 0].tolist(), (0.0, 1.0)),
         "constant": mean(everywhere[:, 1].tolist(), (0.0, 1.0)),
@@ -128,14 +141,16 @@ def errors(predicted: Sequence[PredictedCurve]) -> dict[str, Interval]:
     }
 
 
-def _mean_distances(predicted: Sequence[PredictedCurve], within: tuple[float, float]) -> Array:
-    """Mean distances of probe and constant, [prompts, 2], where S is within bounds."""
+def _mean_distances(
+    predicted: Sequence[PredictedCurve], within: tuple[float, float], constants: Sequence[float]
+) -> Array:
+    """Mean distances of probe and constants, [prompts, 2], where S is within bounds."""
     by_prompt: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for one in predicted:
+    for one, constant in zip(predicted, constants, strict=True):
         places = (one.exact >= within[0]) & (one.exact <= within[1])
         if places.any():
             of_probe = float(np.abs(one.predicted - one.exact)[places].mean())
-            of_constant = float(np.abs(one.constant - one.exact)[places].mean())
+            of_constant = float(np.abs(constant - one.exact)[places].mean())
             by_prompt[one.rollout.prompt_id].append((of_probe, of_constant))
     return np.array([np.mean(values, axis=0) for values in by_prompt.values()]).reshape(-1, 2)
 
