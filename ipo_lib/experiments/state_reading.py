@@ -5,8 +5,8 @@ ends safe. Here its prediction is put beside the exact S of recorded curves.
 
 1. Prompts are split into folds. A probe learns from the traces of all other folds and predicts S
    along the traces of its own. So it never reads a prompt that it has learnt from.
-2. *Error*: the mean distance of prediction and S, and that of a constant. It is the median of S
-   over the other folds: no constant has a smaller mean distance there.
+2. *Error*: the mean distance of prediction and S, and that of a constant. Of all constants, it has
+   the smallest mean distance on the other folds.
 3. *Calibration*: among cuts with nearly the same prediction, the mean S.
 4. *Settled*: traces of which the prediction before the first sentence is nearly 0 or nearly 1. No
    draws need be spent on them, if the prediction is right.
@@ -17,7 +17,7 @@ ends safe. Here its prediction is put beside the exact S of recorded curves.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ class PredictedCurve:
     curve: Curve
     cuts: tuple[int, ...]  # tokens before each sentence, and at the end of the last one
     predicted: Array  # S at each cut
-    constant: float  # median S at the cuts of the traces that the probe has learnt from
+    constant: float  # nearest to S at the cuts of the traces that the probe has learnt from
     open_constant: float  # the same, where S is open
 
     @property
@@ -94,8 +94,11 @@ def predict_curves(
     for fold in range(FOLDS):
         others = [pair for pair in labelled if fold_of[pair[0].prompt_id] != fold]
         probe = learn_probe(states, _as_judged(prompts, others))
-        seen = [curve.truth[list(cuts_of[r.id])] for r, curve in others if r.id in cuts_of]
-        constants = _medians(np.concatenate(seen))
+        seen: dict[str, list[Array]] = defaultdict(list)
+        for rollout, curve in others:
+            if rollout.id in cuts_of:
+                seen[rollout.prompt_id].append(curve.truth[list(cuts_of[rollout.id])])
+        constants = nearest_constant(seen, (0.0, 1.0)), nearest_constant(seen, OPEN)
         for rollout, curve in labelled:
             if fold_of[rollout.prompt_id] != fold or rollout.id not in cuts_of:
                 continue
@@ -106,10 +109,30 @@ def predict_curves(
     return predicted
 
 
-def _medians(s: Array) -> tuple[float, float]:
-    """The median of S, and the median where S is open; 0.5 where it never is."""
-    is_open = (s >= OPEN[0]) & (s <= OPEN[1])
-    return float(np.median(s)), float(np.median(s[is_open])) if is_open.any() else 0.5
+def nearest_constant(
+    s_by_prompt: Mapping[str, Sequence[Array]], within: tuple[float, float]
+) -> float:
+    """The constant with the smallest mean distance from S, over cuts, traces and then prompts.
+
+    Args:
+        s_by_prompt: S at the cuts of each trace of a prompt.
+        within: only cuts where S is within these bounds count.
+
+    Returns:
+        A median in which every prompt, and in it every trace, weighs the same; 0.5 without cuts.
+    """
+    values, weights = [], []
+    for traces in s_by_prompt.values():
+        kept = [s[(s >= within[0]) & (s <= within[1])] for s in traces]
+        kept = [s for s in kept if len(s)]
+        for s in kept:
+            values += s.tolist()
+            weights += [1 / (len(s) * len(kept))] * len(s)
+    if not values:
+        return 0.5
+    order = np.argsort(values)
+    rising = np.cumsum(np.array(weights)[order])
+    return float(np.array(values)[order][np.searchsorted(rising, rising[-1] / 2)])
 
 
 def _as_judged(
