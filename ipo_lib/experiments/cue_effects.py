@@ -50,7 +50,7 @@ from ipo_lib.turning_points.reliability import turns_by_halves
 CUE, PLACEBO, DIFFERENCE = "cue", "random sentence", "difference"
 FEWEST_PROMPTS = 4  # for an interval of r
 NO_SPREAD = 1e-9  # square tokens; a product of spreads below it is rounding
-SPLITS = 4  # ways to halve the draws of a recorded curve; either half comes first once
+SPLITS = 16  # ways to halve the draws of a recorded curve; either half comes first once
 Floats = np.ndarray[Any, Any]
 Turns = Mapping[str, TurningPoint]
 
