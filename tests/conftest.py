@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Several processes share the cores, and several threads in each would wait for each other. It is
-# read when torch is imported, here and in the processes that tests start.
+# Several processes share the cores; with several threads in each they would wait for each other.
+# Torch reads the variable when it is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import replace

@@ -42,3 +42,8 @@ def test_all_parts_run_and_agree_on_this_machine(tmp_path: Path) -> None:
     trained = {(row["work"], row["trainer"]) for row in record["training"]}
     assert len(trained) == 3 * (3 if torch.cuda.is_available() else 2)
     assert all(row["seconds a step"] > 0 for row in record["training"])
+
+
+def test_a_part_can_run_alone(tmp_path: Path) -> None:
+    record = gpu_check.run(tmp_path / "check.json", ["losses"])
+    assert {*gpu_check.PARTS} & set(record) == {"losses"}
