@@ -26,6 +26,7 @@ FEW_PROMPTS = 30  # with fewer, bootstrap intervals are too narrow: Student's t 
 DECIMALS = 12  # means are compared after rounding to so many
 NEARLY_ONE = 1 - 1e-15  # keeps Fisher's z of a perfect correlation finite
 HOLDS, UNDECIDED, OTHER_WAY = "holds", "undecided", "the other way round"  # outcomes of a claim
+NO_DIFFERENCE = "no difference"  # another outcome: it is too small to matter
 SEEDS = 6  # with fewer training seeds a method has a range and no interval
 RANGE = "range of "  # begins the `method` of such a range
 LARGEST_N = 10_000  # the search for a sample size ends here
@@ -242,14 +243,26 @@ def seed_p(by_seed: Sequence[float]) -> float:
 # ---------------------------------------------------------------------- claims
 
 
-def verdict(value: Interval, above: bool = True, than: float = 0.0) -> str:
+def verdict(
+    value: Interval, above: bool = True, than: float = 0.0, small: float | None = None
+) -> str:
     """Whether the claim that a number lies above ``than`` holds (below, if not ``above``).
 
-    ``holds`` or ``the other way round`` if the whole interval lies on one side, else ``undecided``.
-    A range of a few seeds decides nothing.
+    ``holds`` or ``the other way round`` if the whole interval lies on one side. If ``than`` is in
+    the interval, ``no difference`` if the whole interval is within ``small`` of ``than``, else
+    ``undecided``. A range of a few seeds decides nothing.
+
+    Args:
+        value: the number with its interval.
+        above: the claim says above; False: below.
+        than: what the number is compared with.
+        small: a difference up to this is too small to matter; None: every difference matters.
     """
-    if _decides_nothing(value) or value.low <= than <= value.high:
+    if _decides_nothing(value):
         return UNDECIDED
+    if value.low <= than <= value.high:
+        within = small is not None and than - small <= value.low and value.high <= than + small
+        return NO_DIFFERENCE if within else UNDECIDED
     return HOLDS if (value.low > than) == above else OTHER_WAY
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ipo_lib.records import BadInput
 from ipo_lib.stats import (
     HOLDS,
+    NO_DIFFERENCE,
     OTHER_WAY,
     UNDECIDED,
     Interval,
@@ -315,6 +316,24 @@ def test_a_verdict_needs_the_whole_interval(
 def test_no_difference_has_to_be_shown(low: float, high: float, says: str) -> None:
     """A null world confirms nothing with few prompts: a wide interval around 0 is undecided."""
     assert no_difference(Interval((low + high) / 2, low, high, 9, "t"), 0.1) == says
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (0.82, 0.95, NO_DIFFERENCE),
+        (0.82, 1.01, UNDECIDED),
+        (0.79, 0.95, UNDECIDED),
+        (0.91, 0.95, HOLDS),
+        (0.84, 0.89, OTHER_WAY),
+        (math.nan, 1.0, UNDECIDED),
+    ],
+)
+def test_a_difference_too_small_to_matter_is_a_verdict(low: float, high: float, says: str) -> None:
+    """Only where the interval cannot say on which side the number is, and says that it is near."""
+    value = Interval((low + high) / 2, low, high, 9, "t")
+    assert verdict(value, than=0.9, small=0.1) == says
+    assert verdict(value, than=0.9) == (UNDECIDED if says == NO_DIFFERENCE else says)
 
 
 def test_a_range_of_a_few_seeds_decides_nothing() -> None:

@@ -89,6 +89,7 @@ def claim(
     origin: str,
     above: bool = True,
     than: float = 0.0,
+    small: float | None = None,
     margin: float | None = None,
     verdict: str = "",
     **more: Any,
@@ -101,17 +102,21 @@ def claim(
         origin: ``calibrated`` or ``emergent``.
         above: the claim says that the number lies above ``than``; False: below.
         than: what the number is compared with.
+        small: a difference from ``than`` up to this is too small to matter; if the number surely
+            differs by no more, the verdict is ``no difference`` instead of ``undecided``.
         margin: the claim says instead that there is no difference, up to this much.
         verdict: where another rule decides (``claim_rule.apply_rule``), what it decided.
         more: ``about``, ``percent`` and ``paper``, as in ``estimate``.
     """
     if margin is not None:
         verdict = verdict or stats.no_difference(value, margin)
-    verdict = verdict or stats.verdict(value, above, than)
+    verdict = verdict or stats.verdict(value, above, than, small)
     row = estimate(sentence.rstrip("."), value, origin=origin, **more)
     text = row["claim"].removesuffix(BUILT)
     if origin == CALIBRATED:
         text += f" ({BUILT.strip(' .').lower()})"
+    if small is not None:
+        row["small"] = small
     if margin is not None:
         row["margin"] = margin
     return {**row, "claim": f"{text}: {verdict}.", "verdict": verdict}
