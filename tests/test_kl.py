@@ -144,6 +144,15 @@ def test_without_recorded_curves_s_is_measured(run: Run, adapter: Path) -> None:
     assert dict(measured.where).keys() <= by_id(sets[0]).keys()
 
 
+def test_fewer_recorded_curves_can_be_read(run: Run, adapter: Path) -> None:
+    """A profile with many of them reads some, since each costs a pass of two models."""
+    sets = run.prompts("train_harmful"), run.prompts("train_benign")
+    every = dict(kl.measure_divergence(run, "row", 0, adapter, *sets, 4).where)
+    some = dict(kl.measure_divergence(run, "row", 0, adapter, *sets, 4, curves=3).where)
+    assert 0 < len(some) <= 3 < len(every)
+    assert some.keys() <= every.keys()
+
+
 def test_a_model_that_did_not_move_has_no_kl_and_one_that_did_has(run: Run, adapter: Path) -> None:
     sets = run.prompts("train_harmful"), run.prompts("train_benign")
     measured = kl.measure_divergence(run, "row", 3, adapter, *sets, 4)

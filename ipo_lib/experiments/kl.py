@@ -261,7 +261,8 @@ def measure_divergence(
         harmful: prompts of the base traces.
         benign: harmless prompts.
         count: how many unsafe base traces, and how many traces of benign prompts, are read.
-        curves: how many base traces S is measured on, where the profile has no recorded curves.
+        curves: how many base traces the change of S is looked at in. 0: all that have a recorded
+            curve. Where the profile has no recorded curves, S is measured on so many traces.
     """
     session, profile = run.session, run.profile
     judged = sample_and_judge(session, harmful, run.thinking, profile.plan.draws)
@@ -280,8 +281,9 @@ def measure_divergence(
     recorded_curves = run.recorded_curves()
     recorded = recorded_rollouts(session, judged, recorded_curves)
     if recorded:
-        rollouts = [rollout for rollout, _ in recorded]
-        changes = recorded_changes(recorded)
+        chosen = random_subset(recorded, curves or len(recorded), profile.seed)
+        rollouts = [rollout for rollout, _ in chosen]
+        changes = recorded_changes(chosen)
     else:
         rollouts = random_subset(judged.rollouts, curves, profile.seed)
         changes = measured_changes(run, judged, rollouts) if rollouts else []

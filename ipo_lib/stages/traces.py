@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from ipo_lib.chat import split_response
 from ipo_lib.frame import count_labels
 from ipo_lib.records import SAFE, UNSAFE, BadInput, Labels, Rollout, Rollouts, Sentence, Verdicts
 from ipo_lib.segmentation import locate_sentences
 from ipo_lib.stages.session import Session
+
+Item = TypeVar("Item")
 
 
 def trace_sentences(session: Session, rollout: Rollout) -> list[Sentence]:
@@ -53,11 +56,11 @@ def first_of_each_prompt(rollouts: Rollouts) -> list[Rollout]:
     return list(first.values())
 
 
-def random_subset(rollouts: Rollouts, count: int, seed: int) -> list[Rollout]:
-    """``count`` rollouts at random (all, where there are fewer), in their order."""
-    size = min(count, len(rollouts))
-    indices = random.Random(seed).sample(range(len(rollouts)), size)
-    return [rollouts[index] for index in sorted(indices)]
+def random_subset(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """``count`` rollouts (or other items) at random, all where there are fewer, in their order."""
+    size = min(count, len(items))
+    indices = random.Random(seed).sample(range(len(items)), size)
+    return [items[index] for index in sorted(indices)]
 
 
 def count_label(verdicts: Verdicts, label: str = UNSAFE) -> tuple[int, int]:
