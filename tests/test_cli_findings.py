@@ -47,11 +47,15 @@ def test_a_finding_is_the_claim_about_its_own_profile(tmp_path: Path) -> None:
 HELD_OUT = "more traces end safe after <held-out trigger> than <neutral sentence>; {}"
 
 
-@pytest.mark.parametrize(("null", "void"), [((2, 60), False), ((40, 60), True), ((1, 20), False)])
+@pytest.mark.parametrize(
+    ("null", "said"),
+    [((0, 60), "no difference"), ((40, 60), "the other way round"), ((1, 20), "undecided")],
+)
 def test_what_the_null_world_shows_too_is_void(
-    tmp_path: Path, null: tuple[int, int], void: bool
+    tmp_path: Path, null: tuple[int, int], said: str
 ) -> None:
-    """A margin of 10 points: 2 of 60 is no difference, 40 of 60 is one, 1 of 20 decides nothing."""
+    """A margin of 10 points: 0 of 60 is no difference, 40 of 60 is one, 1 of 20 decides nothing."""
+    void = said == "the other way round"
     held = claim(f"Profile tiny, {HELD_OUT}", wilson(50, 60), origin="emergent")
     about_null = f"Profile tiny-null, {HELD_OUT}"
     nothing = claim(about_null, wilson(*null), origin="calibrated", margin=0.1)
@@ -68,6 +72,8 @@ def test_what_the_null_world_shows_too_is_void(
     (alone,) = findings.verdicts("tiny", tmp_path / "tiny", ["05_x"])
     assert alone.startswith("holds ")
     assert findings.verdicts("tiny", tmp_path / "tiny", ["00_x", "15_x"], "tiny-null") == []
+    (null_line,) = findings.verdicts("tiny-null", tmp_path / "tiny-null", ["05_x"])
+    assert null_line.startswith(f"{said}  ")
 
 
 def test_every_finding_is_answered_by_a_profile() -> None:

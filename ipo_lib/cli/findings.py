@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ipo_lib.records import from_json
-from ipo_lib.stats import HOLDS, OTHER_WAY, Interval, format_interval
+from ipo_lib.stats import HOLDS, NO_DIFFERENCE, OTHER_WAY, Interval, format_interval
 
 PERCENT = "%"
 VOID = "void"
@@ -81,9 +81,13 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT, void: bool = Fal
     if void:
         text += f" **{VOID}**"
     elif claim["verdict"]:
-        no_difference = "margin" in claim and claim["verdict"] == HOLDS
-        text += " **no difference**" if no_difference else f" **{claim['verdict']}**"
+        text += f" **{outcome(claim)}**"
     return text + ("*" if claim["origin"] == "calibrated" else "")
+
+
+def outcome(claim: dict[str, Any]) -> str:
+    """A claim's verdict in words: a claim of no difference that holds is ``no difference``."""
+    return NO_DIFFERENCE if "margin" in claim and claim["verdict"] == HOLDS else claim["verdict"]
 
 
 def differs_in_null_world(claim: dict[str, Any] | None) -> bool:
@@ -134,6 +138,6 @@ def verdicts(
             number = describe(claim | {"verdict": None}, finding.unit)
             null = find_claim(finding, null_world, figures) if null_world else None
             void = finding.void or differs_in_null_world(null)
-            verdict = VOID if void else claim["verdict"]
+            verdict = VOID if void else outcome(claim)
             lines.append(f"{verdict:20} {finding.finding}: {number}")
     return lines
