@@ -27,8 +27,10 @@ from ipo_lib.stats import format_interval
 TURNS = {  # rows of the table of turning points: (profile, traces in 09-cost, their name there)
     "simulated, 200 tokens": ("tiny", "made up, 200 tokens"),
     "simulated, 700 tokens": ("tiny", "made up, 700 tokens"),
-    "recorded, `tiny`": ("tiny", "recorded"),
-    "recorded, `sandbox`": ("sandbox", "recorded"),
+    "recorded, `tiny`, safe": ("tiny", "recorded, safe traces"),
+    "recorded, `tiny`, unsafe": ("tiny", "recorded, unsafe traces"),
+    "recorded, `sandbox`, safe": ("sandbox", "recorded, safe traces"),
+    "recorded, `sandbox`, unsafe": ("sandbox", "recorded, unsafe traces"),
 }
 JUDGED = re.compile(
     r"(?P<judge>.+) on (?P<set>[\w-]+) \((?P<answers>\d+) answers, [^)]*\): (?P<measure>\w+) "

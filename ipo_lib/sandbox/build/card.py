@@ -70,7 +70,7 @@ MINED_BY_DEFAULT = (160, 48)
 RECORDED = {"sandbox": (40, 60)}  # safe and unsafe traces that get an outcome curve
 RECORDED_BY_DEFAULT = (512, 512)  # all of them
 # Safe and unsafe traces of further prompts, which no notebook samples; one of a prompt.
-FURTHER = {"sandbox": (66, 238)}
+FURTHER = {"sandbox": (193, 467)}
 FURTHER_PROMPTS = 660  # from which these are taken
 FORKS = {"sandbox": 12}  # continuations at a token at which a trace is surely left
 FORKS_BY_DEFAULT = 16
