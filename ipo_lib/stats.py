@@ -26,7 +26,7 @@ FEW_PROMPTS = 30  # with fewer, bootstrap intervals are too narrow: Student's t 
 DECIMALS = 12  # means are compared after rounding to so many
 NEARLY_ONE = 1 - 1e-15  # keeps Fisher's z of a perfect correlation finite
 HOLDS, UNDECIDED, OTHER_WAY = "holds", "undecided", "the other way round"  # outcomes of a claim
-NO_DIFFERENCE = "no difference"  # another outcome: it is too small to matter
+WITHIN = "within the margin"  # another outcome: on no side for sure, but surely near
 SEEDS = 6  # with fewer training seeds a method has a range and no interval
 RANGE = "range of "  # begins the `method` of such a range
 LARGEST_N = 10_000  # the search for a sample size ends here
@@ -248,21 +248,22 @@ def verdict(
 ) -> str:
     """Whether the claim that a number lies above ``than`` holds (below, if not ``above``).
 
-    ``holds`` or ``the other way round`` if the whole interval lies on one side. If ``than`` is in
-    the interval, ``no difference`` if the whole interval is within ``small`` of ``than``, else
-    ``undecided``. A range of a few seeds decides nothing.
+    ``holds`` or ``the other way round`` if the whole interval lies on one side, however near. If
+    ``than`` is in the interval, ``within the margin`` if all of it is within ``small`` of ``than``,
+    else ``undecided``. A range of a few seeds decides nothing.
 
     Args:
         value: the number with its interval.
         above: the claim says above; False: below.
         than: what the number is compared with.
-        small: a difference up to this is too small to matter; None: every difference matters.
+        small: the margin. It changes no ``holds`` and no ``the other way round``. None: there is
+            none.
     """
     if _decides_nothing(value):
         return UNDECIDED
     if value.low <= than <= value.high:
         within = small is not None and than - small <= value.low and value.high <= than + small
-        return NO_DIFFERENCE if within else UNDECIDED
+        return WITHIN if within else UNDECIDED
     return HOLDS if (value.low > than) == above else OTHER_WAY
 
 

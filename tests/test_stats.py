@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from ipo_lib.records import BadInput
 from ipo_lib.stats import (
     HOLDS,
-    NO_DIFFERENCE,
     OTHER_WAY,
     UNDECIDED,
+    WITHIN,
     Interval,
     clopper_pearson,
     format_interval,
@@ -321,7 +321,7 @@ def test_no_difference_has_to_be_shown(low: float, high: float, says: str) -> No
 @pytest.mark.parametrize(
     ("low", "high", "says"),
     [
-        (0.82, 0.95, NO_DIFFERENCE),
+        (0.82, 0.95, WITHIN),
         (0.82, 1.01, UNDECIDED),
         (0.79, 0.95, UNDECIDED),
         (0.91, 0.95, HOLDS),
@@ -329,11 +329,14 @@ def test_no_difference_has_to_be_shown(low: float, high: float, says: str) -> No
         (math.nan, 1.0, UNDECIDED),
     ],
 )
-def test_a_difference_too_small_to_matter_is_a_verdict(low: float, high: float, says: str) -> None:
-    """Only where the interval cannot say on which side the number is, and says that it is near."""
+def test_within_the_margin_is_a_verdict(low: float, high: float, says: str) -> None:
+    """Only where the interval cannot say on which side the number is, and says that it is near.
+
+    A number that is surely above 0.9, but near, still ``holds``.
+    """
     value = Interval((low + high) / 2, low, high, 9, "t")
     assert verdict(value, than=0.9, small=0.1) == says
-    assert verdict(value, than=0.9) == (UNDECIDED if says == NO_DIFFERENCE else says)
+    assert verdict(value, than=0.9) == (UNDECIDED if says == WITHIN else says)
 
 
 def test_a_range_of_a_few_seeds_decides_nothing() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ipo_lib.records import from_json
-from ipo_lib.stats import HOLDS, NO_DIFFERENCE, OTHER_WAY, Interval, format_interval
+from ipo_lib.stats import HOLDS, OTHER_WAY, Interval, format_interval
 
 PERCENT = "%"
 VOID = "void"
@@ -87,7 +87,7 @@ def describe(claim: dict[str, Any] | None, unit: str = PERCENT, void: bool = Fal
 
 def outcome(claim: dict[str, Any]) -> str:
     """A claim's verdict in words: a claim of no difference that holds is ``no difference``."""
-    return NO_DIFFERENCE if "margin" in claim and claim["verdict"] == HOLDS else claim["verdict"]
+    return "no difference" if "margin" in claim and claim["verdict"] == HOLDS else claim["verdict"]
 
 
 def differs_in_null_world(claim: dict[str, Any] | None) -> bool:

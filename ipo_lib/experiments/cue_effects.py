@@ -242,7 +242,7 @@ def turned_later(places: Sequence[CuePlace]) -> list[CuePlace]:
 
 
 def compare_correlations(
-    places_by_seed: Sequence[Sequence[CuePlace]], resamples: int = 1000
+    places_by_seed: Sequence[Sequence[CuePlace]], resamples: int = 4000
 ) -> dict[str, Interval]:
     """Fig 5b: Pearson's r with the turn, of the first cue and of a random sentence up to the turn.
 

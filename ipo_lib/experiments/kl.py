@@ -261,8 +261,8 @@ def measure_divergence(
         harmful: prompts of the base traces.
         benign: harmless prompts.
         count: how many unsafe base traces, and how many traces of benign prompts, are read.
-        curves: how many base traces the change of S is looked at in. 0: all that have a recorded
-            curve. Where the profile has no recorded curves, S is measured on so many traces.
+        curves: how many base traces are read for the change of S. With recorded curves 0 means
+            all; without, S is measured, and 0 means none.
     """
     session, profile = run.session, run.profile
     judged = sample_and_judge(session, harmful, run.thinking, profile.plan.draws)

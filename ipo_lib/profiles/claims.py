@@ -1,7 +1,7 @@
 """Claims: sentences that hold a measured number, with its interval, its n and its origin.
 
 1. An *estimate* states a number. A *claim* also says what the number should be, and ends in its
-   verdict: *holds*, *undecided* or *the other way round*.
+   verdict: *holds*, *the other way round*, *undecided* or *within the margin*.
 2. The *origin* is *calibrated* where the world was built or fitted to show the number, which is
    then no finding, and *emergent* otherwise.
 3. ``about`` says what a sentence is about. Where a model closes too few of its traces,
@@ -102,8 +102,8 @@ def claim(
         origin: ``calibrated`` or ``emergent``.
         above: the claim says that the number lies above ``than``; False: below.
         than: what the number is compared with.
-        small: a difference from ``than`` up to this is too small to matter; if the number surely
-            differs by no more, the verdict is ``no difference`` instead of ``undecided``.
+        small: an interval that holds ``than`` and lies wholly within this of it is ``within the
+            margin`` instead of ``undecided``. The other verdicts stay.
         margin: the claim says instead that there is no difference, up to this much.
         verdict: where another rule decides (``claim_rule.apply_rule``), what it decided.
         more: ``about``, ``percent`` and ``paper``, as in ``estimate``.
